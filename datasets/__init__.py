@@ -1,0 +1,1 @@
+"""Data sets, file reading and views."""

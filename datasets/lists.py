@@ -1,0 +1,162 @@
+"""Image lists in the published format, and splits by patient.
+
+A list has one image a line: its name, then its labels as whole numbers, separated by blanks. −1 marks a label
+that is not known. A list of names alone is a list for pre-training.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from medssl.datasets.reading import EXTENSIONS
+from medssl.engine.options import InputError
+
+# Splits made on the fly do not follow `--seed`: pre-training and every fine-tuning trial must hold out the same
+# patients, or the one trains on what the other tests on.
+SPLIT_SEED = 0
+HELD_OUT = 0.1  # share of the training patients that validates where a set has no validation list
+
+
+def read_list(path: str | Path) -> tuple[list[str], Tensor | None]:
+    """Read a list file.
+
+    Returns:
+        names, and labels (N, L) float32 (whole numbers, −1 or above) or None where the list has names alone.
+
+    Raises:
+        InputError: naming file and line, for a missing or empty list, lines with different numbers of
+            labels, labels that are not whole numbers of at least −1, and names listed twice.
+    """
+    names: list[str] = []
+    rows: list[list[int]] = []
+    lines: dict[str, int] = {}
+    for number, text in _numbered_lines(path):
+        name, fields = _split_line(text)
+        try:
+            row = [int(field) for field in fields]
+        except ValueError:
+            raise InputError(f"{path}, line {number}: labels must be whole numbers, not {text!r}") from None
+        if min(row, default=0) < -1:
+            raise InputError(f"{path}, line {number}: label {min(row)}; the least is -1 (not known)")
+        if rows and len(row) != len(rows[0]):
+            raise InputError(f"{path}, line {number}: {len(row)} labels, the lines above have {len(rows[0])}")
+        if name in lines:
+            raise InputError(f"{path}, line {number}: {name} is listed on line {lines[name]} already")
+        lines[name] = number
+        names.append(name)
+        rows.append(row)
+    if not names:
+        raise InputError(f"{path}: the list is empty")
+    return names, torch.tensor(rows, dtype=torch.float32) if rows[0] else None
+
+
+def line_of(path: str | Path, name: str) -> int:
+    """The line on which a list names an image, for messages."""
+    return next((number for number, text in _numbered_lines(path) if _split_line(text)[0] == name), 0)
+
+
+def _numbered_lines(path: str | Path) -> Iterable[tuple[int, str]]:
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such list file")
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # -sig: editors on Windows write a byte-order mark
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.strip()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file, so not an image list") from None
+
+
+def _split_line(text: str) -> tuple[str, list[str]]:
+    """A line's name and the fields after it. The name ends at an image extension, so it may hold blanks."""
+    fields = text.split()
+    if len(fields) > 1 and not fields[0].lower().endswith(EXTENSIONS):
+        for end, field in enumerate(fields):
+            if field.lower().endswith(EXTENSIONS):
+                name = text[: re.match(r"\S+(?:\s+\S+){%d}" % end, text).end()]  # blanks in it as they are
+                return name, fields[end + 1 :]
+    return fields[0], fields[1:]
+
+
+def known_or_nan(path: str | Path, names: Sequence[str], labels: Tensor, columns: int | None = None) -> Tensor:
+    """Check the labels of a multi-label list.
+
+    Args:
+        path, names, labels: a list file and what `read_list` gave for it.
+        columns: how many labels each line must have, where that is known.
+
+    Returns:
+        (N, L) float32 of 0, 1, and NaN in the place of −1.
+
+    Raises:
+        InputError: naming file and line.
+    """
+    if columns is not None and labels.shape[1] != columns:
+        line = line_of(path, names[0])
+        raise InputError(f"{path}, line {line}: {labels.shape[1]} labels, the data set has {columns}")
+    wrong = (labels > 1).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        value = int(labels[row, column])
+        line = line_of(path, names[row])
+        raise InputError(f"{path}, line {line}: label {value} of {names[row]} is not 0 or 1 (-1: not known)")
+    return torch.where(labels < 0, torch.nan, labels)
+
+
+def write_list(path: str | Path, names: Sequence[str], labels: Tensor | None = None) -> None:
+    """Write a list file in one step. `labels` is (N, L) whole numbers, NaN becomes −1; or None."""
+    if labels is None:
+        text = "".join(f"{name}\n" for name in names)
+    else:
+        rows = torch.nan_to_num(labels.double(), nan=-1).long().tolist()
+        text = "".join(f"{name} {' '.join(map(str, row))}\n" for name, row in zip(names, rows, strict=True))
+    write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file's text in one step: readers see the old text or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def patient_of(name: str) -> str | None:
+    """The patient in a file name of ChestX-ray14 (`00000013_005.png`) or CheXpert (`patient00001/…`), or None."""
+    match = re.search(r"(?:^|/)(?:(\d{8})_\d{3}\.\w+$|(patient\d+)/)", name)
+    return match and (match[1] or match[2])
+
+
+def split_by_patient(patients: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out the images of a share of the patients.
+
+    Patients are ordered by a hash of (seed, name), so the split is the same on every machine and version,
+    whatever the images' order, and a patient more moves few others.
+
+    Args:
+        patients: the patient of every image.
+        fraction: share of the *patients* held out, in [0, 1]; at least one where it is above 0, and never all
+            where it is below 1.
+        seed: chooses the split.
+
+    Returns:
+        positions of the images that stay, and of those held out, both ascending.
+    """
+    order = sorted(set(patients), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    count = round(fraction * len(order))
+    if 0 < fraction < 1:
+        count = min(max(count, 1), len(order) - 1)
+    held = set(order[:count])
+    return (
+        [i for i, patient in enumerate(patients) if patient not in held],
+        [i for i, patient in enumerate(patients) if patient in held],
+    )

@@ -1,0 +1,249 @@
+"""What a data set is, and the names under which data sets are opened.
+
+A data set is an `ImageDataset`: a *source* that decodes image number i to uint8, with ids, labels and
+patients beside it. Files, MedMNIST arrays, phantoms and caches differ in their source alone.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from medssl.engine.options import InputError
+from PIL import Image
+from torch import Tensor
+
+TASKS = ("multi-label", "binary", "multi-class")
+
+
+class UnreadableImage(Exception):
+    """A file that cannot be decoded; its text names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a data set before an image is read.
+
+    Attributes:
+        name: the name given to `--dataset`.
+        dims: spatial dimensions of an image, 2 or 3.
+        channels: 1 (grey) or 3 (colour).
+        task: one of `TASKS`, or None for unlabelled images.
+        classes: names of the labels (multi-label) or of the classes.
+        native_size: side of the images in pixels where all share one, else None.
+    """
+
+    name: str
+    dims: int = 2
+    channels: int = 1
+    task: str | None = None
+    classes: tuple[str, ...] = ()
+    native_size: int | None = None
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of one split.
+
+    Args:
+        info: description of the set.
+        read: maps a position in `ids` to an image (H, W) or (H, W, 3), uint8, any size. It raises
+            `UnreadableImage` for a file that cannot be decoded.
+        ids: a name for every image, used in logs, lists and predictions.
+        labels: (N, L) float for multi-label tasks (0, 1, or NaN: not known), (N,) int64 class numbers for
+            the others, or None.
+        patients: a patient's name for every image, or None where patients are not known.
+        texture_size: side S of the square texture to which every image is resized; its original height
+            and width go with it, so that views are drawn in the original geometry.
+
+    An item is `{"image": (C, S, S) uint8, "size": (2,) float32 original height and width, "index": int,
+    "bad": list of "id: reason"}` and, where there are labels, `"label"`. An image that cannot be read is
+    replaced by the next readable one, and named in `bad`.
+    """
+
+    def __init__(
+        self,
+        info: Info,
+        read: Callable[[int], np.ndarray],
+        ids: Sequence[str],
+        labels: Tensor | None = None,
+        patients: Sequence[str] | None = None,
+        texture_size: int = 512,
+    ) -> None:
+        if len(ids) == 0:
+            raise InputError(f"data set {info.name}: no images; check --data and --list")
+        self.info, self.read, self.ids, self.labels = info, read, list(ids), labels
+        self.patients = None if patients is None else list(patients)
+        self.texture_size = texture_size
+        self.positions = range(len(self.ids))  # position of each image in what `read` counts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, indices: Sequence[int]) -> "ImageDataset":
+        """The same data set with the images at `indices` only, in that order."""
+        chosen = [int(i) for i in indices]
+        labels = None if self.labels is None else self.labels[torch.as_tensor(chosen, dtype=torch.long)]
+        patients = None if self.patients is None else [self.patients[i] for i in chosen]
+        new = ImageDataset(self.info, self.read, [self.ids[i] for i in chosen], labels, patients, self.texture_size)
+        new.positions = [self.positions[i] for i in chosen]
+        return new
+
+    def __getitem__(self, index: int) -> dict:
+        bad: list[str] = []
+        for attempt in range(min(len(self), 64)):
+            i = (index + attempt) % len(self)
+            try:
+                pixels = self.read(self.positions[i])
+            except UnreadableImage as error:
+                bad.append(f"{self.ids[i]}: {error}")
+                continue
+            sample = {
+                "image": torch.from_numpy(to_texture(pixels, self.texture_size, self.info.channels)),
+                "size": torch.tensor(pixels.shape[:2], dtype=torch.float32),
+                "index": i,
+                "bad": bad,
+            }
+            if self.labels is not None:
+                sample["label"] = self.labels[i]
+            return sample
+        raise InputError(f"data set {self.info.name}: {len(bad)} files in a row are unreadable, first {bad[0]}")
+
+
+def to_texture(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """Resize to a square and arrange channels.
+
+    Args:
+        pixels: (H, W) or (H, W, 3) uint8.
+        size: side S of the texture.
+        channels: 1 or 3; colour becomes luminance for 1, grey is repeated for 3.
+
+    Returns:
+        (channels, S, S) uint8, contiguous, anti-aliased (box filter) where it shrinks.
+    """
+    image = Image.fromarray(pixels)
+    if channels == 1 and image.mode != "L":
+        image = image.convert("L")
+    if image.size != (size, size):
+        shrinks = image.width >= size and image.height >= size
+        image = image.resize((size, size), Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR)
+    array = np.array(image)
+    if array.ndim == 2:
+        array = array[None]
+        return np.repeat(array, 3, axis=0) if channels == 3 else array
+    return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack samples into a batch; `bad` becomes one list."""
+    bad = [name for sample in samples for name in sample.pop("bad")]
+    batch = torch.utils.data.default_collate(samples)
+    batch["bad"] = bad
+    return batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a script asks of a data set: the options of the data group, and the image size in pixels."""
+
+    name: str | None = None
+    data: str | None = None
+    list: str | None = None
+    val_list: str | None = None
+    test_list: str | None = None
+    cache: str | None = None
+    texture_size: int = 0
+    image_size: int = 224
+    seed: int = 0
+
+    def resolve_texture(self, info: Info) -> int:
+        """The texture's side: asked for, the set's own, or the power of two from 2 × image size on."""
+        if self.texture_size:
+            return self.texture_size
+        if info.native_size:
+            return info.native_size
+        return 1 << (2 * self.image_size - 1).bit_length()
+
+    def folder(self) -> Path:
+        """`--data` as an existing path."""
+        if self.data is None:
+            raise InputError(f"--dataset {self.name} needs --data")
+        path = Path(self.data)
+        if not path.exists():
+            raise InputError(f"--data {self.data}: no such file or folder")
+        return path
+
+
+# name -> module with `open_splits(request, splits) -> dict[str, ImageDataset]`
+FAMILIES = {"chest": "chest", "folder": "folder", "phantom2d": "phantom"}
+
+
+def open_splits(request: Request, splits: Sequence[str], dims: int | None = None) -> dict[str, ImageDataset]:
+    """Open splits of a data set.
+
+    Args:
+        request: which data set, and where it is. Without a name: `phantom2d`, or `folder` with `--data`.
+        splits: names among "train", "val" and "test".
+        dims: what `--d` says, only checked.
+
+    Raises:
+        InputError: for an unknown name, a missing path, an empty or overlapping list, a wrong dimension.
+    """
+    name = request.name or ("folder" if request.data else "phantom2d")
+    if name.lower() in FAMILIES:
+        name = name.lower()
+        family = FAMILIES[name]
+    else:
+        from medssl.datasets import medmnist
+
+        flag = medmnist.flag_of(name)
+        if flag is None:
+            known = ", ".join(sorted(FAMILIES))
+            raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
+        name, family = flag, "medmnist"
+    module = import_module(f"medssl.datasets.{family}")
+    opened = module.open_splits(replace(request, name=name), splits)
+    for data in opened.values():
+        if dims is not None and data.info.dims != dims:
+            raise InputError(f"--d {dims}: data set {name} has {data.info.dims} dimensions")
+    if request.cache:
+        from medssl.datasets import cache
+
+        opened = {split: cache.attach(data, request.cache) for split, data in opened.items()}
+    refuse_overlap(opened)
+    return opened
+
+
+def open_pretraining(args: argparse.Namespace) -> ImageDataset:
+    """The training images that pre-training uses: the first `--ratio` of the list, without labels."""
+    request = Request(
+        name=args.dataset,
+        data=args.data,
+        list=args.list,
+        cache=args.cache,
+        texture_size=args.texture_size,
+        image_size=args.image_size,
+    )
+    data = open_splits(request, ["train"], args.d)["train"]
+    count = round(args.ratio * len(data))
+    if count == 0:
+        raise InputError(f"--ratio {args.ratio:g}: leaves none of {len(data)} images")
+    return data.subset(range(count)) if count < len(data) else data
+
+
+def refuse_overlap(splits: dict[str, ImageDataset]) -> None:
+    """Raise InputError where two splits share an image or a patient."""
+    names = list(splits)
+    for a, first in enumerate(names):
+        for second in names[a + 1 :]:
+            for what in ("ids", "patients"):
+                one, two = getattr(splits[first], what), getattr(splits[second], what)
+                shared = set(one or ()) & set(two or ())
+                if shared:
+                    kind = "images" if what == "ids" else "patients"
+                    raise InputError(
+                        f"{first} and {second} share {len(shared)} {kind}, such as {min(shared)}; "
+                        "splits must be disjoint: make them with preprocess/make_lists.py"
+                    )

@@ -1,0 +1,470 @@
+"""Views: batched, per-sample random augmentation on the training device.
+
+Every random number of a step is drawn on the CPU for the whole batch, whatever the number of processes,
+and each process takes the rows of its own images. So one GPU, four GPUs and four machines see the same
+views, and nothing that the device computes has to be waited for.
+
+Coordinates: an image is the square [−1, 1]², x to the right and y down, whatever its height and width; a
+crop box is (centre x, centre y, half width, half height) in these units, so (0, 0, 1, 1) is all of it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Uniform random numbers for the images of one batch, the same for any number of processes.
+
+    Args:
+        seeds: what the numbers depend on, such as (seed, step).
+        total: images in the whole batch, over all processes.
+        start, count: the rows that belong to this process.
+    """
+
+    seeds: tuple[int, ...]
+    total: int
+    start: int = 0
+    count: int | None = None
+
+    def generator(self, stream: int) -> torch.Generator:
+        """A CPU generator that depends on the seeds and `stream` alone."""
+        state = np.random.SeedSequence([*self.seeds, stream]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+    def uniform(self, stream: int, columns: int) -> Tensor:
+        """(count, columns) numbers in [0, 1), on the CPU."""
+        numbers = torch.rand(self.total, columns, generator=self.generator(stream))
+        count = self.total - self.start if self.count is None else self.count
+        return numbers[self.start : self.start + count]
+
+
+class Columns:
+    """Hands out the columns of a matrix of uniform numbers (N, K) one operation after the other."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.used = numbers, 0
+
+    def take(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """The next `n` columns, (N, n), scaled to [low, high)."""
+        if self.used + n > self.numbers.shape[1]:
+            raise ValueError(f"{self.used + n} random columns wanted, {self.numbers.shape[1]} drawn")
+        self.used += n
+        return low + (high - low) * self.numbers[:, self.used - n : self.used]
+
+
+# Geometry ------------------------------------------------------------------------------------------
+
+
+def random_resized_crop(
+    draws: Columns, size: Tensor, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """Crop boxes distributed as torchvision's RandomResizedCrop, without its rounding to whole pixels.
+
+    Args:
+        draws: 22 columns are taken.
+        size: (N, 2) original height and width in pixels.
+        scale: range of the crop's share of the image's area.
+        ratio: range of its width over its height in original pixels, log-uniform.
+
+    Returns:
+        (N, 4) boxes.
+    """
+    height, width = size[:, :1], size[:, 1:]
+    area = height * width * draws.take(10, *scale)
+    aspect = torch.exp(draws.take(10, math.log(ratio[0]), math.log(ratio[1])))
+    w, h = torch.sqrt(area * aspect), torch.sqrt(area / aspect)  # (N, 10)
+    fits = (w <= width) & (h <= height)
+    first = fits.float().argmax(1, keepdim=True)  # the first try that fits, as in the sequential original
+    w, h = w.gather(1, first), h.gather(1, first)
+    # No try fits: the largest centred crop of an allowed aspect ratio.
+    whole = width / height
+    w_full = torch.minimum(width, height * ratio[1])
+    h_full = torch.minimum(height, width / ratio[0])
+    any_fits = fits.any(1, keepdim=True)
+    w = torch.where(any_fits, w, torch.where(whole < ratio[0], width, w_full)) / width
+    h = torch.where(any_fits, h, torch.where(whole > ratio[1], height, h_full)) / height
+    place = draws.take(2, -1, 1)
+    place = torch.where(any_fits, place, torch.zeros_like(place))
+    return torch.cat([place[:, :1] * (1 - w), place[:, 1:] * (1 - h), w, h], 1)
+
+
+def affine(box: Tensor, angle: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """The map from output to image coordinates of: crop, resize to a square, rotate, flip left to right.
+
+    Args:
+        box: (N, 4) crop boxes.
+        angle: (N,) degrees counter-clockwise, about the output's centre.
+        flip: (N,) bool.
+
+    Returns:
+        (N, 2, 3) matrices for `sample`.
+    """
+    n = len(box)
+    linear = torch.eye(2).repeat(n, 1, 1)
+    if angle is not None:
+        a = torch.deg2rad(angle)
+        c, s = torch.cos(a), torch.sin(a)
+        # The inverse rotation, in coordinates whose y axis points down.
+        linear = torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1)
+    if flip is not None:
+        linear = linear * torch.stack([1 - 2 * flip.float(), torch.ones(n)], 1)[:, None, :]
+    linear = linear * box[:, 2:, None]  # rows: x by half width, y by half height
+    return torch.cat([linear, box[:, :2, None]], 2)
+
+
+def pyramid_levels(theta: Tensor, side: int, out: int) -> Tensor:
+    """The pyramid level from which each view is sampled, (N,) int64.
+
+    Level l is the image shrunk 2^l times. A view that steps over s texture pixels per output pixel uses
+    the level where the step is between 1/√2 and √2 pixels: bilinear sampling there neither skips pixels
+    nor blurs much.
+    """
+    step = theta[:, :, :2].norm(dim=1) * side / out  # length in texture pixels of one output pixel, x and y
+    level = torch.log2(step.prod(1).sqrt()).round()
+    deepest = 0
+    while side % 2 ** (deepest + 1) == 0 and side >> (deepest + 1) >= 4:
+        deepest += 1
+    return level.clamp(0, deepest).long()
+
+
+def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False) -> Tensor:
+    """Cut views out of images, anti-aliased, with one `grid_sample`.
+
+    The pyramid lies in one atlas (level by level, beside each other), so that views of any level come
+    from one call. Where views down-scale, the average over 2×2 pixels has removed what they cannot show.
+
+    Args:
+        images: (B, C, S, S) uint8 textures, or floats in [0, 1].
+        theta: (B, V, 2, 3) maps from output to image coordinates, on the CPU.
+        out: side of the views in pixels.
+        black_outside: what lies outside of the image is 0; otherwise the border is repeated.
+
+    Returns:
+        (V·B, C, out, out) float32 in [0, 1], view-major: the first B are view 1.
+    """
+    b, v = theta.shape[:2]
+    side, device = images.shape[-1], images.device
+    level = pyramid_levels(theta.flatten(0, 1), side, out)
+    low, high = int(level.min()), int(level.max())
+
+    base = images.float().div_(255) if images.dtype == torch.uint8 else images
+    for _ in range(low):
+        base = F.avg_pool2d(base, 2)
+    widest = side >> low
+    if high > low:
+        atlas = base.new_empty(*base.shape[:2], widest, widest + widest // 2)
+        atlas[..., :widest] = base
+        row, current = 0, base
+        for _ in range(low, high):
+            current = F.avg_pool2d(current, 2)
+            s = current.shape[-1]
+            atlas[..., row : row + s, widest : widest + s] = current
+            row += s
+        base = atlas
+
+    # Where each view's level lies in the atlas, and how large it is.
+    relative = (level - low).view(b, v, 1, 1)
+    extent = (widest / 2.0**relative).float()
+    left = torch.where(relative > 0, float(widest), 0.0)
+    top = torch.where(relative > 0, widest * (1 - 0.5 ** (relative - 1.0)), torch.zeros_like(extent))
+    parameters = torch.cat([theta.flatten(2), extent[..., 0], left[..., 0], top[..., 0]], 2)  # (B, V, 9)
+    parameters = parameters.to(device, non_blocking=True)
+
+    axis = (torch.arange(out, device=device) * 2 + 1) / out - 1  # output pixel centres
+    t = parameters[:, :, :6].view(b, v, 2, 3, 1, 1)
+    xy = t[:, :, :, 0] * axis + t[:, :, :, 1] * axis[:, None] + t[:, :, :, 2]  # (B, V, 2, out, out)
+    extent, left, top = (parameters[:, :, 6 + i, None, None] for i in range(3))
+    grid = torch.empty(b, v, out, out, 2, device=device)
+    for i, offset in ((0, left), (1, top)):
+        # Clamping to the level's own outer pixel centres repeats its border, and keeps its neighbours out.
+        pixel = ((xy[:, :, i] + 1) * (extent / 2)).clamp_(min=0.5)
+        pixel = torch.minimum(pixel, extent - 0.5) + offset
+        grid[..., i] = pixel * (2 / base.shape[-1 - i]) - 1
+    views = F.grid_sample(base, grid.view(b, v * out, out, 2), align_corners=False, padding_mode="border")
+    views = views.view(b, -1, v, out, out)
+    if black_outside:
+        inside = (xy.abs() <= 1).all(2)  # (B, V, out, out)
+        views = views * inside[:, None]
+    return views.permute(2, 0, 1, 3, 4).reshape(v * b, -1, out, out)
+
+
+# Colour --------------------------------------------------------------------------------------------
+
+
+def luminance(x: Tensor) -> Tensor:
+    """(N, 3, H, W) → (N, 1, H, W), ITU-R 601 weights; grey images pass."""
+    if x.shape[1] == 1:
+        return x
+    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device, dtype=x.dtype)
+    return (x * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Rotate the hue of (N, 3, H, W) images in [0, 1] by (N,) turns."""
+    top, which = x.max(1)
+    chroma = top - x.amin(1)
+    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    r, g, b = x.unbind(1)
+    sector = torch.stack([((g - b) / safe) % 6, (b - r) / safe + 2, (r - g) / safe + 4], 1)
+    hue = sector.gather(1, which[:, None])[:, 0] + 6 * shift.view(-1, 1, 1)
+    # Each channel is the value less the chroma times a trapezoid of the hue.
+    k = (torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + hue[:, None]) % 6
+    return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(
+    x: Tensor,
+    draws: Columns,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    p: float = 1.0,
+) -> Tensor:
+    """torchvision's ColorJitter with factors and order of its own for every image.
+
+    Args:
+        x: (N, C, H, W) in [0, 1]; saturation and hue leave grey images alone.
+        draws: 9 columns are taken.
+        p: the chance that an image is jittered at all.
+    """
+    n, grey, device = len(x), x.shape[1] == 1, x.device
+    order = draws.take(4).argsort(1)  # (N, 4): operation done in each round; 0 to 3 as in the arguments
+    factors = torch.cat(
+        [
+            draws.take(1, max(0.0, 1 - brightness), 1 + brightness),
+            draws.take(1, max(0.0, 1 - contrast), 1 + contrast),
+            draws.take(1, max(0.0, 1 - saturation), 1 + saturation),
+            draws.take(1, -hue, hue),
+        ],
+        1,
+    )
+    active = draws.take(1)[:, 0] < p
+    factors[~active] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    if grey:
+        # Two of the four operations are the identity: keep the order of the other two.
+        order = order[order < 2].view(n, 2)
+    for operation in order.unbind(1):
+        # Brightness, contrast and saturation blend with black, with the mean, with the image's own grey.
+        factor = factors.gather(1, operation[:, None])[:, 0]
+        factor = torch.where(operation == 3, torch.ones_like(factor), factor)
+        f, op = (t.to(device, non_blocking=True).view(n, 1, 1, 1) for t in (factor, operation))
+        gray = luminance(x)
+        reference = (op == 1) * gray.mean((2, 3), keepdim=True)
+        if not grey:
+            reference = reference + (op == 2) * gray
+        x = torch.addcmul(reference * (1 - f), x, f).clamp_(0, 1)
+        turned = torch.nonzero((operation == 3) & active & (not grey and hue > 0))[:, 0]
+        if len(turned):
+            rows = turned.to(device, non_blocking=True)
+            x = x.index_copy(0, rows, adjust_hue(x[rows], factors[turned, 3].to(device)))
+    return x
+
+
+def random_gray(x: Tensor, draws: Columns, p: float) -> Tensor:
+    """Turn images grey with chance `p`; takes 1 column."""
+    chosen = draws.take(1)[:, 0] < p
+    if x.shape[1] == 1:
+        return x
+    mask = chosen.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(mask, luminance(x), x)
+
+
+def random_blur(x: Tensor, draws: Columns, p: float, sigma: tuple[float, float]) -> Tensor:
+    """Gaussian blur with chance `p` and a standard deviation in pixels of its own for every image.
+
+    Each axis is one product with a banded matrix, whose rows are normalised, so that borders are averages
+    of what is there. Takes 2 columns.
+    """
+    chosen = torch.nonzero(draws.take(1)[:, 0] < p)[:, 0]
+    sigmas = draws.take(1, *sigma)[chosen].view(-1, 1, 1).to(x.device, non_blocking=True)
+    if len(chosen) == 0:
+        return x
+    rows = chosen.to(x.device, non_blocking=True)
+
+    def matrix(n: int) -> Tensor:  # (M, n, n), rows sum to 1
+        i = torch.arange(n, device=x.device, dtype=x.dtype)
+        return torch.softmax(-((i[:, None] - i) ** 2) / (2 * sigmas**2), 2)
+
+    down, across = matrix(x.shape[2])[:, None], matrix(x.shape[3])[:, None].transpose(2, 3)
+    return x.index_copy(0, rows, down @ x[rows] @ across)
+
+
+def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(N, 1 or 3, H, W) in [0, 1] → (N, 3, H, W), zero mean and unit deviation; grey becomes three channels here."""
+    mean, std = (torch.tensor(t, device=x.device, dtype=x.dtype).view(1, 3, 1, 1) for t in (mean, std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalise`, clamped to [0, 1]: for pictures."""
+    mean, std = (torch.tensor(t, device=x.device, dtype=x.dtype).view(1, 3, 1, 1) for t in (mean, std))
+    return (x * std + mean).clamp(0, 1)
+
+
+def cutout(x: Tensor, draws: Columns, holes: int, side: int) -> Tensor:
+    """Zero square holes in normalised images, that is, paint them with the mean colour.
+
+    Args:
+        x: (N, C, H, W).
+        draws: 2 × holes columns are taken.
+        side: of a hole in pixels. Its centre is anywhere; what lies outside the image is cut off.
+    """
+    h, w = x.shape[2:]
+    place = draws.take(2 * holes).view(-1, holes, 2).to(x.device, non_blocking=True)
+    hidden_rows = (torch.arange(h, device=x.device) - (place[..., :1] * h).floor() + side // 2).div(side).floor() == 0
+    hidden_columns = (torch.arange(w, device=x.device) - (place[..., 1:] * w).floor() + side // 2).div(
+        side
+    ).floor() == 0
+    hidden = (hidden_rows[..., None] & hidden_columns[:, :, None]).any(1)  # (N, H, W)
+    return x.masked_fill(hidden[:, None], 0.0)
+
+
+# Views of the methods ------------------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    """Base of all views: what a batch of textures becomes before the method sees it.
+
+    `forward(batch, draws)` takes {"image" (B, C, S, S) uint8, "size" (B, 2) original height and width, on the
+    CPU, …} and returns the method's batch. `mean` and `std` are the normalisation of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return normalise(x, self.mean, self.std)
+
+    def random_crops(
+        self, batch: dict, draws: Columns, count: int, out: int, scale: tuple[float, float], degrees: float
+    ) -> Tensor:
+        """`count` views: random resized crop, rotation up to ±`degrees`, left–right flip. (V·B, C, out, out).
+
+        24 columns per view are taken. Rotation brings in what lies beside the crop; beyond the image is black.
+        """
+        thetas = []
+        for _ in range(count):
+            box = random_resized_crop(draws, batch["size"], scale)
+            angle = draws.take(1, -degrees, degrees)[:, 0]
+            flip = draws.take(1)[:, 0] < 0.5
+            thetas.append(affine(box, angle if degrees else None, flip))
+        return sample(batch["image"], torch.stack(thetas, 1), out, black_outside=degrees > 0)
+
+
+class MultiCropViews(Views):
+    """PCRLv2's 2D views: two large crops and several small ones (arXiv 2301.00772, §4.1).
+
+    Args:
+        size, local_size: sides of large and local views in pixels.
+        locals_: number of local views V.
+        scale, local_scale: area shares of the crops.
+        degrees: largest rotation.
+        jitter: brightness, contrast, saturation, hue of the colour jitter.
+        blur_sigma: range of the blur's standard deviation in pixels.
+        hole: side of each of the three cutout holes in pixels.
+
+    Returns, from `forward`:
+        {"view1", "view2" (B, 3, size, size), "locals" (V·B, 3, local_size, local_size), view-major, "target"
+        (B, 3, size, size): view 1 before its colours were changed}, all normalised.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 224,
+        local_size: int = 96,
+        locals_: int = 6,
+        scale: tuple[float, float] = (0.3, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.3),
+        degrees: float = 10.0,
+        jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        hole: int = 32,
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.local_size, self.locals_ = size, local_size, locals_
+        self.scale, self.local_scale, self.degrees = scale, local_scale, degrees
+        self.jitter, self.blur_sigma, self.hole = jitter, blur_sigma, hole
+
+    def color(self, x: Tensor, draws: Columns) -> Tensor:
+        """Grey with chance .2, blur with chance .5, colour jitter. 12 columns."""
+        x = random_gray(x, draws, 0.2)
+        x = random_blur(x, draws, 0.5, self.blur_sigma)
+        return color_jitter(x, draws, *self.jitter)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        spatial = Columns(draws.uniform(0, 24 * (2 + self.locals_)))
+        large = self.random_crops(batch, spatial, 2, self.size, self.scale, self.degrees)
+        # (B, V·K) → (V·B, K), in the views' order
+        b, v = len(batch["image"]), self.locals_
+        numbers = draws.uniform(1, 18 * 2).view(b, 2, 18).transpose(0, 1).flatten(0, 1)
+        color = Columns(numbers)
+        views = self.normalise(self.color(large, color))
+        view1, view2 = cutout(views, color, 3, self.hole).chunk(2) if self.hole else views.chunk(2)
+        out = {"view1": view1, "view2": view2, "target": self.normalise(large[:b])}
+        if v:
+            small = self.random_crops(batch, spatial, v, self.local_size, self.local_scale, self.degrees)
+            numbers = draws.uniform(2, 12 * v).view(b, v, 12).transpose(0, 1).flatten(0, 1)
+            out["locals"] = self.normalise(self.color(small, Columns(numbers)))
+        return out
+
+
+class ClassificationViews(Views):
+    """One view an image for supervised training; centre views for evaluation.
+
+    Args:
+        size: side of the view in pixels.
+        scale: area share of the random crop, degrees: largest rotation, flip: left–right, chance ½.
+        margin: evaluation takes the centre square of this share of the shorter side (224/256 in the published
+            protocol).
+
+    `forward` adds "view" (B, 3, size, size), normalised, to the batch: random in training mode, centred in
+    evaluation mode. `ten_crops` gives the four corners and the centre, and their mirror images.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 224,
+        scale: tuple[float, float] = (0.08, 1.0),
+        degrees: float = 10.0,
+        margin: float = 224 / 256,
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.scale, self.degrees, self.margin = size, scale, degrees, margin
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
+        if self.training:
+            columns = Columns(draws.uniform(0, 24))
+            view = self.random_crops(batch, columns, 1, self.size, self.scale, self.degrees)
+        else:
+            box = self._box(batch, torch.zeros(2))
+            view = sample(batch["image"], affine(box)[:, None], self.size)
+        return {**batch, "view": self.normalise(view)}
+
+    def ten_crops(self, batch: dict) -> Tensor:
+        """(10·B, 3, size, size) normalised, crop-major."""
+        places = torch.tensor([[-1.0, -1], [1, -1], [-1, 1], [1, 1], [0, 0]])
+        thetas = [
+            affine(self._box(batch, place), flip=torch.full((len(batch["size"]),), flip))
+            for flip in (False, True)
+            for place in places
+        ]
+        return self.normalise(sample(batch["image"], torch.stack(thetas, 1), self.size))
+
+    def _box(self, batch: dict, place: Tensor) -> Tensor:
+        """(B, 4) boxes of the evaluation square at `place`, from −1 (left, top) to 1 in the resized image."""
+        short = batch["size"].amin(1, keepdim=True)
+        half = (short / batch["size"]).flip(1) * self.margin  # (B, 2) half width and height
+        return torch.cat([place * (1 - half), half], 1)

@@ -1,0 +1,1 @@
+"""What every training script shares: options, devices, the loop, checkpoints, monitoring."""

@@ -1,0 +1,65 @@
+"""Files of tensors: written atomically, read without ever executing what they hold."""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from medssl.engine.options import InputError
+from torch import Tensor
+
+FORMAT_VERSION = 1
+
+
+def save_atomic(content: object, path: str | Path) -> None:
+    """Write `content` with torch.save so that `path` always holds a complete file, old or new.
+
+    The data reach the disk before the rename; a kill or a full disk leaves the previous file in place.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
+    """Read a file written by torch.save: tensors, plain values, and argparse.Namespace (published files).
+
+    Raises:
+        InputError: when the file is missing, truncated, no checkpoint, or asks for any other class, which
+            would mean running code from it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
+            raise InputError(f"{path}: refused, the file wants to run code on loading") from None
+        raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
+    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError, IndexError):
+        raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
+
+
+def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint: under `state_dict`, `model` or `encoder`, or the whole content."""
+    for key in ("state_dict", "model", "encoder"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if isinstance(content, dict):
+        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    raise InputError(f"{path}: no state dict in this file")

@@ -1,0 +1,464 @@
+"""The training loop: one flat function, the same for pre-training and fine-tuning."""
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import medssl
+import numpy as np
+import torch
+from medssl.datasets.registry import ImageDataset, collate
+from medssl.datasets.views import Draws, Views, denormalise
+from medssl.engine.checkpoint import FORMAT_VERSION, load_safe, save_atomic
+from medssl.engine.monitor import Monitor, save_pictures
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices, Run, finish, wrap
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+# Options that may differ between a run and its continuation: none of them changes a result.
+FREE_OPTIONS = {
+    "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
+    "data", "compile",
+}  # fmt: skip
+
+
+class Method(nn.Module):
+    """What is trained. Its networks are attributes; everything that must survive a restart is in its state dict.
+
+    Attributes:
+        find_unused: whether a step may leave parameters without gradient (DistributedDataParallel asks).
+        features: (B, C) embeddings of the last forward, before any batch norm, for the collapse alarm.
+    """
+
+    find_unused = False
+    features: Tensor | None = None
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        """Named, already weighted, scalar losses, whose sum is minimised. Changes nothing but batch-norm statistics."""
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Momentum networks, queues and annealed weights change here. `progress` is the share of the run done."""
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """What fine-tuning loads."""
+        raise NotImplementedError
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name → normalised images (N, 3, H, W) that show what is learned from; by default, the views."""
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim == 4}
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """Networks that `--compile` compiles, each called with inputs of few shapes."""
+        return list(self.children())
+
+
+# Order and schedule --------------------------------------------------------------------------------
+
+
+class Order:
+    """The order of images: epochs' permutations, one after the other, cut into batches of equal size.
+
+    Step s takes places s·B to (s+1)·B − 1 of that stream, so every image is seen once an epoch, no batch is
+    short, and any step can be found without those before it. Indices are those of this process.
+
+    Args:
+        count: images N. batch: images per step B, over all processes. share: this process's rows.
+        seed: epoch e is permuted by (seed, e).
+    """
+
+    def __init__(self, count: int, batch: int, share: slice, seed: int, start: int, stop: int) -> None:
+        self.count, self.batch, self.share, self.seed = count, batch, share, seed
+        self.start, self.stop = start, stop
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            self._permutation = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
+        return self._permutation[1]
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            places = range(step * self.batch, (step + 1) * self.batch)
+            yield [int(self._epoch(p // self.count)[p % self.count]) for p in places][self.share]
+
+
+def learning_rate(args: argparse.Namespace, epoch: float) -> float:
+    """The learning rate at a (fractional) epoch, as `--schedule`, `--warmup-epochs` and `--milestones` say."""
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    if args.schedule == "cosine":
+        span = max(args.epochs - args.warmup_epochs, 1e-9)
+        return args.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - args.warmup_epochs) / span)))
+    if args.schedule == "step":
+        return args.lr * args.gamma ** sum(epoch >= m for m in args.milestones)
+    return args.lr
+
+
+def make_optimizer(parameters: list[dict], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """SGD, Adam or AdamW over the parameters."""
+    if args.optimizer == "sgd":
+        # Not fused: torch's fused SGD fails when a parameter gets its first gradient later than others,
+        # as the heads of decoder levels do.
+        return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
+    return kind(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
+    """Seed torch's generators for a step; returns one that is the same in every process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 1]).generate_state(1)[0]))
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, 2]).generate_state(1)[0]))
+
+
+# Inputs and devices --------------------------------------------------------------------------------
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Move images and labels; sizes stay on the CPU, where views are drawn."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "size" else value
+        for key, value in batch.items()
+    }
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
+    """Mixed precision as `--amp` and `--amp-dtype` say."""
+    if not args.amp:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if args.amp_dtype == "bf16" else torch.float16)
+
+
+class BadFiles:
+    """Counts unreadable files, names them in bad_files.txt, and stops a run that has too many.
+
+    Args:
+        limit: largest share of failed reads. count: images in the set; nothing is judged before one epoch or
+            1000 reads.
+    """
+
+    def __init__(self, folder: Path, limit: float, count: int) -> None:
+        self.path, self.limit, self.enough = folder / "bad_files.txt", limit, min(count, 1000)
+        self.reads = self.failed = 0
+        self.known = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+
+    def note(self, bad: list[str], reads: int) -> None:
+        """Add one batch's reads; raises InputError above the limit."""
+        self.reads, self.failed = self.reads + reads + len(bad), self.failed + len(bad)
+        new = sorted(set(bad) - self.known)
+        if new:
+            self.known.update(new)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in new)
+        if self.reads >= self.enough and self.failed > self.limit * self.reads:
+            raise InputError(
+                f"{self.failed} of {self.reads} reads failed, more than --max-bad {self.limit:g} allows; "
+                f"see {self.path}, and preprocess/check_data.py"
+            )
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT while a run is under way; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        with contextlib.suppress(ValueError):  # not in the main thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# Continuing ----------------------------------------------------------------------------------------
+
+
+def open_output(args: argparse.Namespace, method_name: str, devices: Devices) -> tuple[Path, dict | None]:
+    """Make the output folder, find the checkpoint to continue, and write config.json.
+
+    Raises:
+        InputError: when the folder holds another method's run, or one with other options.
+    """
+    folder = Path(args.output)
+    if devices.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    devices.wait()
+    source = folder / "last.pt" if args.resume == "auto" else Path(args.resume)
+    saved = None
+    if args.resume != "never" and (args.resume != "auto" or source.exists()):
+        saved = load_safe(source)
+        if not isinstance(saved, dict) or "config" not in saved or "step" not in saved:
+            raise InputError(f"--resume {source}: not a checkpoint that can be continued")
+        if saved["name"] != method_name:
+            raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
+        now = plain(args)
+        for key, value in now.items():
+            before = saved["config"].get(key)
+            if key not in FREE_OPTIONS and before != value:
+                raise InputError(
+                    f"{source}: was started with {key} {before}, now {value}; use the same value, "
+                    "another --output, or --resume never"
+                )
+    if devices.main:
+        if saved is None:
+            # Files of an earlier run that --resume never replaces; their lines would mix with the new ones.
+            for name in ("metrics.jsonl", "bad_files.txt", "warnings.txt"):
+                (folder / name).unlink(missing_ok=True)
+        config = {"method": method_name, **plain(args), "versions": versions(), "device": describe(devices)}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return folder, saved
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Options as JSON values."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {"medssl": medssl.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def describe(devices: Devices) -> str:
+    """The device in words."""
+    if devices.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(devices.device)} × {max(len(devices.device_ids), devices.world)}"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+# The loop ------------------------------------------------------------------------------------------
+
+
+def fit(
+    method: Method,
+    data: ImageDataset,
+    views: Views,
+    args: argparse.Namespace,
+    devices: Devices,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    parameters: list[dict] | None = None,
+    tensorboard: bool = True,
+) -> dict:
+    """Train `method` on `data`, continuing what is in `--output`.
+
+    Args:
+        method: moved to the device here.
+        views: makes the method's batch from a batch of textures, on the device.
+        args: all options.
+        evaluate: called at the end of each epoch in evaluation mode; returns numbers to log, of which "score"
+            (higher is better) chooses the best state and, with `args.patience`, ends the run. Only the main
+            process calls it.
+        parameters: optimiser groups; all parameters by default.
+
+    Returns:
+        {"step", "epoch", "best": {"score", "epoch", "state"} or None, "seconds"}.
+
+    Raises:
+        InputError: bad options or checkpoint, too many unreadable files, a loss that is not finite.
+        SystemExit: after a signal; the state is saved, and the same command continues.
+    """
+    device, n = devices.device, len(data)
+    name = type(method).__name__
+    share = devices.share(args.b)
+    total = max(1, round(args.epochs * n / args.b))
+    if args.compile and len(devices.device_ids) > 1:
+        raise InputError("--compile and several --gpus in one process exclude each other; use torchrun")
+    folder, saved = open_output(args, name, devices)
+    method.to(device, memory_format=torch.channels_last)
+    views.to(device)
+    parameters = parameters or [{"params": [p for p in method.parameters() if p.requires_grad]}]
+    optimizer = make_optimizer(parameters, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == "fp16")
+    step, best, since_best, over = 0, None, 0, False
+    bad = BadFiles(folder, args.max_bad, n)
+    if saved is not None:
+        try:
+            method.load_state_dict(saved["method"])
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{folder}: its checkpoint does not fit: {str(error).splitlines()[0]}") from None
+        scaler.load_state_dict(saved["scaler"])
+        step, best, since_best, over = (saved[key] for key in ("step", "best", "since_best", "over"))
+        bad.reads, bad.failed = saved["reads"], saved["failed"]
+        if saved["images"] != n:
+            raise InputError(f"{folder}: the data set had {saved['images']} images, now {n}; use another --output")
+    last = min(total, args.steps or total)
+    if over or step >= last:
+        return {"step": step, "epoch": step * args.b / n, "best": best, "seconds": 0.0}
+    if args.compile:
+        for part in method.compiled_parts():
+            part.compile()
+    wrapped = wrap(method, devices, method.find_unused)
+    loader = DataLoader(
+        data,
+        batch_sampler=Order(n, args.b, share, args.seed, step, last),
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if args.workers else None,
+    )
+    monitor = None
+    if devices.main:
+        monitor = Monitor(folder, last, step, args.log_every, name, tensorboard)
+    pending: list[tuple[int, list[int], list[str], Tensor]] = []
+
+    def check_finite(everything: bool) -> None:
+        # On a GPU the last step is looked at after the next one was launched, so that the device never idles.
+        while len(pending) > (0 if everything or device.type == "cpu" else 1):
+            at, indices, names, values = pending.pop(0)
+            if not bool(torch.isfinite(values).all()):
+                report = {
+                    "step": at,
+                    "losses": {k: repr(v) for k, v in zip(names, values.tolist())},
+                    "ids": [data.ids[i] for i in indices],
+                }
+                (folder / f"non_finite_{devices.rank}.json").write_text(json.dumps(report, indent=1))
+                raise InputError(
+                    f"the loss is not finite at step {at} ({report['losses']}); its images are listed in "
+                    f"{folder}/non_finite_{devices.rank}.json; lower --lr or use --clip-grad"
+                )
+
+    def save() -> None:
+        check_finite(everything=True)
+        if not devices.main:
+            return
+        content = {
+            "name": name, "method": method.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "step": step, "best": best, "since_best": since_best, "over": over,
+            "reads": bad.reads, "failed": bad.failed, "images": n, "config": plain(args),
+            "version": FORMAT_VERSION,
+        }  # fmt: skip
+        save_atomic(content, folder / "last.pt")
+
+    started = time.perf_counter()
+    with Stop() as stop, contextlib.closing(monitor) if monitor else contextlib.nullcontext():
+        batches = iter(loader)
+        while step < last and not over:
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            bad.note(batch["bad"], len(batch["index"]))
+            generator = seed_step(args.seed, step, devices.rank)
+            epoch = step * args.b / n
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, epoch) * group.get("lr_scale", 1.0)
+
+            method.train()
+            views.train()
+            draws = Draws((args.seed, step), args.b, share.start, len(batch["index"]))
+            with torch.no_grad():
+                inputs = views(to_device(batch, device), draws)
+            if monitor and step == 0:
+                save_views(method, inputs, views, folder / "samples" / "step_0000000.png")
+            with autocast(args, device):
+                losses = wrapped(inputs, Run(devices.device_ids, generator))
+            loss = sum(losses.values())
+            pending.append((step, batch["index"].tolist(), list(losses), torch.stack([*losses.values()]).detach()))
+            check_finite(everything=False)
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            logs = (step + 1) % args.log_every == 0 or step + 1 == last
+            grad_norm = None
+            if args.clip_grad or logs:
+                scaler.unscale_(optimizer)
+                limit = args.clip_grad or math.inf
+                grad_norm = nn.utils.clip_grad_norm_(method.parameters(), limit)
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            method.after_step(step / total)
+
+            if monitor:
+                monitor.tick(args.b, waited)
+            if logs:
+                means = devices.mean(torch.stack([loss.detach(), *(v.detach() for v in losses.values())])).tolist()
+                values = dict(zip(["loss", *losses], means))
+                values |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
+                if monitor:
+                    monitor.log(step, step * args.b / n, values, method.features)
+            epoch_ends = step * args.b // n > (step - 1) * args.b // n or step == last
+            if evaluate and epoch_ends:
+                scores = {}
+                if devices.main:
+                    method.eval()
+                    views.eval()
+                    scores = evaluate()
+                    monitor.write({"step": step, "epoch": round(step * args.b / n, 4), **scores})
+                    monitor.start_window()
+                scores = devices.broadcast(scores)
+                since_best += 1
+                if best is None or scores["score"] > best["score"]:
+                    state = {k: v.detach().cpu().clone() for k, v in method.state_dict().items()}
+                    best = {"score": scores["score"], "epoch": step * args.b / n, "state": state}
+                    since_best = 0
+                over = bool(args.patience) and since_best >= args.patience
+            stopped = devices.any(stop.signal is not None)
+            if step % args.save_every == 0 or step == last or over or stopped:
+                save()
+                if monitor and (step == last or step % args.save_every == 0) and not over:
+                    save_views(method, inputs, views, folder / "samples" / f"step_{step:07d}.png")
+            if stopped and step < last and not over:
+                if devices.main:
+                    print(f"stopped after step {step}; state saved, the same command continues", flush=True)
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+    return {"step": step, "epoch": step * args.b / n, "best": best, "seconds": time.perf_counter() - started}
+
+
+def save_views(method: Method, inputs: dict[str, Tensor], views: Views, path: Path) -> None:
+    """Write a picture of what the method sees, without changing it (evaluation mode, no gradient)."""
+    was_training = method.training
+    method.eval()
+    with torch.no_grad():
+        rows = method.pictures(inputs)
+    method.train(was_training)
+    save_pictures({name: denormalise(x.float(), views.mean, views.std) for name, x in rows.items()}, path)
+
+
+def export_encoder(method: Method, views: Views, args: argparse.Namespace, info: object, folder: Path) -> None:
+    """Write `encoder.pt`, what fine-tuning and other tools load."""
+    content = {
+        "state_dict": {k: v.detach().cpu().contiguous() for k, v in method.encoder_state().items()},
+        "arch": args.arch,
+        "dims": info.dims,
+        "channels": 3,
+        "method": type(method).__name__,
+        "normalization": {"mean": list(views.mean), "std": list(views.std)},
+        "version": FORMAT_VERSION,
+    }
+    save_atomic(content, folder / "encoder.pt")
+
+
+def pretrain(method: Method, data: ImageDataset, views: Views, args: argparse.Namespace, devices: Devices) -> None:
+    """Train a method without labels, then export its encoder."""
+    data.labels = None  # a pre-training run cannot see them, not even by mistake
+    if devices.main:
+        print(f"{type(method).__name__}: {len(data)} images of {data.info.name} on {describe(devices)}", flush=True)
+    report = fit(method, data, views, args, devices)
+    if devices.main:
+        export_encoder(method, views, args, data.info, Path(args.output))
+        speed = f", {report['seconds']:.0f} s" if report["seconds"] else " (was complete)"
+        print(f"done: {report['step']} steps{speed}; encoder in {args.output}/encoder.pt", flush=True)
+    finish()

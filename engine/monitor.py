@@ -1,0 +1,150 @@
+"""What a run says while it runs: `metrics.jsonl`, TensorBoard, a progress bar, warnings, pictures."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+COLLAPSED = 0.01
+PATIENCE = 3
+
+
+def feature_std(features: Tensor) -> float:
+    """How much embeddings differ between the images of a batch.
+
+    Each row is scaled to unit length; the result is √C × the mean over the C entries of their standard
+    deviation over the batch: 1 for directions spread evenly, 0 when all images share one embedding.
+
+    Args:
+        features: (B, C); the embedding *before* any batch norm, which would hide a collapse.
+    """
+    rows = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    return float(rows.std(0, unbiased=False).mean() * math.sqrt(rows.shape[1]))
+
+
+def trim_metrics(path: Path, steps_done: int) -> None:
+    """Drop the lines of steps that a checkpoint at `steps_done` does not hold; they will be done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
+            if json.loads(line)["step"] <= steps_done:
+                kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+class Monitor:
+    """Writes a run's numbers; one per run, in the main process.
+
+    Args:
+        folder: where `metrics.jsonl` and the TensorBoard events go.
+        total: steps of the whole run.
+        done: steps done before (a continued run).
+        log_every: steps between two lines.
+        tensorboard: write TensorBoard events too.
+    """
+
+    def __init__(
+        self, folder: Path, total: int, done: int, log_every: int, name: str, tensorboard: bool = True
+    ) -> None:
+        self.folder, self.log_every = folder, log_every
+        trim_metrics(folder / "metrics.jsonl", done)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+        self.bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), leave=False)
+        self.flat_logs = 0
+        self.start_window()
+
+    def start_window(self) -> None:
+        """Begin counting speed and waiting time anew."""
+        self.since, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def tick(self, images: int, waited: float) -> None:
+        """Note one step: its images, and the seconds spent waiting for them."""
+        self.images, self.waited = self.images + images, self.waited + waited
+        self.bar.update(1)
+
+    def log(self, step: int, epoch: float, values: dict[str, float], features: Tensor | None = None) -> None:
+        """Write one line. `step` counts steps done; `values` are losses, lr and grad_norm."""
+        line = {"step": step, "epoch": round(epoch, 4), **values}
+        if features is not None:
+            line["feature_std"] = feature_std(features)
+            self.flat_logs = self.flat_logs + 1 if line["feature_std"] < COLLAPSED else 0
+            if self.flat_logs == PATIENCE:
+                self.warn(
+                    f"step {step}: all images have nearly the same features (feature_std "
+                    f"{line['feature_std']:.4f}); the network may have collapsed: lower --lr or look at samples/"
+                )
+        seconds = time.perf_counter() - self.since
+        if self.images:
+            line["images_per_s"] = round(self.images / seconds, 2)
+            line["data_wait"] = round(self.waited / seconds, 4)
+        if torch.cuda.is_available():
+            line["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        self.write(line)
+        shown = {key: f"{line[key]:.4g}" for key in ("loss", "lr", "images_per_s") if key in line}
+        self.bar.set_postfix(shown)
+        if not sys.stderr.isatty() and step % (10 * self.log_every) == 0:
+            print(f"step {step}/{self.bar.total} " + " ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+        self.start_window()
+
+    def write(self, line: dict) -> None:
+        """Append a line to metrics.jsonl and TensorBoard."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.writer is not None:
+            for key, value in line.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self.writer.add_scalar(key, value, line["step"])
+
+    def warn(self, text: str) -> None:
+        """Say something that needs looking at, above the progress bar, and keep it in warnings.txt."""
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+        with open(self.folder / "warnings.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self.bar.close()
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def save_pictures(rows: dict[str, Tensor], path: Path, columns: int = 8, side: int = 128) -> None:
+    """Write a labelled grid: one row per name, one column per image.
+
+    Args:
+        rows: name → (N, 1 or 3, H, W) in [0, 1].
+        side: height and width at which each image is drawn, in pixels.
+    """
+    margin = 92
+    columns = min(columns, max(len(images) for images in rows.values()))
+    sheet = Image.new("RGB", (margin + columns * (side + 2), len(rows) * (side + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (name, images) in enumerate(rows.items()):
+        draw.text((6, r * (side + 2) + side // 2 - 6), name, fill="black")
+        pixels = images[:columns].detach().float().cpu().clamp(0, 1).mul(255).round().byte()
+        for c, image in enumerate(pixels):
+            tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+            tile = tile.resize((side, side), Image.Resampling.BILINEAR)
+            sheet.paste(tile, (margin + c * (side + 2), r * (side + 2)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    sheet.save(temporary, format="PNG")
+    os.replace(temporary, path)

@@ -1,0 +1,231 @@
+"""Command-line options, in groups that scripts add one by one, and the way a script reports bad input.
+
+Groups are functions, not argparse parents: a shared parent leaks one script's defaults into another.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used. Its text is one line: what is wrong, and what to do."""
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run a script's `main`, turning bad input into one line on standard error and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        message = " ".join(str(error).split())
+    except OSError as error:
+        # Paths without permission, full disks, folders in the place of files: the user's to mend.
+        if error.filename is None and error.errno is None:
+            raise
+        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the description's line breaks and show every default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without abbreviations, whose errors are one line and exit code 2."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def flag(group: argparse._ArgumentGroup, name: str, default: bool, help: str) -> None:
+    """Add `--name` and `--no-name`; `type=bool` would read the text "False" as true."""
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer that is at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """Parse an integer that is at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def bounded_float(low: float, high: float) -> Callable[[str], float]:
+    """Make an argparse type for floats in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+fraction = bounded_float(0.0, 1.0)
+non_negative = bounded_float(0.0, float("inf"))
+
+
+def gpu_list(text: str) -> list[int]:
+    """Parse `0,1,2`, a list of GPU numbers."""
+    try:
+        return [int(part) for part in text.split(",") if part != ""]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of GPU numbers such as 0,1") from None
+
+
+def add_data(parser: Parser) -> argparse._ArgumentGroup:
+    """Which images, and how they are read."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", metavar="DIR", help="the data set's folder or file; without it, generated phantom images"
+    )
+    group.add_argument(
+        "--dataset", "--n", "--data_set", metavar="NAME", help="chest, folder, phantom2d or a MedMNIST name"
+    )
+    group.add_argument("--list", metavar="FILE", help="image list: a name, then labels, separated by blanks")
+    group.add_argument(
+        "--d", type=int, choices=(2, 3), help="dimension; only checked against the data set, which knows it"
+    )
+    group.add_argument(
+        "--texture-size",
+        type=non_negative_int,
+        default=0,
+        help="side in pixels to which images are decoded; 0 chooses the set's own size, "
+        "or the power of two from twice the image size on",
+    )
+    group.add_argument(
+        "--workers",
+        "--num-workers",
+        "--num_workers",
+        type=non_negative_int,
+        default=4,
+        help="decoding processes",
+    )
+    group.add_argument("--cache", metavar="DIR", help="decoded images made by preprocess/cache_images.py")
+    group.add_argument(
+        "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the reads fail"
+    )
+    return group
+
+
+def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
+    """How much of the training list pre-training uses."""
+    group = parser.add_argument_group("pre-training")
+    group.add_argument("--ratio", type=fraction, default=1.0, help="use the first R of the training list")
+    return group
+
+
+def add_photometric(group: argparse._ArgumentGroup) -> None:
+    """Colour work of the views, with the strengths that the chest X-ray methods share."""
+    group.add_argument(
+        "--jitter",
+        type=non_negative,
+        nargs=4,
+        default=[0.4, 0.4, 0.4, 0.4],
+        metavar=("B", "C", "S", "H"),
+        help="strength of the jitter of brightness, contrast, saturation and hue",
+    )
+    group.add_argument(
+        "--blur-sigma",
+        type=non_negative,
+        nargs=2,
+        default=[0.1, 2.0],
+        metavar=("LOW", "HIGH"),
+        help="range of the blur's standard deviation, pixels",
+    )
+    group.add_argument(
+        "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
+    )
+
+
+def add_training(parser: Parser) -> argparse._ArgumentGroup:
+    """Optimisation: how long, how fast, how many images a step."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--b",
+        "--batch-size",
+        "--batch_size",
+        type=positive_int,
+        default=64,
+        help="images per step, all devices",
+    )
+    group.add_argument("--epochs", type=positive_int, default=100, help="passes over the training images")
+    group.add_argument("--steps", type=positive_int, help="stop after this many steps (a smoke run)")
+    group.add_argument("--lr", "--learning_rate", type=non_negative, default=1e-2, help="peak learning rate")
+    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimiser")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="SGD momentum")
+    group.add_argument("--weight-decay", "--weight_decay", type=non_negative, default=1e-4, help="weight decay (L2)")
+    group.add_argument(
+        "--schedule", choices=("cosine", "step", "constant"), default="cosine", help="learning rate over time"
+    )
+    group.add_argument(
+        "--milestones", type=non_negative, nargs="+", default=[60, 80], help="epochs at which `step` decays"
+    )
+    group.add_argument("--gamma", type=fraction, default=0.1, help="factor of each `step` decay")
+    group.add_argument(
+        "--warmup-epochs", type=non_negative, default=0, help="epochs of linear rise to the learning rate"
+    )
+    group.add_argument("--clip-grad", type=non_negative, default=0.0, help="largest gradient norm; 0 does not clip")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    return group
+
+
+def add_runtime(parser: Parser) -> argparse._ArgumentGroup:
+    """Devices and precision."""
+    group = parser.add_argument_group("devices")
+    group.add_argument(
+        "--gpus", type=gpu_list, help="GPU numbers such as 0,1,2,3: several in one process use DataParallel"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", choices=("bf16", "fp16"), default="bf16", help="its low-precision type")
+    group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
+    flag(group, "--deterministic", True, "same bits on every run, on GPUs too (a little slower there)")
+    return group
+
+
+def add_output(parser: Parser, default: str) -> argparse._ArgumentGroup:
+    """What a run leaves behind, and how it continues."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", metavar="DIR", default=default, help="where the run's files go")
+    group.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,never,FILE}",
+        help="continue what is in --output, start anew over it, or continue from a checkpoint file",
+    )
+    group.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    group.add_argument("--log-every", type=positive_int, default=10, help="steps between logged lines")
+    return group
+
+
+def add_network(parser: Parser) -> argparse._ArgumentGroup:
+    """The encoder and where its weights start."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--arch", "--model", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
+    group.add_argument(
+        "--init", default="random", metavar="{random,imagenet,FILE}", help="encoder weights to start from"
+    )
+    return group

@@ -1,0 +1,1 @@
+"""Loss functions, for any number of spatial dimensions."""

@@ -1,0 +1,1 @@
+"""Networks: encoders, U-Nets and the heads of the methods."""

@@ -1,0 +1,1 @@
+"""Tools that run once before training: lists, caches, checks."""

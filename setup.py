@@ -1,0 +1,26 @@
+"""The checkout is the package: `pip install -e .` makes every folder importable as `medssl.*`."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+FOLDERS = ["engine", "models", "losses", "datasets", "preprocess"]
+SCRIPTS = ["train_pcrlv2", "finetune_classification", "evaluate_features", "compare"]
+TOOLS = ["cache_images", "check_data", "make_lists"]
+
+setup(
+    name="medssl",
+    version="0.1.0",
+    description="Self-supervised pre-training for medical images, from raw files to an evaluated model",
+    license="MIT",
+    python_requires=">=3.10",
+    package_dir={"medssl": "."},
+    packages=["medssl", *(f"medssl.{folder}" for folder in FOLDERS)],
+    install_requires=(HERE / "requirements.txt").read_text().split(),
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    entry_points={
+        "console_scripts": [f"medssl-{name.replace('_', '-')} = medssl.{name}:cli" for name in SCRIPTS]
+        + [f"medssl-{name.replace('_', '-')} = medssl.preprocess.{name}:cli" for name in TOOLS]
+    },
+)

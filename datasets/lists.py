@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from medssl.datasets.reading import EXTENSIONS
 from medssl.engine.options import InputError
+from torch import Tensor
 
 # Splits made on the fly do not follow `--seed`: pre-training and every fine-tuning trial must hold out the same
 # patients, or the one trains on what the other tests on.
@@ -72,14 +71,16 @@ def _numbered_lines(path: str | Path) -> Iterable[tuple[int, str]]:
         raise InputError(f"{path}: not a text file, so not an image list") from None
 
 
+# A name ends at the first image extension, so it may hold blanks; without one it ends at the first blank.
+_NAME = re.compile(rf".*?(?:{'|'.join(map(re.escape, EXTENSIONS))})(?=\s|$)", re.IGNORECASE)
+
+
 def _split_line(text: str) -> tuple[str, list[str]]:
-    """A line's name and the fields after it. The name ends at an image extension, so it may hold blanks."""
+    """A line's name and the fields after it."""
+    named = _NAME.match(text)
+    if named:
+        return named[0], text[named.end() :].split()
     fields = text.split()
-    if len(fields) > 1 and not fields[0].lower().endswith(EXTENSIONS):
-        for end, field in enumerate(fields):
-            if field.lower().endswith(EXTENSIONS):
-                name = text[: re.match(r"\S+(?:\s+\S+){%d}" % end, text).end()]  # blanks in it as they are
-                return name, fields[end + 1 :]
     return fields[0], fields[1:]
 
 

@@ -46,16 +46,16 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     for split in splits:
         if split not in SPLITS:
             raise InputError(f"phantom2d has the splits {', '.join(SPLITS)}, not {split}")
-        images, labels, _ = _generated(split, size)
+        images, labels = _generated(split, size)
         ids = [f"{split}/{i:05d}" for i in range(len(images))]
         opened[split] = ImageDataset(info, images.__getitem__, ids, torch.from_numpy(labels), texture_size=size)
     return opened
 
 
 @cache
-def _generated(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The split's images, labels and masks, made once in a process."""
-    return radiographs(SPLITS[split], size, SPLIT_SEEDS[split])
+def _generated(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a split, made once in a process."""
+    return radiographs(SPLITS[split], size, SPLIT_SEEDS[split])[:2]
 
 
 def radiographs(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -223,9 +223,8 @@ def _expose(draw: _Draws, haze: Tensor, grain: Tensor, present: Tensor) -> tuple
     hx, hy = x - heart_x, y - heart_y - tilt * (x - heart_x)
     heart = _step(1 - (hx / heart_rx) ** 2 - (hy / heart_ry) ** 2, 0.5)
     film = film + body * heart * draw(0.28, 0.42)
-    film = film - _blob(x, y, draw(0.3, 0.45), lungs.bottom + draw(0.12, 0.25), 0.16, 0.09) * draw(-0.2, 0.3).clamp(
-        min=0
-    )  # gas in the stomach, in most
+    gas = _blob(x, y, draw(0.3, 0.45), lungs.bottom + draw(0.12, 0.25), 0.16, 0.09)  # in the stomach
+    film = film - gas * draw(-0.2, 0.3).clamp(min=0)
 
     # Ribs: the front and back halves of one cage, each a family of equally spaced curves.
     cage = _step(lateral + 0.03 - out, 0.05) * _step(y - lungs.top + 0.02, 0.06) * _step(0.7 - y, 0.4) * body

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
-
 from medssl.datasets.registry import UnreadableImage
 from medssl.engine.options import InputError
+from PIL import Image, ImageOps
 
 DICOM_EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
 EXTENSIONS = (
@@ -82,7 +81,9 @@ def describe(path: str | Path) -> tuple[str, str]:
                     return image.format or "?", image.mode
             import pydicom
 
-            header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             return "DICOM", f"{header.get('PhotometricInterpretation', '?')} {header.get('BitsStored', '?')}-bit"
     except Exception:  # what is wrong is read_image's to say
         return "?", "?"
@@ -162,7 +163,12 @@ def _read_picture(file: BinaryIO) -> np.ndarray:
         return np.asarray(image.convert("L"))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         return _without_alpha(image)
-    return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if image.mode == "L":
+        return np.asarray(image)
+    colour = np.asarray(image.convert("RGB"))
+    # GIF has palettes only; one without colours is a grey image, such as a mask.
+    is_grey = image.mode == "P" and (colour == colour[..., :1]).all()
+    return np.ascontiguousarray(colour[..., 0]) if is_grey else colour
 
 
 def _refuse_stack(image: Image.Image) -> None:
@@ -299,7 +305,7 @@ def _dicom_pixels(data) -> np.ndarray:
         syntax = data.file_meta.TransferSyntaxUID.name
         lines = str(error).splitlines()
         reasons = "; ".join(" ".join(line.split()) for line in lines[1:]) or lines[0]
-        raise UnreadableImage(f"no decoder for {syntax}: {reasons}") from error
+        raise UnreadableImage(f"cannot decode {syntax}: {reasons}") from error
 
 
 def _dicom_padding(data, stored: np.ndarray) -> np.ndarray | None:

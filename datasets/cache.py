@@ -1,0 +1,288 @@
+"""Decoded and resized images in one memory-mapped file, so that training decodes nothing.
+
+A cache is a folder with
+
+* `images.u8`: (N, C, S, S) uint8, textures as `ImageDataset` gives them, zeros for a bad file;
+* `index.json`: set, S, C, ids, original sizes, the bad files with their reasons, and whether it is finished;
+* `progress.jsonl`: while it is being made, one line for every finished block.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from medssl.datasets.lists import write_text
+from medssl.datasets.registry import ImageDataset, UnreadableImage, to_texture
+from medssl.engine.options import InputError
+from tqdm import tqdm
+
+VERSION = 1
+BLOCK_BYTES = 2**24  # decoded between two notes of progress: what a killed build loses, per process
+
+
+def union(parts: Sequence[ImageDataset]) -> ImageDataset:
+    """All images of several splits of a set, unlabelled, as one data set.
+
+    Raises:
+        InputError: when two splits share an id.
+    """
+    ids = [name for part in parts for name in part.ids]
+    if len(set(ids)) < len(ids):
+        raise InputError(f"data set {parts[0].info.name}: two splits share images, so a cache cannot name them")
+    return ImageDataset(parts[0].info, _Concatenated(parts), ids, texture_size=parts[0].texture_size)
+
+
+class _Concatenated:
+    """The source of `union`."""
+
+    def __init__(self, parts: Sequence[ImageDataset]) -> None:
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __call__(self, index: int) -> np.ndarray:
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        part = self.parts[number]
+        return part.read(part.positions[index - int(self.ends[number]) + len(part)])
+
+
+class _Blocks(torch.utils.data.Dataset):
+    """Item b decodes block b of a data set and writes it into the file, in the process that asks for it.
+
+    So no pixels pass between processes; a DataLoader of these is a pool of writers of separate places.
+    """
+
+    def __init__(self, data: ImageDataset, file: Path, block: int) -> None:
+        self.data, self.file, self.block = data, file, block
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.block)
+
+    def __getitem__(self, number: int) -> dict:
+        """Write one block; returns its number, original sizes, and the bad files' rows and reasons."""
+        data, first = self.data, number * self.block
+        rows = _block_rows(data, self.block, number)
+        channels, side = data.info.channels, data.texture_size
+        textures = np.zeros((len(rows), channels, side, side), np.uint8)
+        sizes, bad = [], {}
+        for texture, row in zip(textures, rows):
+            try:
+                pixels = data.read(data.positions[row])
+            except UnreadableImage as error:
+                sizes.append([0, 0])
+                bad[str(row)] = str(error)
+                continue
+            texture[:] = to_texture(pixels, side, channels)
+            sizes.append(list(pixels.shape[:2]))
+        with open(self.file, "r+b") as file:
+            file.seek(first * channels * side * side)
+            file.write(textures.tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # the note of progress, written next, must not be older than the pixels
+        return {"block": number, "sizes": sizes, "bad": bad}
+
+
+def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
+    """Make a cache of all images of a 2D data set, or finish one that was interrupted.
+
+    Args:
+        data: what to decode. The result depends on it alone, not on `workers` or on interruptions.
+        folder: where the cache goes.
+        workers: decoding processes; 0 decodes in this one.
+
+    Returns:
+        the index, as `index.json` has it.
+
+    Raises:
+        InputError: when the folder holds a cache of something else, the set is not 2D, or the disk is full.
+    """
+    if data.info.dims != 2:
+        raise InputError(
+            f"data set {data.info.name}: only 2D images are cached, these have {data.info.dims} dimensions"
+        )
+    folder = Path(folder)
+    shape = (len(data), data.info.channels, data.texture_size, data.texture_size)
+    block = max(1, BLOCK_BYTES // int(np.prod(shape[1:])))
+    index = {
+        **{"version": VERSION, "finished": False, "set": data.info.name, "size": shape[2], "channels": shape[1]},
+        **{"block": block, "ids": data.ids},
+    }
+    present = _read_index(folder)
+    if present is not None:
+        for key in ("version", "set", "size", "channels", "ids"):
+            if present.get(key) != index[key]:
+                raise InputError(f"{folder}: holds a cache of other images ({key} differs); choose another --output")
+        if present["finished"]:
+            return present
+        index["block"] = block = present["block"]
+    else:
+        _start(folder, shape, index)
+    blocks = _Blocks(data, folder / "images.u8", block)
+    done = _read_progress(folder / "progress.jsonl")
+    missing = [number for number in range(len(blocks)) if number not in done]
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(blocks, missing),
+        batch_size=None,
+        num_workers=min(workers, len(missing)),
+        collate_fn=_as_is,
+    )
+    with (
+        open(folder / "progress.jsonl", "a", encoding="utf-8") as progress,
+        tqdm(total=len(data), initial=len(data) - sum(len(_block_rows(data, block, b)) for b in missing)) as bar,
+    ):
+        bar.set_description(f"cache {data.info.name}")
+        for note in loader:
+            done[note["block"]] = note
+            progress.write(json.dumps(note) + "\n")
+            progress.flush()
+            bar.update(len(note["sizes"]))
+    index["sizes"] = [size for number in range(len(blocks)) for size in done[number]["sizes"]]
+    index["bad"] = {row: why for number in range(len(blocks)) for row, why in done[number]["bad"].items()}
+    index["finished"] = True
+    write_text(folder / "index.json", json.dumps(index))
+    (folder / "progress.jsonl").unlink()
+    return index
+
+
+def _block_rows(data: ImageDataset, block: int, number: int) -> range:
+    return range(number * block, min((number + 1) * block, len(data)))
+
+
+def _as_is(note: dict) -> dict:
+    return note  # the default would make tensors of the numbers
+
+
+def _start(folder: Path, shape: tuple[int, ...], index: dict) -> None:
+    """Lay out an empty cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    (folder / "progress.jsonl").unlink(missing_ok=True)
+    with open(folder / "images.u8", "wb") as file:
+        file.truncate(needed)
+    write_text(folder / "index.json", json.dumps(index))  # last: a folder with an index has the rest
+
+
+def _read_index(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise InputError(f"{folder / 'index.json'}: not the index of a cache; choose another folder") from None
+
+
+def _read_progress(path: Path) -> dict[int, dict]:
+    """Finished blocks by number. A last line that a kill has cut is dropped from the file too."""
+    notes = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                note = json.loads(line)
+            except ValueError:
+                continue
+            notes[note["block"]] = note
+        write_text(path, "".join(json.dumps(note) + "\n" for note in notes.values()))
+    return notes
+
+
+class _Rows:
+    """Rows of a finished cache; the file is mapped by each process when it first reads."""
+
+    def __init__(self, folder: Path, index: dict) -> None:
+        self.file = folder / "images.u8"
+        self.shape = (len(index["ids"]), index["channels"], index["size"], index["size"])
+        self.sizes = torch.tensor(index["sizes"], dtype=torch.float32)  # (N, 2) height and width
+        self.bad = {int(row): reason for row, reason in index["bad"].items()}
+        self._images: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_images": None}  # pickling a mapped array would copy all of it
+
+    def texture(self, row: int) -> np.ndarray:
+        """(C, S, S) uint8, a copy of its own.
+
+        Raises:
+            UnreadableImage: where the file could not be decoded when the cache was made.
+        """
+        if row in self.bad:
+            raise UnreadableImage(self.bad[row])
+        if self._images is None:
+            self._images = np.memmap(self.file, np.uint8, "r", shape=self.shape)
+        return np.array(self._images[row])
+
+    def __call__(self, row: int) -> np.ndarray:
+        """The texture as a source gives images: (S, S) or (S, S, 3)."""
+        texture = self.texture(row)
+        return texture[0] if len(texture) == 1 else np.ascontiguousarray(texture.transpose(1, 2, 0))
+
+
+class CachedDataset(ImageDataset):
+    """An `ImageDataset` whose textures come from a cache; `positions` are the cache's rows."""
+
+    def __init__(self, data: ImageDataset, rows: _Rows, positions: Sequence[int]) -> None:
+        super().__init__(data.info, rows, data.ids, data.labels, data.patients, data.texture_size)
+        self.positions = positions
+
+    def subset(self, indices: Sequence[int]) -> "CachedDataset":
+        plain = super().subset(indices)
+        return CachedDataset(plain, self.read, plain.positions)
+
+    def __getitem__(self, index: int) -> dict:
+        bad: list[str] = []
+        for attempt in range(min(len(self), 64)):
+            i = (index + attempt) % len(self)
+            row = self.positions[i]
+            try:
+                texture = self.read.texture(row)
+            except UnreadableImage as error:
+                bad.append(f"{self.ids[i]}: {error}")
+                continue
+            sample = {"image": torch.from_numpy(texture), "size": self.read.sizes[row].clone(), "index": i, "bad": bad}
+            if self.labels is not None:
+                sample["label"] = self.labels[i]
+            return sample
+        raise InputError(f"data set {self.info.name}: {len(bad)} files in a row are unreadable, first {bad[0]}")
+
+
+def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
+    """The same images, labels and patients, read from a cache.
+
+    Raises:
+        InputError: when the cache is missing, unfinished, of other images, or of another texture size or
+            number of channels; the text has the command that makes the right one.
+    """
+    folder = Path(folder)
+    index = _read_index(folder)
+    info = data.info
+    command = (
+        f"run: python preprocess/cache_images.py --dataset {info.name} --data DIR "
+        f"--texture-size {data.texture_size} --output {folder}"
+    )
+    if index is None:
+        raise InputError(f"--cache {folder}: no cache there; {command}")
+    if index.get("version") != VERSION:
+        raise InputError(f"--cache {folder}: made by another version; remove it and {command}")
+    if not index["finished"]:
+        raise InputError(f"--cache {folder}: the cache is not finished; {command}")
+    for key, wanted in (("set", info.name), ("size", data.texture_size), ("channels", info.channels)):
+        if index[key] != wanted:
+            what = {"set": "data set", "size": "texture size"}.get(key, key)
+            raise InputError(f"--cache {folder}: its {what} is {index[key]}, not {wanted}; {command}-{wanted}")
+    size = int(np.prod([len(index["ids"]), index["channels"], index["size"], index["size"]], dtype=np.int64))
+    if not (folder / "images.u8").is_file() or (folder / "images.u8").stat().st_size != size:
+        raise InputError(
+            f"--cache {folder}: images.u8 is not of the size of its index; remove the folder and {command}"
+        )
+    row_of = {name: row for row, name in enumerate(index["ids"])}
+    missing = [name for name in data.ids if name not in row_of]
+    if missing:
+        raise InputError(
+            f"--cache {folder}: {len(missing)} of {len(data)} images are not in it, such as {missing[0]}; "
+            f"{command}-new without --list"
+        )
+    return CachedDataset(data, _Rows(folder, index), [row_of[name] for name in data.ids])

@@ -1,0 +1,221 @@
+"""NIH ChestX-ray14: 112 120 frontal radiographs of 30 805 patients, 14 findings (Wang et al., CVPR 2017).
+
+Read as it unpacks: `images/*.png` or `images_0*/images/*.png`, `Data_Entry_2017*.csv[.gz]`, `train_val_list.txt`,
+`test_list.txt`. A copy with resized images works the same.
+"""
+
+import csv
+import gzip
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from medssl.datasets.lists import (
+    HELD_OUT,
+    SPLIT_SEED,
+    known_or_nan,
+    line_of,
+    patient_of,
+    read_list,
+    split_by_patient,
+)
+from medssl.datasets.reading import EXTENSIONS, Files
+from medssl.datasets.registry import ImageDataset, Info, Request
+from medssl.engine.options import InputError
+from torch import Tensor
+
+FINDINGS = (
+    *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
+    *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"),
+)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The rows of `Data_Entry_2017*.csv`: the finding numbers and the patient of every image name."""
+
+    findings: dict[str, tuple[int, ...]]
+    patients: dict[str, str]
+
+    def labels(self, names: Sequence[str]) -> Tensor:
+        """(N, 14) float32 of 0 and 1; NaN for images that the table does not hold."""
+        labels = torch.zeros(len(names), len(FINDINGS))
+        for row, name in enumerate(names):
+            if name in self.findings:
+                labels[row, list(self.findings[name])] = 1
+            else:
+                labels[row] = torch.nan
+        return labels
+
+
+def read_entries(folder: Path) -> Entries | None:
+    """Read the metadata table of a copy of the set; None where there is none.
+
+    Raises:
+        InputError: naming file and line, for missing columns and unknown findings.
+    """
+    tables = sorted(folder.glob("Data_Entry_2017*.csv")) + sorted(folder.glob("Data_Entry_2017*.csv.gz"))
+    if not tables:
+        return None
+    findings: dict[str, tuple[int, ...]] = {}
+    patients: dict[str, str] = {}
+    numbers = {name: number for number, name in enumerate(FINDINGS)}
+    opener = gzip.open if tables[0].suffix == ".gz" else open
+    with opener(tables[0], "rt", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for column in ("Image Index", "Finding Labels", "Patient ID"):
+            if column not in (reader.fieldnames or ()):
+                raise InputError(f"{tables[0]}, line 1: no column {column!r}; is this the NIH table?")
+        for row in reader:
+            name, named = row["Image Index"], row["Finding Labels"]
+            try:
+                found = () if named == "No Finding" else tuple(numbers[one] for one in named.split("|"))
+            except (KeyError, AttributeError):
+                raise InputError(f"{tables[0]}, line {reader.line_num}: unknown finding in {named!r}") from None
+            findings[name] = found
+            patients[name] = patient_of(name) or row["Patient ID"]
+    return Entries(findings, patients)
+
+
+def patients_of(names: Sequence[str], entries: Entries | None) -> list[str]:
+    """The patient of every image: from the table, or what its name has before the first `_`."""
+    known = {} if entries is None else entries.patients
+    return [known.get(name) or patient_of(name) or name.split("_")[0] for name in names]
+
+
+def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
+    """Open splits of ChestX-ray14, multi-label over `FINDINGS`.
+
+    Which images:
+        * `request.list`, `val_list`, `test_list` where given. Without `val_list`, validation is a fixed tenth
+          of the patients in `list`, which then do not train; without `test_list`, the test set is the
+          official one.
+        * else the official lists. A fixed tenth of the training patients is for validation and never trains,
+          also when only "train" is asked, so that pre-training does not see it.
+        * else, where only "train" is asked, every image of the folder.
+
+    Labels are the lists', or the table's for lists of names alone; without both, the set is unlabelled.
+
+    Raises:
+        InputError: for a folder without images, a list or line that cannot be used, a listed file that is
+            missing, or a split for which there is no list.
+    """
+    folder = request.folder()
+    paths = _index(folder)
+    entries = read_entries(folder)
+    if request.list or request.val_list or request.test_list:
+        chosen = _given(request, splits, folder, entries)
+    else:
+        chosen = _official(folder, paths, splits, entries)
+    opened = {}
+    for split, (origin, names, labels) in chosen.items():
+        for name in names:
+            if name not in paths:
+                raise InputError(f"{origin}, line {line_of(origin, name)}: {name} is not in {folder}")
+        if labels is None and entries is not None:
+            labels = entries.labels(names)
+        if labels is None:
+            info = Info("chest")
+        else:
+            info = Info("chest", task="multi-label", classes=FINDINGS)
+        files = Files([paths[name] for name in names])
+        patients = patients_of(names, entries)
+        opened[split] = ImageDataset(info, files, names, labels, patients, request.resolve_texture(info))
+    return opened
+
+
+# what a split is made from: the list's file, names, and labels where the list has them
+Chosen = tuple[Path, list[str], Tensor | None]
+
+
+def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entries | None) -> dict[str, Chosen]:
+    """The splits of the user's lists."""
+    given = {"train": request.list, "val": request.val_list, "test": request.test_list}
+    official = folder / "test_list.txt"
+    hidden = set(read_list(official)[0]) if official.is_file() else set()
+    chosen: dict[str, Chosen] = {}
+    for split, path in given.items():
+        if path is None:
+            continue
+        listed, labels = read_list(path)
+        if labels is not None:
+            labels = known_or_nan(path, listed, labels, len(FINDINGS))
+        # Some published lists write `images/00000001_000.png`; the name alone identifies the image.
+        names = [name.rsplit("/", 1)[-1] for name in listed]
+        chosen[split] = Path(path), names, labels
+        leaked = len(hidden.intersection(names))
+        if split != "test" and leaked:
+            use = "trains" if split == "train" else "chooses models"
+            print(
+                f"warning: {path}: {leaked} of its {len(names)} images are in the official test set "
+                f"({official}); a result there means nothing for a model that {use} on them",
+                file=sys.stderr,
+            )
+    if "val" in splits and "val" not in chosen and "train" in chosen:
+        path, names, labels = chosen["train"]
+        for split, rows in zip(("train", "val"), split_by_patient(patients_of(names, entries), HELD_OUT, SPLIT_SEED)):
+            chosen[split] = path, [names[i] for i in rows], None if labels is None else labels[rows]
+    if "test" in splits and "test" not in chosen and hidden:
+        chosen["test"] = official, read_list(official)[0], None
+    return _only(chosen, splits)
+
+
+def _official(folder: Path, paths: dict[str, str], splits: Sequence[str], entries: Entries | None) -> dict[str, Chosen]:
+    """The splits of the official lists, or all images for training alone."""
+    files = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
+    if not any(file.is_file() for file in files.values()) and list(splits) == ["train"]:
+        return {"train": (folder, sorted(paths), None)}
+    chosen: dict[str, Chosen] = {}
+    for split, file in files.items():
+        if not file.is_file():
+            continue
+        listed = read_list(file)[0]
+        # Many keep only some of the twelve archives: what is there can be used, but is not the official set.
+        names = [name for name in listed if name in paths]
+        if not names:
+            raise InputError(f"{file}: none of its images is in {folder}")
+        if len(names) < len(listed):
+            print(
+                f"warning: {file}: {len(listed) - len(names)} of its {len(listed)} images are not in {folder}; "
+                "results are not those of the official split",
+                file=sys.stderr,
+            )
+        if split == "train":
+            train, val = split_by_patient(patients_of(listed, entries), HELD_OUT, SPLIT_SEED)
+            # Split before missing images are left out: a partial copy holds out the same patients.
+            chosen["train"] = file, [listed[i] for i in train if listed[i] in paths], None
+            chosen["val"] = file, [listed[i] for i in val if listed[i] in paths], None
+        else:
+            chosen["test"] = file, names, None
+    return _only(chosen, splits)
+
+
+def _only(chosen: dict[str, Chosen], splits: Sequence[str]) -> dict[str, Chosen]:
+    for split in splits:
+        if split not in chosen:
+            option = "--list" if split == "train" else f"--{split}-list"
+            raise InputError(
+                f"data set chest: nothing says which images are for {split}; give {option}, "
+                "or put the official train_val_list.txt and test_list.txt into --data"
+            )
+    return {split: chosen[split] for split in splits}
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Paths by file name. One scan of the folders: asking for 112 120 files one by one takes long."""
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: not a folder")
+    places = [folder / "images", *sorted(folder.glob("images_*/images")), folder]
+    paths: dict[str, str] = {}
+    for place in places:
+        if place.is_dir():
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                        paths.setdefault(entry.name, entry.path)
+    if not paths:
+        raise InputError(f"--data {folder}: no images in images/ or images_0*/images/")
+    return paths

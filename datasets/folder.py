@@ -1,0 +1,221 @@
+"""Any folder of 2D images: the way to pre-train and fine-tune on one's own data."""
+
+import os
+import posixpath
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from medssl.datasets.lists import SPLIT_SEED, known_or_nan, line_of, patient_of, read_list, split_by_patient
+from medssl.datasets.reading import Files, find_images, read_image
+from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
+from medssl.engine.options import InputError
+from torch import Tensor
+
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"
+
+
+def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
+    """Open splits of a folder; ids are paths relative to it, with forward slashes.
+
+    Which images and labels:
+        * lists where given, with names relative to the folder: one column of 0 and 1 is a binary task, of
+          0…K−1 a multi-class one, several columns are a multi-label one (0, 1, or −1: not known). `--list`
+          alone is split 70/10/20 when "val" or "test" is asked, and used whole when not.
+        * else the folders `train`, `val` (or `valid`) and `test`, with class folders in them if labelled;
+        * else class folders, split 70/10/20 when "val" or "test" is asked;
+        * else all images, unlabelled, for "train" alone.
+
+    Raises:
+        InputError: for a folder without images, a list that cannot be used, or a split that is not there.
+    """
+    root = _root(request)
+    found = {path.relative_to(root).as_posix(): path for path in find_images(root)}
+    if not found:
+        raise InputError(f"--data {root}: no images in this folder or below it")
+    if request.list or request.val_list or request.test_list:
+        chosen, info = _from_lists(request, splits, root, found)
+    else:
+        chosen, info = _from_folders(root, list(found), splits)
+    # Of the whole folder, not of what is asked: pre-training, fine-tuning and a cache must agree.
+    channels = _channels(list(found.values()))
+    info = Info("folder", channels=channels, task=info.task, classes=info.classes)
+    return {split: _dataset(info, request, root, found, names, labels) for split, (names, labels) in chosen.items()}
+
+
+def open_all(request: Request) -> ImageDataset:
+    """Every image of the folder, unlabelled, whatever its splits: what a cache holds."""
+    root = _root(request)
+    found = {path.relative_to(root).as_posix(): path for path in find_images(root)}
+    if not found:
+        raise InputError(f"--data {root}: no images in this folder or below it")
+    info = Info("folder", channels=_channels(list(found.values())))
+    return _dataset(info, request, root, found, list(found), None)
+
+
+# names, and labels where there are
+Chosen = tuple[list[str], Tensor | None]
+
+
+def _root(request: Request) -> Path:
+    root = request.folder()
+    if not root.is_dir():
+        raise InputError(f"--data {root}: not a folder")
+    return root
+
+
+def _dataset(
+    info: Info, request: Request, root: Path, found: dict[str, Path], names: list[str], labels: Tensor | None
+) -> ImageDataset:
+    paths = [os.fspath(found.get(name, root / name)) for name in names]
+    patients = [patient_of(name) for name in names]
+    known = None if None in patients else patients
+    return ImageDataset(info, Files(paths), names, labels, known, request.resolve_texture(info))
+
+
+def _from_lists(
+    request: Request, splits: Sequence[str], root: Path, found: dict[str, Path]
+) -> tuple[dict[str, Chosen], Info]:
+    files = {"train": request.list, "val": request.val_list, "test": request.test_list}
+    files = {split: path for split, path in files.items() if path}
+    chosen: dict[str, Chosen] = {}
+    columns = None
+    for split, path in files.items():
+        listed, labels = read_list(path)
+        names = [posixpath.normpath(name.replace("\\", "/")) for name in listed]
+        for name, written in zip(names, listed):
+            if name not in found and not (root / name).is_file():
+                raise InputError(f"{path}, line {line_of(path, written)}: {written} is not in {root}")
+        width = 0 if labels is None else labels.shape[1]
+        if columns is not None and width != columns:
+            raise InputError(f"{path}: {width} labels a line, the other lists have {columns}")
+        columns = width
+        if width > 1:
+            labels = known_or_nan(path, listed, labels)
+        elif width == 1:
+            if (labels < 0).any():
+                name = listed[int((labels[:, 0] < 0).nonzero()[0])]
+                raise InputError(f"{path}, line {line_of(path, name)}: class -1; classes count from 0")
+            labels = labels[:, 0].long()
+        chosen[split] = names, labels
+    info = _task_of(chosen)
+    if list(files) == ["train"] and set(splits) != {"train"}:
+        chosen = _split_all(*chosen["train"], f"{request.list} is one list")
+    return _only(chosen, splits), info
+
+
+def _task_of(chosen: dict[str, Chosen]) -> Info:
+    """The task that the lists' labels are for."""
+    labels = [labels for _, labels in chosen.values()]
+    if labels[0] is None:
+        return Info("folder")
+    if labels[0].ndim == 2:
+        return Info("folder", task="multi-label", classes=tuple(map(str, range(labels[0].shape[1]))))
+    count = 1 + max(int(one.max()) for one in labels)
+    if count < 2:
+        raise InputError("data set folder: all labels of the list are 0; two classes are needed")
+    return Info("folder", task="binary" if count == 2 else "multi-class", classes=tuple(map(str, range(count))))
+
+
+def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[dict[str, Chosen], Info]:
+    tops = sorted({name.split("/")[0] for name in names if "/" in name})
+    folders = {
+        split: next((top for top in tops if top.lower() in known), None) for split, known in SPLIT_FOLDERS.items()
+    }
+    if folders["train"] and (folders["val"] or folders["test"]):
+        # Also when only "train" is asked: pre-training must not see the other folders.
+        parts = {split: [name for name in names if name.startswith(f"{top}/")] for split, top in folders.items() if top}
+        classes = _classes(parts["train"], depth=1)
+        chosen = {split: (part, _class_labels(part, classes, depth=1)) for split, part in parts.items()}
+        if "val" in splits and "val" not in chosen:
+            rest, held = split_by_patient(_grouping(parts["train"]), 0.1, SPLIT_SEED)
+            train = chosen["train"]
+            chosen["train"], chosen["val"] = _take(train, rest), _take(train, held)
+            print("note: there is no folder val; a tenth of train validates", file=sys.stderr)
+        return _only(chosen, splits), _class_info(classes)
+    if set(splits) == {"train"}:
+        return {"train": (names, None)}, Info("folder")
+    classes = _classes(names, depth=0)
+    if not classes:
+        raise InputError(f"--data {root}: only unlabelled training images; for {' and '.join(splits)}, {SPLITS_HELP}")
+    chosen = _split_all(names, _class_labels(names, classes, depth=0), f"{root} has class folders only")
+    return _only(chosen, splits), _class_info(classes)
+
+
+def _classes(names: Sequence[str], depth: int) -> tuple[str, ...]:
+    """The folders at a depth where every image lies in one of at least two, else nothing."""
+    parts = [name.split("/") for name in names]
+    classes = {part[depth] for part in parts}
+    return tuple(sorted(classes)) if len(classes) > 1 and all(len(p) > depth + 1 for p in parts) else ()
+
+
+def _class_labels(names: Sequence[str], classes: tuple[str, ...], depth: int) -> Tensor | None:
+    if not classes:
+        return None
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = []
+    for name in names:
+        folder = name.split("/")[depth]
+        if folder not in numbers:
+            raise InputError(f"{name}: {folder} is none of the classes in train, {', '.join(classes)}")
+        labels.append(numbers[folder])
+    return torch.tensor(labels)
+
+
+def _class_info(classes: tuple[str, ...]) -> Info:
+    task = None if not classes else "binary" if len(classes) == 2 else "multi-class"
+    return Info("folder", task=task, classes=classes)
+
+
+def _grouping(names: Sequence[str]) -> list[str]:
+    """What must stay together in a split: the patient where the name tells, else the image."""
+    return [patient_of(name) or name for name in names]
+
+
+def _take(chosen: Chosen, rows: list[int]) -> Chosen:
+    names, labels = chosen
+    return [names[i] for i in rows], None if labels is None else labels[rows]
+
+
+def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, Chosen]:
+    """Split 70/10/20."""
+    groups = _grouping(names)
+    if len(set(groups)) < 3:
+        raise InputError(f"data set folder: {len(names)} images are too few to split; {SPLITS_HELP}")
+    rest, test = split_by_patient(groups, 0.2, SPLIT_SEED)
+    inner_train, inner_val = split_by_patient([groups[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
+    rows = {"train": [rest[i] for i in inner_train], "val": [rest[i] for i in inner_val], "test": test}
+    if groups == names:
+        print(
+            f"note: {why} and patients are unknown: split 70/10/20 by image; where a patient has several "
+            "images, give --list, --val-list and --test-list, also to pre-training",
+            file=sys.stderr,
+        )
+    return {split: _take((names, labels), row) for split, row in rows.items()}
+
+
+def _only(chosen: dict[str, Chosen], splits: Sequence[str]) -> dict[str, Chosen]:
+    for split in splits:
+        if split not in chosen:
+            option = "--list" if split == "train" else f"--{split}-list"
+            raise InputError(f"data set folder: nothing says which images are for {split}; give {option}")
+    return {split: chosen[split] for split in splits}
+
+
+def _channels(paths: Sequence[Path]) -> int:
+    """1 where a handful of images, spread over the set, are all grey (also grey stored as colour), else 3."""
+    reasons = []
+    grey = []
+    for i in np.unique(np.linspace(0, len(paths) - 1, 8).astype(int)):
+        try:
+            pixels = read_image(paths[i])
+        except UnreadableImage as error:
+            reasons.append(f"{paths[i]}: {error}")
+            continue
+        grey.append(pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all()))
+    if not grey:
+        raise InputError(f"data set folder: none of {len(reasons)} tried images can be read, first {reasons[0]}")
+    return 1 if all(grey) else 3

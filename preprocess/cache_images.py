@@ -1,0 +1,85 @@
+"""Decode and resize a data set once, so that training reads finished textures from one file.
+
+    python preprocess/cache_images.py --dataset chest --data DIR --output caches/chest --workers 8
+    python train_pcrlv2.py --dataset chest --data DIR --cache caches/chest
+
+    python preprocess/cache_images.py --dataset folder --data DIR --output caches/mine --image-size 224
+
+All splits go into one cache. A build that was stopped continues with the same command.
+"""
+
+from collections.abc import Sequence
+
+from medssl.datasets import cache, folder, registry
+from medssl.datasets.registry import ImageDataset, Request
+from medssl.engine import options
+from medssl.engine.options import InputError, Parser, run_script
+
+
+def get_parser() -> Parser:
+    """The options of this script."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data", metavar="DIR", help="the data set's folder or file; without it, phantom images")
+    parser.add_argument(
+        "--dataset", "--n", "--data_set", metavar="NAME", help="chest, folder, phantom2d or a MedMNIST name"
+    )
+    parser.add_argument("--list", metavar="FILE", help="cache the images of this list only")
+    parser.add_argument(
+        "--texture-size",
+        type=options.non_negative_int,
+        default=0,
+        help="side in pixels of the cached images; 0 chooses as training does, from --image-size",
+    )
+    parser.add_argument(
+        "--image-size", type=options.positive_int, default=224, help="the image size of the training to come"
+    )
+    parser.add_argument(
+        "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="where the cache goes")
+    return parser
+
+
+def open_images(request: Request) -> ImageDataset:
+    """All images that training on this set could ask for."""
+    if request.list:
+        return registry.open_splits(request, ["train"])["train"]
+    name = (request.name or ("folder" if request.data else "phantom2d")).lower()
+    if name == "folder":
+        return folder.open_all(request)
+    try:
+        opened = registry.open_splits(request, ["train", "val", "test"])
+    except InputError:
+        # A copy without split files has all its images in train; what else is wrong is said again here.
+        opened = registry.open_splits(request, ["train"])
+    return cache.union(list(opened.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the cache and say what is in it."""
+    args = get_parser().parse_args(argv)
+    request = Request(
+        name=args.dataset,
+        data=args.data,
+        list=args.list,
+        texture_size=args.texture_size,
+        image_size=args.image_size,
+    )
+    data = open_images(request)
+    index = cache.build(data, args.output, args.workers)
+    ids, bad = index["ids"], index["bad"]
+    shape = f"{index['channels']} x {index['size']} x {index['size']}"
+    print(f"{args.output}: {len(ids)} images of {shape}, {len(bad)} of them unreadable")
+    for row, reason in list(bad.items())[:20]:
+        print(f"  {ids[int(row)]}: {reason}")
+    if len(bad) > 20:
+        print(f"  and {len(bad) - 20} more, all in {args.output}/index.json")
+
+
+def cli() -> None:
+    """Console command."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

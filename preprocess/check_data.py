@@ -1,0 +1,161 @@
+"""Look through a folder of images before training on it.
+
+    python preprocess/check_data.py DIR
+    python preprocess/check_data.py DIR --list train.txt valid.txt test.txt --json report.json
+
+Reports file types, pixel types and sizes, files that cannot be read, exact duplicates, and for lists: images that are
+not there, and images, patients or identical files that two lists share. Exit code 0: nothing wrong; 1: problems were
+found; 2: the input could not be used.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from medssl.datasets.lists import patient_of, read_list, write_text
+from medssl.datasets.reading import describe, find_images, read_image
+from medssl.datasets.registry import UnreadableImage
+from medssl.engine import options
+from medssl.engine.options import InputError, Parser, run_script
+from tqdm import tqdm
+
+
+def get_parser() -> Parser:
+    """The options of this script."""
+    parser = Parser(__doc__)
+    parser.add_argument("folder", metavar="DIR", help="the folder, searched recursively")
+    parser.add_argument(
+        "--list", metavar="FILE", nargs="+", default=[], help="image lists that must not overlap; names are below DIR"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report there too")
+    parser.add_argument(
+        "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
+    )
+    return parser
+
+
+def examine(path: Path) -> dict:
+    """What one file is: `format`, `pixels`, `size` "WxH", `hash` of its bytes, `error` or None."""
+    kind, pixels = describe(path)
+    found = {"format": kind, "pixels": pixels, "size": None, "hash": None, "error": None}
+    try:
+        height, width = read_image(path).shape[:2]
+        found["size"] = f"{width}x{height}"
+        found["hash"] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except (UnreadableImage, OSError) as error:
+        found["error"] = str(error)
+    return found
+
+
+def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
+    """`examine` every file, in order, in `workers` processes (0: in this one)."""
+    with contextlib.ExitStack() as stack:
+        if workers:
+            pool = stack.enter_context(multiprocessing.Pool(min(workers, len(paths))))
+            results: Iterable[dict] = pool.imap(examine, paths, chunksize=8)
+        else:
+            results = map(examine, paths)
+        return list(tqdm(results, total=len(paths), desc="check", disable=None))
+
+
+def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str, list[str]]:
+    """Problems of lists: names that are missing, and what two lists share.
+
+    Args:
+        lists: list files.
+        hashes: content hash by path below the folder, None for unreadable files.
+    """
+    by_name = {name.rsplit("/", 1)[-1]: name for name in hashes}  # ChestX-ray14 lists have names alone
+    missing, shared = [], []
+    contents = {}
+    for path in lists:
+        names = read_list(path)[0]
+        paths = [name if name in hashes else by_name.get(name) for name in names]
+        missing += [f"{path}: {name}" for name, there in zip(names, paths) if there is None]
+        contents[path] = {
+            "images": {there or name for name, there in zip(names, paths)},
+            "patients": {patient_of(name) for name in names} - {None},
+            "identical files": {hashes[there] for there in paths if there} - {None},
+        }
+    for one, two in itertools.combinations(lists, 2):
+        for what in ("images", "patients", "identical files"):
+            both = contents[one][what] & contents[two][what]
+            # Shared images are identical files as well; saying it once is enough.
+            if both and not (what == "identical files" and contents[one]["images"] & contents[two]["images"]):
+                shared.append(f"{one} and {two} share {len(both)} {what}, such as {min(both)}")
+    return {"missing": missing, "overlaps": shared}
+
+
+def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
+    """The report of a folder as a dictionary of plain values."""
+    paths = find_images(folder)
+    if not paths:
+        raise InputError(f"{folder}: no images in this folder or below it")
+    for path in lists:
+        read_list(path)  # a bad list is said at once, not after an hour of decoding
+    found = {
+        path.relative_to(folder).as_posix(): one for path, one in zip(paths, examine_all(paths, workers), strict=True)
+    }
+    same = defaultdict(list)
+    for name, one in found.items():
+        if one["hash"]:
+            same[one["hash"]].append(name)
+    good = [one for one in found.values() if one["error"] is None]
+    return {
+        "folder": str(folder),
+        "images": len(found),
+        "formats": dict(Counter(one["format"] for one in found.values()).most_common()),
+        "pixels": dict(Counter(one["pixels"] for one in good).most_common()),
+        "sizes": dict(Counter(one["size"] for one in good).most_common()),
+        "unreadable": {name: one["error"] for name, one in found.items() if one["error"] is not None},
+        "duplicates": [names for names in same.values() if len(names) > 1],
+        **check_lists(lists, {name: one["hash"] for name, one in found.items()}),
+    }
+
+
+def table(report: dict, rows: int = 12) -> Iterator[str]:
+    """The report as lines to read, at most `rows` for each part."""
+    yield f"{report['folder']}: {report['images']} images"
+    for part in ("formats", "pixels", "sizes"):
+        counts = list(report[part].items())
+        yield part
+        yield from (f"  {value:24} {count:8}" for value, count in counts[:rows])
+        if len(counts) > rows:
+            yield f"  {'other':24} {sum(count for _, count in counts[rows:]):8}"
+    problems = {
+        "unreadable": [f"{name}: {reason}" for name, reason in report["unreadable"].items()],
+        "duplicates": [" = ".join(names) for names in report["duplicates"]],
+        "missing": report["missing"],
+        "overlaps": report["overlaps"],
+    }
+    for part, lines in problems.items():
+        yield f"{part}: {len(lines) or 'none'}"
+        yield from (f"  {line}" for line in lines[:rows])
+        if len(lines) > rows:
+            yield f"  and {len(lines) - rows} more"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the report; leave with exit code 1 where it has problems."""
+    args = get_parser().parse_args(argv)
+    report = check(Path(args.folder), args.list, args.workers)
+    print("\n".join(table(report)))
+    if args.json:
+        write_text(args.json, json.dumps(report, indent=1) + "\n")
+    if any(report[part] for part in ("unreadable", "duplicates", "missing", "overlaps")):
+        sys.exit(1)
+
+
+def cli() -> None:
+    """Console command."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,222 @@
+"""Write train, validation and test lists from a set's own metadata, split by patient.
+
+    python preprocess/make_lists.py --dataset chest --data DIR --split official
+    python preprocess/make_lists.py --dataset chexpert --data DIR --split random --seed 1 --uncertain zeros
+
+Only the metadata is read: `Data_Entry_2017*.csv[.gz]` (chest), `train.csv` and `valid.csv`, also gzipped and named
+`chexpert_train.csv.gz` (chexpert). The lists `OUTPUT/<set>_{train,valid,test}.txt` have a line an image: its name, or
+its path below DIR, then its labels. ChestX-ray14's are for `--dataset chest`, CheXpert's for `--dataset folder`.
+
+`--split official` takes the set's own test images (CheXpert: valid.csv) and a seeded share of the other patients
+for validation; with the default seed and share these are the patients that `--dataset chest` itself holds out.
+"""
+
+import csv
+import gzip
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from medssl.datasets.chest import FINDINGS, patients_of, read_entries
+from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, patient_of, read_list, split_by_patient, write_list
+from medssl.engine import options
+from medssl.engine.options import InputError, Parser, run_script
+from torch import Tensor
+
+CHEXPERT_LABELS = (
+    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
+    *("Fracture", "Support Devices"),
+)
+UNCERTAIN = {"ones": 1, "zeros": 0, "ignore": -1}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Images of a set: names, labels (N, L) float32 of 0, 1 and −1 (not known), and patients."""
+
+    names: list[str]
+    labels: Tensor
+    patients: list[str]
+
+    def rows(self, chosen: Sequence[int]) -> "Table":
+        """The images at the positions `chosen`."""
+        return Table([self.names[i] for i in chosen], self.labels[list(chosen)], [self.patients[i] for i in chosen])
+
+
+def get_parser() -> Parser:
+    """The options of this script."""
+    parser = Parser(__doc__)
+    parser.add_argument("--dataset", choices=("chest", "chexpert"), required=True, help="which set")
+    parser.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
+    parser.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
+    parser.add_argument(
+        "--split", choices=("official", "random"), default="official", help="whose images are for testing"
+    )
+    parser.add_argument("--seed", type=options.non_negative_int, default=SPLIT_SEED, help="seed of what is drawn")
+    parser.add_argument(
+        "--val-fraction", type=options.fraction, default=HELD_OUT, help="share of the patients for validation"
+    )
+    parser.add_argument(
+        "--test-fraction", type=options.fraction, default=0.2, help="share of the patients for testing (random)"
+    )
+    group = parser.add_argument_group("chexpert")
+    group.add_argument(
+        "--uncertain", choices=tuple(UNCERTAIN), default="ones", help="what -1 becomes; ignore leaves it -1"
+    )
+    group.add_argument("--view", choices=("frontal", "lateral", "all"), default="frontal", help="which views")
+    return parser
+
+
+def read_chexpert(path: Path, uncertain: str, view: str) -> Table:
+    """Read `train.csv` or `valid.csv`; a blank label is 0.
+
+    Raises:
+        InputError: naming file and line, for missing columns, values and patients.
+    """
+    names, rows, patients = [], [], []
+    value_of = {"": 0, "0": 0, "1": 1, "-1": UNCERTAIN[uncertain]}
+    value_of |= {f"{key}.0": value for key, value in value_of.items() if key}
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        columns = {name: number for number, name in enumerate(next(lines, []))}
+        for name in ("Path", "Frontal/Lateral", *CHEXPERT_LABELS):
+            if name not in columns:
+                raise InputError(f"{path}, line 1: no column {name!r}; is this CheXpert's table?")
+        label_columns = [columns[name] for name in CHEXPERT_LABELS]
+        path_column, view_column = columns["Path"], columns["Frontal/Lateral"]
+        for line in lines:
+            try:
+                if view != "all" and line[view_column].lower() != view:
+                    continue
+                name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", line[path_column])
+                rows.append([value_of[line[column]] for column in label_columns])
+            except (KeyError, IndexError):
+                raise InputError(f"{path}, line {lines.line_num}: labels must be 1, 0, -1 or blank") from None
+            patient = patient_of(name)
+            if patient is None:
+                raise InputError(f"{path}, line {lines.line_num}: no patient in the path {name}")
+            names.append(name)
+            patients.append(patient)
+    if not names:
+        raise InputError(f"{path}: no images with --view {view}")
+    return Table(names, torch.from_numpy(np.array(rows, np.float32)), patients)
+
+
+def chexpert_splits(
+    folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int, uncertain: str, view: str
+) -> dict[str, Table]:
+    """CheXpert's images by split; the arguments are this script's options."""
+    files = {}
+    for part in ("train", "valid"):
+        names = [f"{stem}{part}.csv{end}" for stem in ("", "chexpert_") for end in ("", ".gz")]
+        files[part] = next((folder / name for name in names if (folder / name).is_file()), None)
+    if files["train"] is None:
+        raise InputError(f"--data {folder}: no train.csv there")
+    table = read_chexpert(files["train"], uncertain, view)
+    if split == "random":
+        return random_split(table, val_fraction, test_fraction, seed)
+    if files["valid"] is None:
+        raise InputError(f"--data {folder}: no valid.csv, the official test images; use --split random")
+    train, val = split_by_patient(table.patients, val_fraction, seed)
+    test = read_chexpert(files["valid"], uncertain, view)
+    return {"train": table.rows(train), "valid": table.rows(val), "test": test}
+
+
+def chest_splits(folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Table]:
+    """ChestX-ray14's images by split; the arguments are this script's options."""
+    entries = read_entries(folder)
+    if entries is None:
+        raise InputError(f"--data {folder}: no Data_Entry_2017*.csv there")
+
+    def table(names: list[str]) -> Table:
+        return Table(names, entries.labels(names), patients_of(names, entries))
+
+    if split == "random":
+        return random_split(table(list(entries.findings)), val_fraction, test_fraction, seed)
+    official = {}
+    for file in ("train_val_list.txt", "test_list.txt"):
+        if not (folder / file).is_file():
+            raise InputError(f"--data {folder}: no {file} there; download it, or use --split random")
+        official[file] = read_list(folder / file)[0]
+        unknown = [name for name in official[file] if name not in entries.findings]
+        if unknown:
+            raise InputError(f"{folder / file}: {unknown[0]} is not in Data_Entry_2017*.csv")
+    rest = table(official["train_val_list.txt"])
+    train, val = split_by_patient(rest.patients, val_fraction, seed)
+    return {"train": rest.rows(train), "valid": rest.rows(val), "test": table(official["test_list.txt"])}
+
+
+def random_split(table: Table, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Table]:
+    """Draw validation and test patients; fractions are of all patients."""
+    if val_fraction + test_fraction >= 1:
+        raise InputError("--val-fraction and --test-fraction leave nothing to train on; lower them")
+    rest, test = split_by_patient(table.patients, test_fraction, seed)
+    inner = table.rows(rest)
+    train, val = split_by_patient(inner.patients, val_fraction / (1 - test_fraction), seed)
+    return {"train": inner.rows(train), "valid": inner.rows(val), "test": table.rows(test)}
+
+
+def refuse_overlap(splits: dict[str, Table]) -> None:
+    """Raise InputError where two splits share a patient."""
+    for one, two in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        shared = set(splits[one].patients) & set(splits[two].patients)
+        if shared:
+            raise InputError(
+                f"{one} and {two} share {len(shared)} patients, such as {min(shared)}; "
+                "the set's own lists are not what they should be: download them again, or use --split random"
+            )
+
+
+def report(splits: dict[str, Table], classes: Sequence[str]) -> str:
+    """A table of images, patients, and positives (and unknown labels where there are any) of each split."""
+    lines = [f"{'':28}" + "".join(f"{split:>16}" for split in splits)]
+    lines.append(f"{'images':28}" + "".join(f"{len(table.names):>16}" for table in splits.values()))
+    lines.append(f"{'patients':28}" + "".join(f"{len(set(table.patients)):>16}" for table in splits.values()))
+    for number, name in enumerate(classes):
+        cells = []
+        for table in splits.values():
+            column = table.labels[:, number]
+            unknown = int((column < 0).sum())
+            cells.append(f"{int((column > 0).sum())}" + (f" ({unknown} ?)" if unknown else ""))
+        lines.append(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the lists and print what is in them."""
+    args = get_parser().parse_args(argv)
+    folder = Path(args.data)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder")
+    drawn = {
+        **{"split": args.split, "seed": args.seed},
+        **{"val_fraction": args.val_fraction, "test_fraction": args.test_fraction},
+    }
+    if args.dataset == "chest":
+        classes, splits = FINDINGS, chest_splits(folder, **drawn)
+    else:
+        classes = CHEXPERT_LABELS
+        splits = chexpert_splits(folder, **drawn, uncertain=args.uncertain, view=args.view)
+    # An empty split comes from a fraction of 0 or from too few patients.
+    for split, table in splits.items():
+        if not table.names:
+            raise InputError(f"no images for {split}; raise --val-fraction and --test-fraction")
+    refuse_overlap(splits)
+    print(report(splits, classes))
+    for split, table in splits.items():
+        path = Path(args.output) / f"{args.dataset}_{split}.txt"
+        write_list(path, table.names, table.labels)
+        print(f"wrote {path}")
+
+
+def cli() -> None:
+    """Console command."""
+    run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,179 @@
+"""Caches: the same images as decoding gives, for any number of workers and any interruption."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from medssl.datasets import cache
+from medssl.datasets.registry import ImageDataset, Info, Request, collate, open_splits
+from medssl.engine.options import InputError
+from medssl.preprocess import cache_images
+from PIL import Image
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of eleven images of several sizes, the fourth of which is damaged."""
+    root = tmp_path / "images"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        Image.fromarray(rng.integers(0, 255, (20 + i, 40), np.uint8)).save(root / f"{i:02d}.png")
+    (root / "03.png").write_text("no")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    monkeypatch.setattr(cache, "BLOCK_BYTES", 32 * 32 * 2)  # two images
+
+
+def opened(images, **more):
+    return open_splits(Request(name="folder", data=str(images), image_size=16, **more), ["train"])["train"]
+
+
+def same(one: dict, two: dict) -> bool:
+    return one.keys() == two.keys() and all(
+        torch.equal(one[key], two[key]) if torch.is_tensor(one[key]) else one[key] == two[key] for key in one
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_equals_decoded(images, tmp_path, workers):
+    index = cache.build(opened(images), tmp_path / "cache", workers)
+    assert index["finished"]
+    assert index["bad"] == {"3": "not an image that Pillow or pydicom can read"}
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["images.u8", "index.json"]
+    plain, cached = opened(images), opened(images, cache=str(tmp_path / "cache"))
+    assert isinstance(cached, cache.CachedDataset)
+    for i in range(11):
+        assert same(plain[i], cached[i])
+    assert cached[3]["index"] == 4
+    assert cached[3]["bad"] == plain[3]["bad"] != []
+
+
+def test_subsets_labels_and_loaders(images, tmp_path):
+    cache.build(opened(images), tmp_path / "cache")
+    names = [f"{i:02d}.png" for i in (9, 2, 5, 6)]
+    (tmp_path / "l.txt").write_text("".join(f"{name} {i % 2}\n" for i, name in enumerate(names)))
+    plain, cached = opened(images, list=str(tmp_path / "l.txt")), None
+    cached = opened(images, list=str(tmp_path / "l.txt"), cache=str(tmp_path / "cache"))
+    assert cached.ids == names
+    picked = cached.subset([3, 0]).subset([1, 0])
+    assert picked.ids == ["09.png", "06.png"]
+    for i, j in ((0, 0), (1, 3)):
+        assert torch.equal(picked[i]["image"], plain[j]["image"])
+        assert picked[i]["label"] == plain[j]["label"]
+        assert torch.equal(picked[i]["size"], plain[j]["size"])
+    cached[0]  # maps the file in this process, which must not travel to the workers
+    assert len(pickle.dumps(cached)) < 5000
+    loader = torch.utils.data.DataLoader(cached, batch_size=4, num_workers=1, collate_fn=collate)
+    batch = next(iter(loader))
+    assert torch.equal(batch["image"], torch.stack([plain[i]["image"] for i in range(4)]))
+
+
+def test_cached_rows_serve_as_a_source(images, tmp_path):
+    cache.build(opened(images), tmp_path / "cache")
+    cached = opened(images, cache=str(tmp_path / "cache"))
+    assert np.array_equal(cached.read(0), cached[0]["image"][0])
+
+
+def test_colour(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    cache.build(opened(tmp_path), tmp_path / "cache")
+    cached = opened(tmp_path, cache=str(tmp_path / "cache"))
+    assert np.array_equal(cached[0]["image"].permute(1, 2, 0), pixels)
+    assert np.array_equal(cached.read(0), pixels)
+
+
+def test_an_interrupted_build_continues(images, tmp_path):
+    whole = cache.build(opened(images), tmp_path / "whole")
+    data, reads = opened(images), []
+    decode = data.read
+
+    def dying(position):
+        reads.append(position)
+        if len(reads) == 8:
+            raise KeyboardInterrupt
+        return decode(position)
+
+    data.read = dying
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(data, tmp_path / "cache")
+    with pytest.raises(InputError, match="not finished; run: python preprocess/cache_images.py --dataset folder"):
+        opened(images, cache=str(tmp_path / "cache"))
+    with open(tmp_path / "cache" / "progress.jsonl", "a") as file:
+        file.write('{"block": 5, "si')  # what a kill in the middle of a line leaves
+    assert cache.build(data, tmp_path / "cache") == whole
+    assert sorted(reads[8:]) == list(range(6, 11))  # the three finished blocks are not decoded again
+    for name in ("images.u8", "index.json"):
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    reads.clear()
+    assert cache.build(data, tmp_path / "cache") == whole
+    assert reads == []
+
+
+def test_caches_that_do_not_fit(images, tmp_path):
+    folder = str(tmp_path / "cache")
+    with pytest.raises(InputError, match="no cache there; run: python preprocess/cache_images.py"):
+        opened(images, cache=folder)
+    cache.build(opened(images), folder)
+    with pytest.raises(InputError, match="its texture size is 32, not 64; run: .* --texture-size 64"):
+        opened(images, cache=folder, texture_size=64)
+    with pytest.raises(InputError, match="holds a cache of other images .size differs"):
+        cache.build(opened(images, texture_size=64), folder)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(images / "new.png")
+    with pytest.raises(InputError, match="1 of 12 images are not in it, such as new.png; run: "):
+        opened(images, cache=folder)
+    (images / "new.png").unlink()
+    other = ImageDataset(Info("folder", channels=3), None, ["00.png"], texture_size=32)
+    with pytest.raises(InputError, match="its channels is 1, not 3"):
+        cache.attach(other, folder)
+    (tmp_path / "cache" / "images.u8").write_bytes(b"short")
+    with pytest.raises(InputError, match="not of the size of its index"):
+        opened(images, cache=folder)
+    (tmp_path / "cache" / "index.json").write_text("no")
+    with pytest.raises(InputError, match="not the index of a cache"):
+        opened(images, cache=folder)
+    volumes = ImageDataset(Info("x", dims=3), None, ["a"])
+    with pytest.raises(InputError, match="only 2D images are cached"):
+        cache.build(volumes, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_is_said_before_the_work(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(InputError, match="the cache needs 0.0 GB"):
+        cache.build(opened(images), tmp_path / "cache")
+    assert not (tmp_path / "cache" / "images.u8").exists()
+
+
+def test_script(images, tmp_path, capsys):
+    command = ["--data", str(images), "--image-size", "16", "--workers", "0", "--output", str(tmp_path / "cache")]
+    cache_images.main(command)
+    assert "11 images of 1 x 32 x 32, 1 of them unreadable" in capsys.readouterr().out
+    cache_images.main(command)
+    assert len(opened(images, cache=str(tmp_path / "cache"))) == 11
+
+
+def test_union_of_splits(tmp_path):
+    parts = [
+        ImageDataset(Info("x"), lambda i, k=k: np.full((4, 4), 10 * k + i, np.uint8), [f"{k}/{i}" for i in range(3)])
+        for k in range(3)
+    ]
+    both = cache.union([parts[0].subset([2, 0]), parts[1], parts[2]])
+    assert both.ids == ["0/2", "0/0", "1/0", "1/1", "1/2", "2/0", "2/1", "2/2"]
+    assert [int(both.read(i)[0, 0]) for i in range(8)] == [2, 0, 10, 11, 12, 20, 21, 22]
+    with pytest.raises(InputError, match="two splits share images"):
+        cache.union([parts[0], parts[0]])
+
+
+def test_index_is_plain_json(images, tmp_path):
+    cache.build(opened(images), tmp_path / "cache")
+    index = json.loads((tmp_path / "cache" / "index.json").read_text())
+    assert index["ids"][0] == "00.png"
+    assert index["sizes"][:2] == [[20, 40], [21, 40]]
+    assert (index["size"], index["channels"], index["set"]) == (32, 1, "folder")

@@ -1,0 +1,188 @@
+"""Frozen-feature evaluation: its parts against known answers, and the script on small sets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from medssl import evaluate_features as script
+from medssl.datasets.registry import Info
+from medssl.engine.options import InputError
+from medssl.models.encoders import make_encoder
+from PIL import Image
+
+BINARY = Info("x", task="binary", classes=("a", "b"))
+CLASSES = Info("x", task="multi-class", classes=("a", "b", "c"))
+LABELS = Info("x", task="multi-label", classes=("a", "b", "c"))
+
+
+def clusters(n, seed, classes=3, spread=0.3):
+    """(n, 8) features around one direction a class, (n,) labels."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, n)
+    return (np.eye(8)[labels] + spread * rng.standard_normal((n, 8))).astype(np.float32), labels
+
+
+def make_npz(folder, flag="bloodmnist", classes=8, columns=1):
+    """A small MedMNIST file whose colour tells the class."""
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for split, n in (("train", 48), ("val", 24), ("test", 24)):
+        labels = rng.integers(0, 2, (n, columns)) if columns > 1 else np.arange(n)[:, None] % classes
+        shape = (n, 28, 28) if flag == "chestmnist" else (n, 28, 28, 3)
+        noise = rng.integers(0, 60, shape)
+        arrays[f"{split}_images"] = (noise + 25 * labels[:, 0].reshape(-1, *[1] * (noise.ndim - 1))).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)
+    np.savez(folder / f"{flag}.npz", **arrays)
+    return folder
+
+
+def test_score_by_hand():
+    p = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
+    result = script.score(p, script.targets_of(np.array([0, 1, 1, 0]), BINARY), BINARY)
+    assert result == {"accuracy": 0.75, "auroc": 1.0, "per_class": {"a": 1.0, "b": 1.0}}
+
+    t = np.array([[1, 0, np.nan], [0, 0, 1], [1, 0, 0.0]])
+    p = np.array([[0.9, 0.1, 0.5], [0.2, 0.6, 0.7], [0.1, 0.1, 0.9]])
+    result = script.score(p, t, LABELS)
+    # Label b has no positive; for c the unknown image is left out.
+    assert result["per_class"] == {"a": 0.5, "b": None, "c": 0.0}
+    assert result["auroc"] == 0.25
+    assert result["accuracy"] == 5 / 8
+
+    one = script.score(np.ones((3, 2)), script.targets_of(np.zeros(3, int), BINARY), BINARY)
+    assert one["auroc"] is None
+
+
+def test_knn_by_hand():
+    train = np.array([[1, 0], [0, 1], [0, 2], [-1, 0]], np.float32)
+    targets = np.array([[1, 0], [0, 1], [0, np.nan], [1, 0]])
+    votes = script.knn(train, targets, np.array([[0, 5], [3, 0]], np.float32), k=2)
+    assert np.allclose(votes[0], [0, 1])  # both neighbours vote on the first label, one on the second
+    assert np.allclose(votes[1], [1, 0], atol=1e-5)  # the second neighbour, at a right angle, hardly counts
+    weights = np.exp(np.array([1.0, 0.6]) / 0.5)
+    near = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    votes = script.knn(near, np.eye(2), np.array([[2, 0]], np.float32), k=2, temperature=0.5)
+    assert np.allclose(votes[0], weights / weights.sum(), atol=1e-6)
+    unknown = script.knn(train, np.full((4, 1), np.nan), np.array([[1, 1]], np.float32), k=3)
+    assert unknown.item() == 0.5
+
+
+def test_probe_learns_what_is_linear():
+    features, targets = {}, {}
+    for seed, split in enumerate(script.SPLITS):
+        features[split], labels = clusters(150, seed)
+        targets[split] = script.targets_of(labels, CLASSES)
+    result = script.linear_probe(features, targets, CLASSES)
+    assert result["auroc"] > 0.98
+    assert result["accuracy"] > 0.9
+    assert result["C"] in script.STRENGTHS
+    assert result["validation"]["auroc"] > 0.98
+    near = script.knn(features["train"], targets["train"], features["test"], 20)
+    assert script.score(near, targets["test"], CLASSES)["auroc"] > 0.98
+    # Labels that are drawn by lot cannot be predicted: nothing leaks from the test split.
+    shuffled = dict(targets, train=np.random.default_rng(0).permutation(targets["train"]))
+    assert script.linear_probe(features, shuffled, CLASSES)["auroc"] < 0.75
+
+
+def test_probe_with_unknown_labels_and_missing_classes():
+    features, targets = {}, {}
+    for seed, split in enumerate(script.SPLITS):
+        features[split], labels = clusters(120, seed)
+        t = np.eye(3)[labels]
+        t[::7, 0] = np.nan
+        t[:, 2] = 0  # never positive
+        targets[split] = t
+    result = script.linear_probe(features, targets, LABELS)
+    assert result["per_class"]["c"] is None
+    assert result["auroc"] > 0.98
+
+    x, labels = clusters(90, 5, classes=2)
+    (p,) = script.probe(x, script.targets_of(labels, CLASSES), (features["test"],), 1.0, CLASSES)
+    assert p.shape == (120, 3)
+    assert (p[:, 2] == 0).all()  # a class without training images
+
+
+def test_embedding():
+    features, _ = clusters(60, 0)
+    points, way = script.embed(features, limit=100, seed=0)
+    assert (points.shape, way) == ((60, 2), "t-SNE")
+    assert np.isfinite(points).all()
+    points, way = script.embed(features, limit=59, seed=0)
+    assert (points.shape, way) == ((60, 2), "PCA")
+    targets = np.array([[0, 0, 0], [1, 0, 1], [0, 1, 0], [np.nan, 0, 1]])
+    assert script.names_of(targets, LABELS).tolist() == ["none", "several", "b", "c"]
+
+
+def test_titles():
+    inits = ["random", "runs/a/encoder.pt", "runs/b/encoder.pt"]
+    assert [script.shorten(init, inits) for init in inits] == ["random", "a/encoder.pt", "b/encoder.pt"]
+
+
+def test_script_side_by_side(tmp_path, capsys):
+    torch.manual_seed(5)
+    state = make_encoder("resnet18").state_dict()
+    torch.save({"state_dict": state, "arch": "resnet18", "dims": 2}, tmp_path / "encoder.pt")
+    out = tmp_path / "out"
+    argv = ["--data", str(make_npz(tmp_path)), "--dataset", "BloodMNIST", "--image-size", "32", "--workers", "0"]
+    argv += ["--device", "cpu", "--k", "5", "--output", str(out), "--init", "random", str(tmp_path / "encoder.pt")]
+    script.main(argv)
+    content = json.loads((out / "features.json").read_text())
+    assert content["images"] == {"train": 48, "val": 24, "test": 24}
+    assert [row["init"] for row in content["results"]] == ["random", str(tmp_path / "encoder.pt")]
+    assert content["results"][0]["matched_keys"] == 0
+    assert content["results"][1]["matched_keys"] > 90
+    for row in content["results"]:
+        # Even random features see brightness, which here is the class.
+        assert row["probe"]["auroc"] > 0.8
+        assert row["knn"]["auroc"] > 0.7
+    assert content["results"][0]["probe"] != content["results"][1]["probe"]
+    with Image.open(out / "embedding.png") as picture:
+        assert picture.width > 1000
+    assert "kNN acc" in capsys.readouterr().out
+    first = content["results"]
+    script.main(argv)
+    assert json.loads((out / "features.json").read_text())["results"] == first
+
+
+def test_script_multi_label(tmp_path):
+    folder = make_npz(tmp_path, "chestmnist", columns=14)
+    argv = ["--data", str(folder), "--dataset", "chestmnist", "--image-size", "32", "--workers", "0", "--k", "5"]
+    script.main([*argv, "--device", "cpu", "--output", str(tmp_path / "out")])
+    (row,) = json.loads((tmp_path / "out" / "features.json").read_text())["results"]
+    assert row["probe"]["per_class"]["atelectasis"] > 0.9  # brightness again
+    assert len(row["knn"]["per_class"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--init", "random", "random"], "--init: the same weights twice"),
+        (["--init", "absent.pt"], "absent.pt: no such checkpoint file"),
+        (["--arch", "resnet19"], "--arch resnet19: not an encoder"),
+        (["--k", "49"], "--k 49: the training split has only 48"),
+    ],
+)
+def test_bad_options(tmp_path, argv, message):
+    given = ["--data", str(make_npz(tmp_path)), "--dataset", "bloodmnist", "--device", "cpu"]
+    with pytest.raises(InputError, match=message):
+        script.main([*given, "--output", str(tmp_path / "out"), *argv])
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_data(tmp_path):
+    np.savez(
+        tmp_path / "breastmnist.npz",
+        **{f"{s}_images": np.zeros((30, 28, 28), np.uint8) for s in script.SPLITS},
+        **{f"{s}_labels": np.zeros((30, 1), np.uint8) for s in script.SPLITS},
+    )
+    with pytest.raises(InputError, match="breastmnist: all training images are of one class"):
+        script.main(["--data", str(tmp_path), "--dataset", "breastmnist", "--output", str(tmp_path / "out")])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    for option in ("--init", "--k", "--tsne-limit", "--margin", "--val-list", "--dataset", "--amp"):
+        assert option in text

@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
+    torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views)
     start = initialise(method.network.encoder, args.arch, args.init)
     views = MultiCropViews(

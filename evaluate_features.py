@@ -19,22 +19,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from medssl.datasets import registry
-from medssl.datasets.registry import ImageDataset, Info, Request
-from medssl.datasets.views import ClassificationViews
-from medssl.engine import options
-from medssl.engine.loop import BadFiles, autocast, describe, to_device, versions
-from medssl.engine.options import InputError
-from medssl.engine.parallel import Devices, Run, setup
-from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import global_average
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
+
+from medssl.datasets import registry
+from medssl.datasets.registry import ImageDataset, Info
+from medssl.datasets.views import ClassificationViews
+from medssl.engine import options
+from medssl.engine.loop import BadFiles, autocast, describe, to_device, versions
+from medssl.engine.metrics import score, targets_of
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices, Run, setup
+from medssl.models.encoders import initialise, make_encoder
+from medssl.models.heads import global_average
 
 SPLITS = ("train", "val", "test")
 STRENGTHS = [10.0**e for e in range(-5, 3)]  # the probe's C, from strong to weak regularisation
@@ -77,42 +78,6 @@ def extract(
                 with autocast(args, devices.device):
                     rows.append(run(network, view).float().cpu().numpy())
     return [np.concatenate(rows) for rows in features], np.concatenate(labels)
-
-
-def targets_of(labels: np.ndarray, info: Info) -> np.ndarray:
-    """(N, L) float64: one column a class or label, 0, 1, or NaN where it is not known."""
-    if info.task == "multi-label":
-        return labels.astype(np.float64)
-    return np.eye(len(info.classes))[labels]
-
-
-def score(probabilities: np.ndarray, targets: np.ndarray, info: Info) -> dict:
-    """Accuracy and area under the ROC curve.
-
-    Args:
-        probabilities, targets: (N, L).
-
-    Returns:
-        "accuracy": the share of right classes; in multi-label tasks, of right answers at threshold ½.
-        "auroc": mean over the classes (one against the rest) that have both kinds of images, else None.
-        "per_class": class → its AUROC or None.
-    """
-    per_class = {}
-    for name, p, t in zip(info.classes, probabilities.T, targets.T):
-        known = np.isfinite(t)
-        both = len(np.unique(t[known])) == 2
-        per_class[name] = float(roc_auc_score(t[known], p[known])) if both else None
-    if info.task == "multi-label":
-        known = np.isfinite(targets)
-        accuracy = ((probabilities > 0.5) == targets)[known].mean() if known.any() else math.nan
-    else:
-        accuracy = (probabilities.argmax(1) == targets.argmax(1)).mean()
-    values = [value for value in per_class.values() if value is not None]
-    return {
-        "accuracy": None if math.isnan(accuracy) else float(accuracy),
-        "auroc": float(np.mean(values)) if values else None,
-        "per_class": per_class,
-    }
 
 
 def knn(train: np.ndarray, targets: np.ndarray, queries: np.ndarray, k: int, temperature: float = 0.07) -> np.ndarray:
@@ -228,20 +193,6 @@ def draw_embedding(
     figure.savefig(path, dpi=150)
 
 
-def check(data: dict[str, ImageDataset], k: int) -> Info:
-    """The data set's description; an InputError where it cannot be evaluated."""
-    info = data["train"].info
-    if info.task is None or any(each.labels is None for each in data.values()):
-        raise InputError(f"--dataset {info.name}: has no labels, and features are judged by labels")
-    if info.dims != 2:
-        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
-    if k > len(data["train"]):
-        raise InputError(f"--k {k}: the training split has only {len(data['train'])} images")
-    if info.task != "multi-label" and len(data["train"].labels.unique()) < 2:
-        raise InputError(f"--dataset {info.name}: all training images are of one class")
-    return info
-
-
 def shorten(init: str, inits: Sequence[str]) -> str:
     """A title for an `--init`: as few of its path's last parts as tell it from the others."""
     parts = Path(init).parts
@@ -254,8 +205,7 @@ def shorten(init: str, inits: Sequence[str]) -> str:
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     data = options.add_data(parser)
-    data.add_argument("--val-list", metavar="FILE", help="image list of the validation split")
-    data.add_argument("--test-list", metavar="FILE", help="image list of the test split")
+    options.add_evaluation_lists(data)
     options.add_runtime(parser)
     group = parser.add_argument_group("features")
     group.add_argument("--arch", "--model", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
@@ -292,10 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     if devices.world > 1:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
-    asked = ("data", "list", "val_list", "test_list", "cache", "texture_size", "image_size", "seed")
-    request = Request(name=args.dataset, **{key: getattr(args, key) for key in asked})
-    data = registry.open_splits(request, SPLITS, args.d)
-    info = check(data, args.k)
+    data = registry.open_labelled(args)
+    info = data["train"].info
+    if args.k > len(data["train"]):
+        raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 
     networks, reports = [], []
     for init in args.init:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from medssl.datasets.registry import open_pretraining
 from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
@@ -20,7 +22,6 @@ from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import ScaleHead, global_average
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d
-from torch import Tensor, nn
 
 
 class MultiScaleUNet(nn.Module):

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from medssl.datasets.lists import write_text
 from medssl.datasets.registry import ImageDataset, UnreadableImage, to_texture
 from medssl.engine.options import InputError
-from tqdm import tqdm
 
 VERSION = 1
 BLOCK_BYTES = 2**24  # decoded between two notes of progress: what a killed build loses, per process

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from medssl.datasets.lists import (
     HELD_OUT,
     SPLIT_SEED,
@@ -25,7 +27,6 @@ from medssl.datasets.lists import (
 from medssl.datasets.reading import EXTENSIONS, Files
 from medssl.datasets.registry import ImageDataset, Info, Request
 from medssl.engine.options import InputError
-from torch import Tensor
 
 FINDINGS = (
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),

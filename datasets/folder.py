@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from medssl.datasets.lists import SPLIT_SEED, known_or_nan, line_of, patient_of, read_list, split_by_patient
 from medssl.datasets.reading import Files, find_images, read_image
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
 from medssl.engine.options import InputError
-from torch import Tensor
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from medssl.datasets.reading import EXTENSIONS
 from medssl.engine.options import InputError
-from torch import Tensor
 
 # Splits made on the fly do not follow `--seed`: pre-training and every fine-tuning trial must hold out the same
 # patients, or the one trains on what the other tests on.

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from medssl.datasets.registry import ImageDataset, Info, Request
 from medssl.engine.options import InputError
-from torch import Tensor
 
 SIZES = (28, 64, 128, 224)
 SPLITS = ("train", "val", "test")

@@ -12,9 +12,10 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from medssl.datasets.registry import ImageDataset, Info, Request
 from medssl.engine.options import InputError
-from torch import Tensor
 
 # The pictures of a split are the same in every run and on every machine; `--seed` does not change them.
 SPLITS = {"train": 2048, "val": 256, "test": 512}

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from PIL import Image, ImageOps
+
 from medssl.datasets.registry import UnreadableImage
 from medssl.engine.options import InputError
-from PIL import Image, ImageOps
 
 DICOM_EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
 EXTENSIONS = (

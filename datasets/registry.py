@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from medssl.engine.options import InputError
 from PIL import Image
 from torch import Tensor
+
+from medssl.engine.options import InputError
 
 TASKS = ("multi-label", "binary", "multi-class")
 
@@ -231,6 +232,31 @@ def open_pretraining(args: argparse.Namespace) -> ImageDataset:
     if count == 0:
         raise InputError(f"--ratio {args.ratio:g}: leaves none of {len(data)} images")
     return data.subset(range(count)) if count < len(data) else data
+
+
+def open_labelled(args: argparse.Namespace) -> dict[str, ImageDataset]:
+    """The train, val and test splits of a labelled set, less the first `--ratio` of the training list.
+
+    Raises:
+        InputError: as `open_splits`, or when there is no label, or one class only.
+    """
+    asked = ("data", "list", "val_list", "test_list", "cache", "texture_size", "image_size", "seed")
+    splits = open_splits(
+        Request(name=args.dataset, **{key: getattr(args, key) for key in asked}), ("train", "val", "test"), args.d
+    )
+    info = splits["train"].info
+    if info.task is None or any(data.labels is None for data in splits.values()):
+        raise InputError(f"--dataset {info.name}: has no labels, which this script needs; give --list")
+    if info.dims != 2:
+        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
+    if info.task != "multi-label" and len(splits["train"].labels.unique()) < 2:
+        raise InputError(f"--dataset {info.name}: all training images are of one class")
+    first = round(getattr(args, "ratio", 0.0) * len(splits["train"]))
+    if first >= len(splits["train"]):
+        raise InputError(f"--ratio {args.ratio:g}: leaves no image to fine-tune on")
+    if first:
+        splits["train"] = splits["train"].subset(range(first, len(splits["train"])))
+    return splits
 
 
 def refuse_overlap(splits: dict[str, ImageDataset]) -> None:

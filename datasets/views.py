@@ -159,7 +159,8 @@ def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False)
         base = F.avg_pool2d(base, 2)
     widest = side >> low
     if high > low:
-        atlas = base.new_empty(*base.shape[:2], widest, widest + widest // 2)
+        # Zeros, as views that touch a level's border read the gaps with weight 0, and 0 × NaN is NaN.
+        atlas = base.new_zeros(*base.shape[:2], widest, widest + widest // 2)
         atlas[..., :widest] = base
         row, current = 0, base
         for _ in range(low, high):

@@ -7,8 +7,9 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import torch
-from medssl.engine.options import InputError
 from torch import Tensor
+
+from medssl.engine.options import InputError
 
 FORMAT_VERSION = 1
 

@@ -4,23 +4,25 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import platform
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-import medssl
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import medssl
 from medssl.datasets.registry import ImageDataset, collate
 from medssl.datasets.views import Draws, Views, denormalise
 from medssl.engine.checkpoint import FORMAT_VERSION, load_safe, save_atomic
 from medssl.engine.monitor import Monitor, save_pictures
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, wrap
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 # Options that may differ between a run and its continuation: none of them changes a result.
 FREE_OPTIONS = {
@@ -167,6 +169,16 @@ class BadFiles:
             )
 
 
+def ignore_signals(_worker: int) -> None:
+    """Decoding processes leave signals to the training process.
+
+    Schedulers and terminals send SIGTERM and SIGINT to the whole group; a worker that died of it would break the
+    step that is being finished. Workers end with their parent, however that ends.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Stop:
     """Notes SIGTERM and SIGINT while a run is under way; a second one acts as usual."""
 
@@ -213,22 +225,32 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
             raise InputError(f"--resume {source}: not a checkpoint that can be continued")
         if saved["name"] != method_name:
             raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
-        now = plain(args)
-        for key, value in now.items():
-            before = saved["config"].get(key)
-            if key not in FREE_OPTIONS and before != value:
-                raise InputError(
-                    f"{source}: was started with {key} {before}, now {value}; use the same value, "
-                    "another --output, or --resume never"
-                )
+        refuse_changes(saved["config"], args, source)
     if devices.main:
         if saved is None:
             # Files of an earlier run that --resume never replaces; their lines would mix with the new ones.
             for name in ("metrics.jsonl", "bad_files.txt", "warnings.txt"):
                 (folder / name).unlink(missing_ok=True)
         config = {"method": method_name, **plain(args), "versions": versions(), "device": describe(devices)}
-        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_json(folder / "config.json", config)
     return folder, saved
+
+
+def refuse_changes(before: dict, args: argparse.Namespace, where: Path, allowed: Collection[str] = ()) -> None:
+    """Raise InputError when an option that changes results differs from what a run was started with."""
+    for key, value in plain(args).items():
+        if key not in FREE_OPTIONS and key not in allowed and before.get(key) != value:
+            raise InputError(
+                f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, "
+                "another --output, or --resume never"
+            )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON so that `path` always holds a complete file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def plain(args: argparse.Namespace) -> dict:
@@ -316,6 +338,7 @@ def fit(
         batch_sampler=Order(n, args.b, share, args.seed, step, last),
         num_workers=args.workers,
         collate_fn=collate,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
     )

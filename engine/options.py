@@ -37,6 +37,10 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=100)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # None stands for "not given", which is no value to show.
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviations, whose errors are one line and exit code 2."""
@@ -128,6 +132,12 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the reads fail"
     )
     return group
+
+
+def add_evaluation_lists(group: argparse._ArgumentGroup) -> None:
+    """Lists of the splits that choose and judge a model."""
+    group.add_argument("--val-list", metavar="FILE", help="image list of the validation split")
+    group.add_argument("--test-list", metavar="FILE", help="image list of the test split")
 
 
 def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:

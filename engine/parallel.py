@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from medssl.engine.options import InputError
 from torch import Tensor, nn
+
+from medssl.engine.options import InputError
 
 
 @dataclass

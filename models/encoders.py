@@ -5,9 +5,10 @@ import urllib.error
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
+from torch import Tensor, nn
+
 from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.options import InputError
-from torch import Tensor, nn
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 

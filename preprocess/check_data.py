@@ -18,12 +18,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from medssl.datasets.lists import patient_of, read_list, write_text
 from medssl.datasets.reading import describe, find_images, read_image
 from medssl.datasets.registry import UnreadableImage
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
-from tqdm import tqdm
 
 
 def get_parser() -> Parser:

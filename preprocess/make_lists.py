@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from medssl.datasets.chest import FINDINGS, patients_of, read_entries
 from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, patient_of, read_list, split_by_patient, write_list
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
-from torch import Tensor
 
 CHEXPERT_LABELS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),

@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from medssl.datasets import cache
 from medssl.datasets.registry import ImageDataset, Info, Request, collate, open_splits
 from medssl.engine.options import InputError
 from medssl.preprocess import cache_images
-from PIL import Image
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from medssl.datasets import chest, folder, lists
 from medssl.datasets.registry import Request, open_splits
 from medssl.engine.options import InputError
-from PIL import Image
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 

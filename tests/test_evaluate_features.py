@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from medssl import evaluate_features as script
 from medssl.datasets.registry import Info
 from medssl.engine.options import InputError
 from medssl.models.encoders import make_encoder
-from PIL import Image
 
 BINARY = Info("x", task="binary", classes=("a", "b"))
 CLASSES = Info("x", task="multi-class", classes=("a", "b", "c"))

@@ -8,6 +8,7 @@ import medmnist.info
 import numpy as np
 import pytest
 import torch
+
 from medssl.datasets import medmnist as family
 from medssl.datasets import registry
 from medssl.datasets.registry import Request

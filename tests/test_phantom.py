@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from medssl.datasets import registry
 from medssl.datasets.phantom import SPLITS, radiographs
 from medssl.datasets.registry import Request

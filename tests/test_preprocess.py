@@ -8,12 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from medssl.datasets.chest import FINDINGS
 from medssl.datasets.lists import read_list
 from medssl.datasets.registry import Request, open_splits
 from medssl.engine.options import InputError
 from medssl.preprocess import cache_images, check_data, make_lists
-from PIL import Image
 
 HEADER = ",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *make_lists.CHEXPERT_LABELS])
 

@@ -7,13 +7,14 @@ import zlib
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.uid import ExplicitVRLittleEndian
+
 from medssl.datasets import reading
 from medssl.datasets.reading import describe, find_images, read_image
 from medssl.datasets.registry import UnreadableImage
 from medssl.engine.options import InputError
-from PIL import Image
-from pydicom.data import get_testdata_file
-from pydicom.uid import ExplicitVRLittleEndian
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))  # (H, W) = (48, 64), dark to bright
 

@@ -1,0 +1,347 @@
+"""Fine-tune a pre-trained encoder on labelled images, and evaluate it on a test split never looked at before.
+
+  python finetune_classification.py --data DIR --dataset chest --init OURS/encoder.pt --output OUT --gpus 0 --amp
+  python finetune_classification.py --data FILE --dataset pneumoniamnist --init OURS/encoder.pt --image-size 64
+      --annotation-percent 1 --trials 5 --output OUT
+  python finetune_classification.py --steps 10 --image-size 64 --output OUT          (phantom radiographs, CPU)
+
+The protocol follows the data set; every value of it is an option:
+
+  chest    Adam 1e-4, ×0.5 every 50 epochs, batch 32, random crop (0.08, 1), test: centre 224/256, the epoch with
+           the best validation loss (the published chest X-ray protocol)
+  others   Adam 1e-3, constant, batch 64, random crop (0.5, 1), test: whole image, the epoch with the best
+           validation AUROC, stop after 30 epochs without gain (MedMNIST's)
+
+Trial k draws the labelled subset, the order and the head from seed + k, whatever the init, so that inits are
+compared in pairs. Validation and test splits never shrink.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from medssl.datasets.registry import ImageDataset, Info, collate, open_labelled
+from medssl.datasets.views import ClassificationViews
+from medssl.engine import options, plots
+from medssl.engine.checkpoint import save_atomic
+from medssl.engine.loop import (
+    BadFiles,
+    Method,
+    autocast,
+    describe,
+    fit,
+    plain,
+    refuse_changes,
+    to_device,
+    versions,
+    write_json,
+)
+from medssl.engine.metrics import auroc_interval, score, targets_of
+from medssl.engine.parallel import Devices, Run, finish, setup
+from medssl.losses.classification import classification_loss, probabilities
+from medssl.models.encoders import initialise, make_encoder
+from medssl.models.heads import global_average
+
+PROTOCOLS = {
+    "chest": {  # methods.md of the published chest X-ray benchmarks: Adam 1e-4, halved every 50 epochs
+        "optimizer": "adam", "lr": 1e-4, "schedule": "step", "milestones": [50, 100, 150, 200], "gamma": 0.5,
+        "b": 32, "epochs": 100, "patience": 30, "select": "loss", "crop_scale": [0.08, 1.0], "margin": 224 / 256,
+    },
+    "medmnist": {  # MedMNIST: Adam 1e-3, 100 epochs, best validation AUC
+        "optimizer": "adam", "lr": 1e-3, "schedule": "constant", "milestones": [50, 75], "gamma": 0.1,
+        "b": 64, "epochs": 100, "patience": 30, "select": "auroc", "crop_scale": [0.5, 1.0], "margin": 1.0,
+    },
+}  # fmt: skip
+
+
+class Classifier(Method):
+    """Encoder, global average pooling, dropout and one linear layer.
+
+    Batch: "view" (B, 3, H, W) normalised, and "label": (B,) class numbers or (B, L) labels with NaN for unknown.
+
+    Args:
+        outputs: number of classes or labels L.
+        freeze: train the last layer only; the encoder stays in evaluation mode.
+    """
+
+    def __init__(self, arch: str, outputs: int, dropout: float = 0.2, freeze: bool = False) -> None:
+        super().__init__()
+        self.encoder = make_encoder(arch)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.encoder.out_channels[-1], outputs))
+        self.encoder.requires_grad_(not freeze)
+        self.freeze = freeze
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+        return self
+
+    def embed(self, view: Tensor, run: Run) -> Tensor:
+        """(B, 3, H, W) → (B, C) float32."""
+        return global_average(run(self.encoder, view)[-1].float())
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        self.features = self.embed(batch["view"], run)
+        return {"classification": classification_loss(self.head(self.features).float(), batch["label"])}
+
+    def predict(self, view: Tensor, run: Run) -> Tensor:
+        """Logits (B, L) of a batch of views."""
+        return self.head(self.embed(view, run)).float()
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"view": batch["view"]}
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.encoder]
+
+
+@torch.inference_mode()
+def predict(
+    method: Classifier,
+    views: ClassificationViews,
+    data: ImageDataset,
+    args: argparse.Namespace,
+    devices: Devices,
+    tta: str = "none",
+) -> tuple[np.ndarray, np.ndarray, list[int], float]:
+    """Probabilities of a whole split.
+
+    Args:
+        tta: "tencrop" averages the probabilities of ten crops.
+
+    Returns:
+        probabilities (N, L), targets (N, L) with NaN for unknown, the images' positions in the split, and the
+        mean loss.
+    """
+    method.eval()
+    views.eval()
+    run = Run(devices.device_ids)
+    bad = BadFiles(Path(args.output), args.max_bad, len(data))
+    rows, labels, indices, losses = [], [], [], []
+    for batch in DataLoader(data, args.eval_b, num_workers=args.workers, collate_fn=collate):
+        bad.note(batch["bad"], len(batch["index"]))
+        batch = to_device(batch, devices.device)
+        view = views.ten_crops(batch) if tta == "tencrop" else views(batch)["view"]
+        with autocast(args, devices.device):
+            logits = method.predict(view, run)
+        several = probabilities(logits, data.info.task).view(-1, len(batch["index"]), logits.shape[1])
+        losses.append(classification_loss(logits[-len(batch["index"]) :], batch["label"]) * len(batch["index"]))
+        rows.append(several.mean(0).cpu().numpy())
+        labels.append(batch["label"].cpu().numpy())
+        indices += batch["index"].tolist()
+    loss = float(torch.stack(losses).sum()) / len(indices)
+    return np.concatenate(rows), targets_of(np.concatenate(labels), data.info), indices, loss
+
+
+def run_trial(
+    k: int, splits: dict[str, ImageDataset], args: argparse.Namespace, devices: Devices
+) -> tuple[dict, dict, list[dict]]:
+    """Fine-tune once.
+
+    Returns:
+        the trial's entry of results.json, what best.pt holds, and the rows of predictions.csv.
+    """
+    info, train = splits["train"].info, splits["train"]
+    seed = args.seed + k
+    count = max(1, round(len(train) * args.annotation_percent / 100))
+    train = train.subset(np.random.default_rng([seed, 1]).permutation(len(train))[:count])
+    own = argparse.Namespace(**vars(args))
+    own.output, own.seed, own.b = str(Path(args.output) / f"trial_{k}"), seed, max(min(args.b, count), devices.world)
+
+    torch.manual_seed(seed)
+    method = Classifier(args.arch, len(info.classes), args.dropout, args.freeze)
+    start = initialise(method.encoder, args.arch, args.init)
+    normalization = start.pop("normalization")
+    views = ClassificationViews(
+        **normalization, size=args.image_size, scale=args.crop_scale, degrees=args.rotation, margin=args.margin
+    )
+
+    def evaluate() -> dict[str, float]:
+        p, targets, _, loss = predict(method, views, splits["val"], own, devices)
+        values = score(p, targets, info)
+        by_loss = args.select == "loss" or values["auroc"] is None
+        return {"score": -loss if by_loss else values["auroc"], "val_loss": loss, "val_auroc": values["auroc"]}
+
+    since = time.perf_counter()
+    report = fit(method, train, views, own, devices, evaluate, tensorboard=args.tensorboard)
+    best = report["best"]
+    method.load_state_dict(best["state"])
+    p, targets, indices, _ = predict(method, views, splits["test"], own, devices, args.tta)
+    values = score(p, targets, info)
+    entry = {
+        "trial": k, "seed": seed, **{key: values[key] for key in ("auroc", "accuracy", "f1")},
+        "per_class": {
+            name: {"auroc": values["per_class"][name], "interval": auroc_interval(p[:, i], targets[:, i])}
+            for i, name in enumerate(info.classes)
+        },
+        "val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"],
+        "train_images": count, "seconds": round(time.perf_counter() - since, 1), "start": start,
+    }  # fmt: skip
+    weights = {
+        "state_dict": best["state"], "arch": args.arch, "dims": info.dims, "channels": 3, "task": info.task,
+        "classes": list(info.classes), "normalization": normalization, "image_size": args.image_size, "version": 1,
+    }  # fmt: skip
+    ids = splits["test"].ids
+    rows = [
+        {"trial": k, "id": ids[i]}
+        | {f"true {name}": t for name, t in zip(info.classes, target)}
+        | {f"probability {name}": f"{q:.6f}" for name, q in zip(info.classes, prob)}
+        for i, target, prob in zip(indices, targets, p)
+    ]
+    return entry, weights, rows
+
+
+def summarise(entries: list[dict], args: argparse.Namespace, info: Info, devices: Devices) -> dict:
+    """results.json: every trial, and the mean and standard deviation over trials."""
+    values = [entry["auroc"] for entry in entries if entry["auroc"] is not None]
+    per_class = {}
+    for name in info.classes:
+        known = [e["per_class"][name]["auroc"] for e in entries if e["per_class"][name]["auroc"] is not None]
+        per_class[name] = {
+            "mean": float(np.mean(known)) if known else None,
+            "interval_of_trial_0": entries[0]["per_class"][name]["interval"],
+        }
+    return {
+        "metric": "auroc", "dataset": info.name, "task": info.task, "init": args.init, "arch": args.arch,
+        "annotation_percent": args.annotation_percent,
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "accuracy": float(np.mean([e["accuracy"] for e in entries])),
+        "f1": float(np.mean([e["f1"] for e in entries])),
+        "per_class": per_class, "matched_keys": entries[0]["start"]["matched"], "trials": entries,
+        "config": plain(args), "versions": versions(), "device": describe(devices),
+    }  # fmt: skip
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    data = options.add_data(parser)
+    options.add_evaluation_lists(data)
+    data.add_argument(
+        "--ratio",
+        type=options.fraction,
+        default=0.0,
+        help="leave out the first R of the training list (pre-training's)",
+    )
+    options.add_training(parser)
+    options.add_network(parser)
+    options.add_runtime(parser)
+    options.add_output(parser, default="runs/classification")
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--protocol", choices=("auto", *PROTOCOLS), default="auto", help="defaults of the options: chest, or medmnist's"
+    )
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the view, pixels")
+    group.add_argument(
+        "--annotation-percent", "--annotation_percent", type=options.bounded_float(1e-6, 100), default=100.0,
+        help="use this percentage of the training labels",
+    )  # fmt: skip
+    group.add_argument("--trials", "--trial", type=options.positive_int, default=1, help="repeat with seeds 0, 1, …")
+    group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
+    options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")
+    group.add_argument("--rotation", type=options.non_negative, default=10.0, help="largest rotation, degrees")
+    group.add_argument("--tta", choices=("none", "tencrop"), default="none", help="test-time views")
+    group.add_argument("--eval-b", type=options.positive_int, default=128, help="images at a time in evaluation")
+    options.flag(group, "--tensorboard", True, "write TensorBoard events")
+    by_protocol = parser.add_argument_group("set by the protocol unless given")
+    by_protocol.add_argument("--patience", type=options.non_negative_int, help="epochs without gain; 0 never stops")
+    by_protocol.add_argument("--select", choices=("auroc", "loss"), help="validation number that chooses the epoch")
+    by_protocol.add_argument("--crop-scale", type=options.fraction, nargs=2, help="area share of the training crops")
+    by_protocol.add_argument("--margin", type=options.fraction, help="centre square seen in tests, share of the side")
+    # None: the protocol decides.
+    parser.set_defaults(weight_decay=0.0, **dict.fromkeys(PROTOCOLS["chest"]))
+    return parser
+
+
+def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
+    """The options with the protocol's values where the user gave none."""
+    name = args.protocol if args.protocol != "auto" else "chest" if info.name in ("chest", "chexpert") else "medmnist"
+    given = {key: value for key, value in vars(args).items() if value is not None or key not in PROTOCOLS[name]}
+    return argparse.Namespace(**{**PROTOCOLS[name], **given, "protocol": name})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    if args.resume not in ("auto", "never"):
+        raise InputError(f"--resume {args.resume}: fine-tuning continues what is in --output; use auto or never")
+    devices = setup(args.gpus, args.device, args.deterministic)
+    splits = open_labelled(args)
+    info = splits["train"].info
+    args = complete(args, info)
+    output = Path(args.output)
+    results = output / "results.json"
+    if devices.main:
+        output.mkdir(parents=True, exist_ok=True)
+        if args.resume == "never":
+            for old in output.glob("trial_*"):
+                shutil.rmtree(old)
+        elif (output / "config.json").exists():
+            refuse_changes(json.loads((output / "config.json").read_text()), args, output, allowed={"trials"})
+        write_json(output / "config.json", {**plain(args), "versions": versions()})
+    devices.wait()
+
+    entries, best = [], None
+    for k in range(args.trials):
+        folder = output / f"trial_{k}"
+        finished = folder / "result.json"
+        if not finished.exists():
+            entry, weights, rows = run_trial(k, splits, args, devices)
+            if devices.main:
+                write_csv(folder / "predictions.csv", rows)
+                save_atomic(weights, folder / "best.pt")
+                write_json(finished, entry)
+                (folder / "last.pt").unlink(missing_ok=True)
+        devices.wait()
+        entry = json.loads(finished.read_text())
+        entries.append(entry)
+        if best is None or entry["val_score"] > best["val_score"]:
+            best = entry
+        if devices.main:
+            auroc = "undefined" if entry["auroc"] is None else f"{entry['auroc']:.4f}"
+            print(f"trial {k}: AUROC {auroc}, accuracy {entry['accuracy']:.4f}, {entry['seconds']:.0f} s", flush=True)
+    if devices.main:
+        summary = summarise(entries, args, info, devices)
+        write_json(results, summary)
+        finish_output(output, args.trials, best["trial"], info)
+        spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
+        mean = "undefined" if summary["mean"] is None else f"{summary['mean']:.4f}{spread}"
+        print(f"{args.init}, {args.annotation_percent:g} % of the labels: test AUROC {mean}; see {results}", flush=True)
+    finish()
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows that share their keys."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def finish_output(output: Path, trials: int, chosen: int, info: Info) -> None:
+    """Bring the trials together: predictions.csv, plots, and the best trial's (by validation) best.pt."""
+    rows = []
+    for k in range(trials):
+        with open(output / f"trial_{k}" / "predictions.csv", newline="", encoding="utf-8") as file:
+            rows += list(csv.DictReader(file))
+    write_csv(output / "predictions.csv", rows)
+    shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
+    plots.roc(rows, info, output / "roc.png")
+    plots.calibration(rows, info, output / "calibration.png")
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

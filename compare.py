@@ -107,6 +107,9 @@ def get_parser() -> options.Parser:
         help="percentages of the training labels",
     )
     group.add_argument("--trials", "--trial", type=options.positive_int, default=5, help="paired trials of each")
+    group.add_argument(
+        "--epochs", nargs="+", type=options.positive_int, help="passes over the labels: one number, or one a percentage"
+    )
     group.add_argument("--output", metavar="DIR", default="runs/comparison", help="where the results go")
     return parser
 
@@ -118,13 +121,20 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     for init in args.init:  # found now, not after hours of fine-tuning
         if init not in ("random", "imagenet") and not Path(init).is_file():
             raise InputError(f"--init {init}: no such checkpoint file")
+    epochs = args.epochs or [None]
+    if len(epochs) not in (1, len(args.annotation_percent)):
+        raise InputError(
+            f"--epochs: {len(epochs)} numbers for {len(args.annotation_percent)} percentages; give 1 or as many"
+        )
+    epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
     output, rows = Path(args.output), []
     names = [label_of(init, args.init) for init in args.init]
-    for percent in args.annotation_percent:
+    for percent, passes in zip(args.annotation_percent, epochs):
         baseline = None
         for init, name in zip(args.init, names):
             folder = output / f"{percent:g}_percent" / name
             own = ["--init", init, "--annotation-percent", f"{percent:g}", "--trials", str(args.trials)]
+            own += [] if passes is None else ["--epochs", str(passes)]
             finetune_classification.main([*rest, *own, "--output", str(folder)])
             results = json.loads((folder / "results.json").read_text())
             values = [trial["auroc"] for trial in results["trials"]]

@@ -46,6 +46,7 @@ from medssl.engine.loop import (
     write_json,
 )
 from medssl.engine.metrics import auroc_interval, score, targets_of
+from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, setup
 from medssl.losses.classification import classification_loss, probabilities
 from medssl.models.encoders import initialise, make_encoder

@@ -91,9 +91,9 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     """Open splits of ChestX-ray14, multi-label over `FINDINGS`.
 
     Which images:
-        * `request.list`, `val_list`, `test_list` where given. Without `val_list`, validation is a fixed tenth
-          of the patients in `list`, which then do not train; without `test_list`, the test set is the
-          official one.
+        * `request.list`, `val_list`, `test_list` where given. Where "val" is asked without `val_list`, it is a
+          fixed tenth of the patients in `list`, which then do not train; "train" alone is the whole list.
+          Without `test_list`, the test set is the official one.
         * else the official lists. A fixed tenth of the training patients is for validation and never trains,
           also when only "train" is asked, so that pre-training does not see it.
         * else, where only "train" is asked, every image of the folder.
@@ -157,6 +157,11 @@ def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entri
             )
     if "val" in splits and "val" not in chosen and "train" in chosen:
         path, names, labels = chosen["train"]
+        print(
+            f"note: {path}: no --val-list, so a tenth of its patients validates; "
+            "pre-training on this list has seen their images",
+            file=sys.stderr,
+        )
         for split, rows in zip(("train", "val"), split_by_patient(patients_of(names, entries), HELD_OUT, SPLIT_SEED)):
             chosen[split] = path, [names[i] for i in rows], None if labels is None else labels[rows]
     if "test" in splits and "test" not in chosen and hidden:

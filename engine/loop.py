@@ -24,6 +24,9 @@ from medssl.engine.monitor import Monitor, save_pictures
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, wrap
 
+# Seconds after which a checkpoint is written even when --save-every is far: slow machines lose no more.
+LONGEST_UNSAVED = 300
+
 # Options that may differ between a run and its continuation: none of them changes a result.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
@@ -375,7 +378,7 @@ def fit(
         }  # fmt: skip
         save_atomic(content, folder / "last.pt")
 
-    started = time.perf_counter()
+    started = saved_at = time.perf_counter()
     with Stop() as stop, contextlib.closing(monitor) if monitor else contextlib.nullcontext():
         batches = iter(loader)
         while step < last and not over:
@@ -439,8 +442,10 @@ def fit(
                     since_best = 0
                 over = bool(args.patience) and since_best >= args.patience
             stopped = devices.any(stop.signal is not None)
-            if step % args.save_every == 0 or step == last or over or stopped:
+            late = time.perf_counter() - saved_at > LONGEST_UNSAVED
+            if step % args.save_every == 0 or step == last or over or stopped or late:
                 save()
+                saved_at = time.perf_counter()
                 if monitor and (step == last or step % args.save_every == 0) and not over:
                     save_views(method, inputs, views, folder / "samples" / f"step_{step:07d}.png")
             if stopped and step < last and not over:

@@ -226,7 +226,12 @@ def add_output(parser: Parser, default: str) -> argparse._ArgumentGroup:
         metavar="{auto,never,FILE}",
         help="continue what is in --output, start anew over it, or continue from a checkpoint file",
     )
-    group.add_argument("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    group.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=500,
+        help="steps between checkpoints; one is also written every 5 minutes",
+    )
     group.add_argument("--log-every", type=positive_int, default=10, help="steps between logged lines")
     return group
 

@@ -125,10 +125,11 @@ def test_names_alone_take_the_labels_of_the_table(nih, tmp_path):
     assert data.labels[0].nonzero()[:, 0].tolist() == [13]
 
 
-def test_a_list_without_validation_list_is_split_by_patient(nih, tmp_path):
+def test_a_list_without_validation_list_is_split_by_patient(nih, tmp_path, capsys):
     names = write(tmp_path / "names.txt", *(f"{p:08d}_{v:03d}.png" for p in range(1, 11) for v in range(2)))
     opened = open_splits(request(nih, list=names), ["train", "val", "test"])
     assert [len(data) for data in opened.values()] == [18, 2, 10]
+    assert capsys.readouterr().err.startswith(f"note: {names}: no --val-list, so a tenth of its patients validates")
     assert len(open_splits(request(nih, list=names), ["train"])["train"]) == 20
 
 

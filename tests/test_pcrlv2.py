@@ -1,0 +1,334 @@
+"""PCRLv2: the numbers of the published implementation, and the files it leaves and reads."""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from medssl.datasets.registry import Info
+from medssl.datasets.views import MultiCropViews
+from medssl.engine.checkpoint import load_safe
+from medssl.engine.loop import export_encoder
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Run
+from medssl.losses.contrastive import negative_cosine
+from medssl.models.encoders import IMAGENET, initialise, make_encoder
+from medssl.train_pcrlv2 import PCRLv2, get_parser
+
+PARITY = Path(__file__).parent / "parity"
+PUBLISHED = json.loads((PARITY / "pcrlv2_2d.json").read_text())
+
+_spec = importlib.util.spec_from_file_location("parity_deterministic", PARITY / "deterministic.py")
+deterministic = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(deterministic)
+
+
+def published_key(key):
+    """Our key of `PCRLv2.network` → the key in the published implementation."""
+    key = re.sub(r"^heads\.(\d)\.norm\.", r"decoder.blocks.\1.bn.", key)
+    key = re.sub(r"^heads\.(\d)\.predictor\.", r"decoder.blocks.\1.predictor_head.", key)
+    key = re.sub(r"^heads\.(\d)\.restore\.", r"decoder.blocks.\1.deep_supervision_head.", key)
+    key = re.sub(r"^output\.", "segmentation_head.0.", key)
+    return "model." + key
+
+
+def assert_close(tensor, stored, what):
+    """Compare with a digest, as parity/README.md says: 1e-4 of the standard deviation plus 1e-6."""
+    ours = deterministic.digest(tensor)
+    assert ours["shape"] == stored["shape"], what
+    bound = 1e-4 * stored["std"] + 1e-6
+    difference = max(abs(a - b) for a, b in zip(ours["entries"], stored["entries"]))
+    assert difference <= bound, f"{what}: differs by {difference:.2g}, {bound:.2g} allowed"
+
+
+@pytest.fixture
+def method():
+    method = PCRLv2()
+    deterministic.fill(method.network, rename=published_key)
+    return method.train()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    shapes = PUBLISHED["inputs"]
+    make = {n: torch.from_numpy(deterministic.values(n, tuple(shapes[n]))) for n in ("x1", "x2", "gt")}
+    local = [torch.from_numpy(deterministic.values(f"local{v}", tuple(shapes["local"]))) for v in range(6)]
+    return {"view1": make["x1"], "view2": make["x2"], "target": make["gt"], "locals": torch.cat(local)}
+
+
+# Parity --------------------------------------------------------------------------------------------
+
+
+def test_state_dict_is_the_published_one(method):
+    ours = {published_key(k): list(v.shape) for k, v in method.network.state_dict().items()}
+    assert ours == PUBLISHED["state_dict"]
+
+
+def test_outputs_are_the_published_ones(method, batch):
+    out = method.network(batch["view1"], range(5), restore=PUBLISHED["levels_drawn"]["values"][0])
+    assert_close(out["restored"], PUBLISHED["reconstruction"], "restored")
+    for level in range(5):
+        assert_close(out[f"p{level}"], PUBLISHED["projections"][level], f"p{level}")
+        assert_close(out[f"q{level}"], PUBLISHED["predictions"][level], f"q{level}")
+        restored = method.network(batch["view1"], [level], restore=level)["intermediate"]
+        assert_close(restored, PUBLISHED["intermediate"][level], f"intermediate {level}")
+
+
+def test_losses_and_gradients_are_the_published_ones(method, batch):
+    losses = method(batch, Run(), levels=PUBLISHED["levels_drawn"]["values"])
+    names = {"restoration": "recon", "intermediate": "intermediate", "siamese": "siamese", "local": "local"}
+    assert set(losses) == set(names)
+    for ours, theirs in names.items():
+        assert losses[ours].item() == pytest.approx(PUBLISHED["loss"][theirs], rel=1e-4, abs=1e-6), ours
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(PUBLISHED["loss"]["total"], rel=1e-4)
+    total.backward()
+    gradients = {published_key(k): p.grad for k, p in method.network.named_parameters()}
+    assert len(PUBLISHED["gradients"]) == 3
+    for key, stored in PUBLISHED["gradients"].items():
+        assert_close(gradients[key], stored, key)
+
+
+def test_levels_matter(method, batch):
+    """Other levels give other losses, so the parity above pins their order."""
+    levels = list(PUBLISHED["levels_drawn"]["values"])
+    levels[1], levels[2] = levels[2], levels[1]
+    swapped = method(batch, Run(), levels=levels)["local"].item()
+    assert swapped != pytest.approx(PUBLISHED["loss"]["local"], rel=1e-2)
+
+
+def test_undrawn_levels_change_nothing(method, batch):
+    """Leaving out heads that no loss needs gives the losses of computing all of them."""
+    levels = [2, 0, 1, 1, 0, 2, 2, 0, 0, 1, 1, 2, 0]
+    losses = method(batch, Run(), levels=levels)
+    full = PCRLv2()
+    deterministic.fill(full.network, rename=published_key)
+    x1, x2, small = (full.train().network(batch[k], range(5), restore=2) for k in ("view1", "view2", "locals"))
+
+    def s(a, b, level, v=None):
+        b = {k: b[k] if v is None else b[k].chunk(6)[v] for k in (f"q{level}", f"p{level}")}
+        return negative_cosine(a[f"q{level}"], a[f"p{level}"], b[f"q{level}"], b[f"p{level}"])
+
+    terms = [s(x, small, levels[1 + 2 * v + i], v) for v in range(6) for i, x in enumerate((x1, x2))]
+    assert losses["siamese"].item() == pytest.approx(s(x1, x2, 2).item(), abs=1e-6)
+    assert losses["local"].item() == pytest.approx(sum(terms).item() / 12, abs=1e-6)
+    assert losses["intermediate"].item() == pytest.approx(
+        F.mse_loss(x1["intermediate"], batch["target"]).item(), rel=1e-5
+    )
+    sum(losses.values()).backward()
+    unused = [p.grad for i in (3, 4) for p in method.network.heads[i].parameters()]
+    assert unused
+    assert all(g is None for g in unused)
+
+
+def test_levels_are_drawn_for_every_call():
+    method = PCRLv2()
+    draws = [method.draw_levels(torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert all(len(d) == 13 for d in draws)
+    assert draws[3] == method.draw_levels(torch.Generator().manual_seed(3))
+    counts = torch.bincount(torch.tensor(draws).flatten(), minlength=5) / (200 * 13)
+    assert counts.shape == (5,)
+    assert ((counts - 0.2).abs() < 0.05).all()
+    for place in range(13):
+        assert len({d[place] for d in draws}) == 5
+
+
+def test_negative_cosine_by_hand():
+    a, b = torch.tensor([[1.0, 0], [3, 4]]), torch.tensor([[0.0, 2], [4, 3]])
+    c, d = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[-1.0, 0], [0, 5]])
+    # cos(q_a, p_b) = −1 and .8; cos(q_b, p_a) = 1/√2 and .6
+    expected = -0.5 * ((-1 + 0.8) / 2 + (0.5**0.5 + 0.6) / 2)
+    assert negative_cosine(a, b, c, d).item() == pytest.approx(expected, abs=1e-6)
+    b.requires_grad_()
+    a.requires_grad_()
+    negative_cosine(a, b, c, d).backward()
+    assert b.grad is None  # stop-gradient
+    assert a.grad.abs().sum() > 0
+
+
+def test_beta_follows_the_run(method, batch):
+    levels = PUBLISHED["levels_drawn"]["values"]
+    whole = PUBLISHED["loss"]["intermediate"]
+    for progress, beta in ((0.25, 0.8535534), (0.5, 0.5), (1.0, 0.0)):
+        method.after_step(progress)
+        assert method(batch, Run(), levels)["intermediate"].item() == pytest.approx(beta * whole, rel=1e-4, abs=1e-6)
+
+
+def test_without_local_views(batch):
+    method = PCRLv2(locals_=0)
+    losses = method({k: batch[k] for k in ("view1", "view2", "target")}, Run())
+    assert set(losses) == {"restoration", "intermediate", "siamese"}
+
+
+@pytest.mark.parametrize("side", [64, 50])
+def test_restorations_have_the_inputs_size(side):
+    method = PCRLv2().eval()
+    x = torch.rand(2, 3, side, side)
+    out = method.network(x, [0], restore=0)
+    assert out["restored"].shape == out["intermediate"].shape == x.shape
+
+
+# Files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path, method):
+    args = argparse.Namespace(arch="resnet18")
+    export_encoder(method, MultiCropViews(**IMAGENET), args, Info("x"), tmp_path)
+    return tmp_path / "encoder.pt"
+
+
+def test_export_loads_into_other_libraries(exported, method, batch):
+    content = torch.load(exported, weights_only=True)
+    assert set(content) == {"state_dict", "arch", "dims", "channels", "method", "normalization", "version"}
+    assert (content["arch"], content["dims"], content["method"]) == ("resnet18", 2, "PCRLv2")
+    unet = smp.Unet("resnet18", encoder_weights=None)
+    unet.encoder.load_state_dict(content["state_dict"], strict=True)
+    resnet = torchvision.models.resnet18()
+    resnet.fc = torch.nn.Identity()
+    resnet.load_state_dict(content["state_dict"], strict=True)
+    method.eval()
+    with torch.no_grad():
+        ours = method.network.encoder(batch["view1"])
+        theirs = unet.encoder.eval()(batch["view1"])
+        pooled = resnet.eval()(batch["view1"])
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    assert torch.allclose(ours[-1].mean((2, 3)), pooled, atol=1e-5)
+    assert ours[-1].std() > 0.01
+
+
+def loads(path, arch="resnet18"):
+    """An encoder initialised from a file, and the report."""
+    encoder = make_encoder(arch)
+    return encoder, initialise(encoder, arch, str(path))
+
+
+def same(encoder, method):
+    theirs = method.network.encoder.state_dict()
+    return all(torch.equal(v, theirs[k]) for k, v in encoder.state_dict().items())
+
+
+def test_init_from_the_export(exported, method, capsys):
+    encoder, report = loads(exported)
+    assert same(encoder, method)
+    assert (report["missing"], report["unexpected"]) == (0, 0)
+    assert report["matched"] == 100
+    assert report["normalization"] == IMAGENET
+    assert "100 of 100 encoder entries matched, 0 missing, 0 unexpected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "encoder.", "module.encoder.", "encoder.module.", "module.", "model.encoder.", "module.model.encoder."]
+    + ["backbone."],
+)
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_published_files_load(tmp_path, method, prefix, key):
+    state = {prefix + k: v for k, v in method.network.encoder.state_dict().items()}
+    state["decoder.blocks.0.conv1.0.weight"] = torch.zeros(3)
+    content = state if key is None else {key: state, "opt": argparse.Namespace(lr=0.01, gpus="0,1"), "epoch": 3}
+    torch.save(content, tmp_path / "published.pt")
+    encoder, report = loads(tmp_path / "published.pt")
+    assert same(encoder, method)
+    assert (report["matched"], report["missing"]) == (100, 0)
+
+
+def test_missing_and_unexpected_are_said(tmp_path, method, capsys):
+    state = method.network.encoder.state_dict()
+    del state["conv1.weight"]
+    state["fc.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "part.pt")
+    _, report = loads(tmp_path / "part.pt")
+    assert (report["matched"], report["missing"], report["unexpected"]) == (99, 1, 1)
+    assert "missing: conv1.weight" in capsys.readouterr().out
+
+
+class Malicious:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def refuse(path, arch="resnet18"):
+    """The message with which a file is refused, after checking that nothing was loaded."""
+    encoder = make_encoder(arch)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(InputError) as error:
+        initialise(encoder, arch, str(path))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_malicious_pickle_is_refused(tmp_path, method):
+    witness = tmp_path / "witness"
+    state = method.network.encoder.state_dict()
+    for legacy in (False, True):
+        path = tmp_path / f"malicious{legacy}.pt"
+        content = {"state_dict": state, "opt": Malicious(f"touch {witness}")}
+        torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+        assert "wants to run code" in refuse(path)
+        assert not witness.exists()
+    torch.load(path, weights_only=False)
+    assert witness.exists()  # the file is really malicious
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_files_are_refused(tmp_path, method, legacy, share):
+    path = tmp_path / "cut.pt"
+    torch.save(method.network.encoder.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert "not a checkpoint, or a truncated one" in refuse(path)
+
+
+def test_other_files_are_refused(tmp_path, method, exported):
+    text = tmp_path / "notes.txt"
+    text.write_text("not a checkpoint\n" * 100)
+    assert "not a checkpoint" in refuse(text)
+    assert "no such checkpoint" in refuse(tmp_path / "absent.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    assert "no state dict" in refuse(tmp_path / "empty.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert "no state dict" in refuse(tmp_path / "list.pt")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    assert "no entry fits resnet18; first key is a.weight" in refuse(tmp_path / "other.pt")
+    assert "holds a resnet18 encoder; add --arch resnet18" in refuse(exported, "resnet50")
+    volume = load_safe(exported) | {"dims": 3}
+    torch.save(volume, tmp_path / "volume.pt")
+    assert "3-dimensional encoder, 2 are needed" in refuse(tmp_path / "volume.pt")
+    torch.save(method.network.encoder.state_dict(), tmp_path / "bare.pt")
+    assert "another architecture? see --arch" in refuse(tmp_path / "bare.pt", "resnet50")
+
+
+def test_unknown_architecture():
+    with pytest.raises(InputError, match="--arch resnet19: not an encoder .* did you mean one of .*resnet18"):
+        make_encoder("resnet19")
+
+
+def test_namespace_is_the_only_class_allowed(tmp_path):
+    torch.save({"opt": argparse.Namespace(lr=0.1), "x": torch.ones(2)}, tmp_path / "a.pt")
+    assert load_safe(tmp_path / "a.pt")["opt"].lr == 0.1
+    torch.save({"parser": argparse.ArgumentParser("x")}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="wants to run code"):
+        load_safe(tmp_path / "b.pt")
+
+
+def test_published_defaults():
+    args = get_parser().parse_args([])
+    recipe = (args.lr, args.momentum, args.weight_decay, args.b, args.epochs, args.schedule, args.optimizer)
+    assert recipe == (1e-2, 0.9, 1e-4, 64, 240, "cosine", "sgd")
+    assert (args.arch, args.init, args.local_views) == ("resnet18", "random", 6)

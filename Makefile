@@ -21,5 +21,5 @@ lint: .venv/installed
 	@$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf .venv runs/demo .pytest_cache .ruff_cache *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

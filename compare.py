@@ -12,6 +12,7 @@ error. Finished trials are kept: the same command continues. Writes `comparison.
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,8 @@ def get_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
     args, rest = get_parser().parse_known_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compare runs in one process; start it without torchrun, with --gpus for several")
     if len(set(args.init)) < len(args.init):
         raise InputError("--init: the same weights twice")
     for init in args.init:  # found now, not after hours of fine-tuning

@@ -30,7 +30,7 @@ from medssl.datasets import registry
 from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.views import ClassificationViews
 from medssl.engine import options
-from medssl.engine.loop import BadFiles, autocast, describe, to_device, versions
+from medssl.engine.loop import BadFiles, autocast, describe, ignore_signals, to_device, versions
 from medssl.engine.metrics import score, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, setup
@@ -63,7 +63,9 @@ def extract(
     Returns:
         for each network (N, C) float32, and the labels, (N,) or (N, L) as the data set has them.
     """
-    loader = DataLoader(data, args.b, num_workers=args.workers, collate_fn=registry.collate)
+    loader = DataLoader(
+        data, args.b, num_workers=args.workers, collate_fn=registry.collate, worker_init_fn=ignore_signals
+    )
     bad = BadFiles(Path(args.output), args.max_bad, len(data))
     run = Run(devices.device_ids)
     features: list[list[np.ndarray]] = [[] for _ in networks]

@@ -32,13 +32,14 @@ from torch.utils.data import DataLoader
 from medssl.datasets.registry import ImageDataset, Info, collate, open_labelled
 from medssl.datasets.views import ClassificationViews
 from medssl.engine import options, plots
-from medssl.engine.checkpoint import save_atomic
+from medssl.engine.checkpoint import file_digest, save_atomic
 from medssl.engine.loop import (
     BadFiles,
     Method,
     autocast,
     describe,
     fit,
+    ignore_signals,
     plain,
     refuse_changes,
     to_device,
@@ -129,8 +130,16 @@ def predict(
     run = Run(devices.device_ids)
     bad = BadFiles(Path(args.output), args.max_bad, len(data))
     rows, labels, indices, losses = [], [], [], []
-    for batch in DataLoader(data, args.eval_b, num_workers=args.workers, collate_fn=collate):
+    loader = DataLoader(data, args.eval_b, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals)
+    asked = 0
+    for batch in loader:
         bad.note(batch["bad"], len(batch["index"]))
+        # An unreadable image is left out; its stand-in would count twice.
+        own = torch.nonzero(batch["index"] == torch.arange(asked, asked + len(batch["index"])))[:, 0]
+        asked += len(batch["index"])
+        if len(own) == 0:
+            continue
+        batch = {key: value[own] if isinstance(value, Tensor) else value for key, value in batch.items()}
         batch = to_device(batch, devices.device)
         view = views.ten_crops(batch) if tta == "tencrop" else views(batch)["view"]
         with autocast(args, devices.device):
@@ -157,7 +166,9 @@ def run_trial(
     count = max(1, round(len(train) * args.annotation_percent / 100))
     train = train.subset(np.random.default_rng([seed, 1]).permutation(len(train))[:count])
     own = argparse.Namespace(**vars(args))
-    own.output, own.seed, own.b = str(Path(args.output) / f"trial_{k}"), seed, max(min(args.b, count), devices.world)
+    own.output, own.seed = str(Path(args.output) / f"trial_{k}"), seed
+    parts = max(devices.world, len(devices.device_ids))
+    own.b = max(2, min(args.b, count) // parts) * parts if count < args.b else args.b  # few labels: a smaller batch
 
     torch.manual_seed(seed)
     method = Classifier(args.arch, len(info.classes), args.dropout, args.freeze)
@@ -179,10 +190,15 @@ def run_trial(
     method.load_state_dict(best["state"])
     p, targets, indices, _ = predict(method, views, splits["test"], own, devices, args.tta)
     values = score(p, targets, info)
+    patients = splits["test"].patients
+    groups = None if patients is None else [patients[i] for i in indices]
     entry = {
         "trial": k, "seed": seed, **{key: values[key] for key in ("auroc", "accuracy", "f1")},
         "per_class": {
-            name: {"auroc": values["per_class"][name], "interval": auroc_interval(p[:, i], targets[:, i])}
+            name: {
+                "auroc": values["per_class"][name],
+                "interval": auroc_interval(p[:, i], targets[:, i], groups=groups),
+            }
             for i, name in enumerate(info.classes)
         },
         "val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"],
@@ -202,6 +218,12 @@ def run_trial(
     return entry, weights, rows
 
 
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known, or None."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
 def summarise(entries: list[dict], args: argparse.Namespace, info: Info, devices: Devices) -> dict:
     """results.json: every trial, and the mean and standard deviation over trials."""
     values = [entry["auroc"] for entry in entries if entry["auroc"] is not None]
@@ -217,8 +239,7 @@ def summarise(entries: list[dict], args: argparse.Namespace, info: Info, devices
         "annotation_percent": args.annotation_percent,
         "mean": float(np.mean(values)) if values else None,
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "accuracy": float(np.mean([e["accuracy"] for e in entries])),
-        "f1": float(np.mean([e["f1"] for e in entries])),
+        **{key: mean_of([entry[key] for entry in entries]) for key in ("accuracy", "f1")},
         "per_class": per_class, "matched_keys": entries[0]["start"]["matched"], "trials": entries,
         "config": plain(args), "versions": versions(), "device": describe(devices),
     }  # fmt: skip
@@ -279,6 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = open_labelled(args)
     info = splits["train"].info
     args = complete(args, info)
+    options.check_range("--crop-scale", *args.crop_scale)
+    if args.init not in ("random", "imagenet"):
+        # The path alone would take results of older weights under the same name for finished trials.
+        args.init_digest = file_digest(args.init)
     output = Path(args.output)
     results = output / "results.json"
     if devices.main:
@@ -295,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for k in range(args.trials):
         folder = output / f"trial_{k}"
         finished = folder / "result.json"
-        if not finished.exists():
+        if not devices.broadcast(finished.exists()):
             entry, weights, rows = run_trial(k, splits, args, devices)
             if devices.main:
                 write_csv(folder / "predictions.csv", rows)
@@ -303,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_json(finished, entry)
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
-        entry = json.loads(finished.read_text())
+        entry = devices.broadcast(json.loads(finished.read_text()) if devices.main else None)
         entries.append(entry)
         if best is None or entry["val_score"] > best["val_score"]:
             best = entry
@@ -317,6 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
         mean = "undefined" if summary["mean"] is None else f"{summary['mean']:.4f}{spread}"
         print(f"{args.init}, {args.annotation_percent:g} % of the labels: test AUROC {mean}; see {results}", flush=True)
+    devices.wait()
     finish()
 
 

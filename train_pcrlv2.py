@@ -161,11 +161,12 @@ def get_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    options.check_range("--blur-sigma", *args.blur_sigma)
     devices = setup(args.gpus, args.device, args.deterministic)
-    data = open_pretraining(args)
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views)
     start = initialise(method.network.encoder, args.arch, args.init)
+    data = open_pretraining(args)
     views = MultiCropViews(
         **start["normalization"],
         size=args.image_size,

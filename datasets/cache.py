@@ -233,21 +233,9 @@ class CachedDataset(ImageDataset):
         plain = super().subset(indices)
         return CachedDataset(plain, self.read, plain.positions)
 
-    def __getitem__(self, index: int) -> dict:
-        bad: list[str] = []
-        for attempt in range(min(len(self), 64)):
-            i = (index + attempt) % len(self)
-            row = self.positions[i]
-            try:
-                texture = self.read.texture(row)
-            except UnreadableImage as error:
-                bad.append(f"{self.ids[i]}: {error}")
-                continue
-            sample = {"image": torch.from_numpy(texture), "size": self.read.sizes[row].clone(), "index": i, "bad": bad}
-            if self.labels is not None:
-                sample["label"] = self.labels[i]
-            return sample
-        raise InputError(f"data set {self.info.name}: {len(bad)} files in a row are unreadable, first {bad[0]}")
+    def load(self, i: int) -> tuple[np.ndarray, torch.Tensor]:
+        row = self.positions[i]
+        return self.read.texture(row), self.read.sizes[row].clone()
 
 
 def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:

@@ -92,21 +92,22 @@ class ImageDataset(torch.utils.data.Dataset):
         new.positions = [self.positions[i] for i in chosen]
         return new
 
+    def load(self, i: int) -> tuple[np.ndarray, Tensor]:
+        """Image i as a texture (C, S, S) uint8, and its original height and width (2,); may raise UnreadableImage."""
+        pixels = self.read(self.positions[i])
+        texture = to_texture(pixels, self.texture_size, self.info.channels)
+        return texture, torch.tensor(pixels.shape[:2], dtype=torch.float32)
+
     def __getitem__(self, index: int) -> dict:
         bad: list[str] = []
         for attempt in range(min(len(self), 64)):
             i = (index + attempt) % len(self)
             try:
-                pixels = self.read(self.positions[i])
+                texture, size = self.load(i)
             except UnreadableImage as error:
                 bad.append(f"{self.ids[i]}: {error}")
                 continue
-            sample = {
-                "image": torch.from_numpy(to_texture(pixels, self.texture_size, self.info.channels)),
-                "size": torch.tensor(pixels.shape[:2], dtype=torch.float32),
-                "index": i,
-                "bad": bad,
-            }
+            sample = {"image": torch.from_numpy(texture), "size": size, "index": i, "bad": bad}
             if self.labels is not None:
                 sample["label"] = self.labels[i]
             return sample

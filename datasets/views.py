@@ -285,7 +285,8 @@ def random_blur(x: Tensor, draws: Columns, p: float, sigma: tuple[float, float])
     of what is there. Takes 2 columns.
     """
     chosen = torch.nonzero(draws.take(1)[:, 0] < p)[:, 0]
-    sigmas = draws.take(1, *sigma)[chosen].view(-1, 1, 1).to(x.device, non_blocking=True)
+    # A kernel of .001 pixels is the identity; 0 would divide by 0.
+    sigmas = draws.take(1, *sigma)[chosen].clamp(min=1e-3).view(-1, 1, 1).to(x.device, non_blocking=True)
     if len(chosen) == 0:
         return x
     rows = chosen.to(x.device, non_blocking=True)

@@ -1,6 +1,7 @@
 """Files of tensors: written atomically, read without ever executing what they hold."""
 
 import argparse
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -32,6 +33,13 @@ def save_atomic(content: object, path: str | Path) -> None:
         raise
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal; an InputError when it is not there."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     """Read a file written by torch.save: tensors, plain values, and argparse.Namespace (published files).
 
@@ -50,7 +58,9 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
         if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
             raise InputError(f"{path}: refused, the file wants to run code on loading") from None
         raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError, IndexError):
+    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError, IndexError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # no permission, for example; a file cut very short gives an OSError without a name
         raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -214,8 +215,8 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
         InputError: when the folder holds another method's run, or one with other options.
     """
     folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
     if devices.main:
-        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_test"
         probe.touch()
         probe.unlink()
@@ -229,11 +230,15 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
         if saved["name"] != method_name:
             raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
         refuse_changes(saved["config"], args, source)
+    if devices.any((saved or {}).get("step", 0) != devices.broadcast((saved or {}).get("step", 0))):
+        raise InputError(f"--output {folder}: not the same files on every machine; use a shared file system")
     if devices.main:
         if saved is None:
             # Files of an earlier run that --resume never replaces; their lines would mix with the new ones.
-            for name in ("metrics.jsonl", "bad_files.txt", "warnings.txt"):
+            for name in ("last.pt", "encoder.pt", "metrics.jsonl", "bad_files.txt", "warnings.txt"):
                 (folder / name).unlink(missing_ok=True)
+            for name in ("samples", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
         config = {"method": method_name, **plain(args), "versions": versions(), "device": describe(devices)}
         write_json(folder / "config.json", config)
     return folder, saved
@@ -348,12 +353,15 @@ def fit(
     monitor = None
     if devices.main:
         monitor = Monitor(folder, last, step, args.log_every, name, tensorboard)
-    pending: list[tuple[int, list[int], list[str], Tensor]] = []
+    pending: list[tuple[int, list[int], list[str], Tensor, object]] = []
 
     def check_finite(everything: bool) -> None:
-        # On a GPU the last step is looked at after the next one was launched, so that the device never idles.
+        # On a GPU the values are copied beside the work, and looked at when the next step has been launched:
+        # waiting for the copy's event does not wait for that step, so the device never idles.
         while len(pending) > (0 if everything or device.type == "cpu" else 1):
-            at, indices, names, values = pending.pop(0)
+            at, indices, names, values, copied = pending.pop(0)
+            if copied is not None:
+                copied.synchronize()
             if not bool(torch.isfinite(values).all()):
                 report = {
                     "step": at,
@@ -367,7 +375,18 @@ def fit(
                 )
 
     def save() -> None:
+        # A finite loss can still have had a gradient that was not: such weights must not replace good ones.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        healthy = all(bool(torch.isfinite(entry[3]).all()) for entry in pending)
+        healthy = healthy and all(bool(torch.isfinite(p).all()) for p in method.parameters())
+        broken = devices.any(not healthy)
         check_finite(everything=True)
+        if broken:
+            raise InputError(
+                f"the weights are not finite after step {step}; the last checkpoint is from before; "
+                "lower --lr or use --clip-grad"
+            )
         if not devices.main:
             return
         content = {
@@ -401,7 +420,11 @@ def fit(
             with autocast(args, device):
                 losses = wrapped(inputs, Run(devices.device_ids, generator))
             loss = sum(losses.values())
-            pending.append((step, batch["index"].tolist(), list(losses), torch.stack([*losses.values()]).detach()))
+            values, copied = torch.stack([*losses.values()]).detach(), None
+            if device.type == "cuda":
+                values, copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+                copied.record()
+            pending.append((step, batch["index"].tolist(), list(losses), values, copied))
             check_finite(everything=False)
 
             optimizer.zero_grad(set_to_none=True)
@@ -410,8 +433,10 @@ def fit(
             grad_norm = None
             if args.clip_grad or logs:
                 scaler.unscale_(optimizer)
-                limit = args.clip_grad or math.inf
-                grad_norm = nn.utils.clip_grad_norm_(method.parameters(), limit)
+                gradients = [p.grad for p in method.parameters() if p.grad is not None]
+                grad_norm = nn.utils.get_total_norm(gradients)
+                if args.clip_grad:
+                    nn.utils.clip_grads_with_norm_(method.parameters(), args.clip_grad, grad_norm)
             scaler.step(optimizer)
             scaler.update()
             step += 1
@@ -436,13 +461,15 @@ def fit(
                     monitor.start_window()
                 scores = devices.broadcast(scores)
                 since_best += 1
+                if not math.isfinite(scores["score"]):
+                    scores["score"] = -math.inf
                 if best is None or scores["score"] > best["score"]:
                     state = {k: v.detach().cpu().clone() for k, v in method.state_dict().items()}
                     best = {"score": scores["score"], "epoch": step * args.b / n, "state": state}
                     since_best = 0
                 over = bool(args.patience) and since_best >= args.patience
             stopped = devices.any(stop.signal is not None)
-            late = time.perf_counter() - saved_at > LONGEST_UNSAVED
+            late = devices.any(time.perf_counter() - saved_at > LONGEST_UNSAVED)
             if step % args.save_every == 0 or step == last or over or stopped or late:
                 save()
                 saved_at = time.perf_counter()

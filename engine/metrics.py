@@ -1,6 +1,7 @@
 """Scores of predicted probabilities, for every kind of labels. scikit-learn does the counting."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
@@ -52,14 +53,20 @@ def score(probabilities: np.ndarray, targets: np.ndarray, info: Info) -> dict:
 
 
 def auroc_interval(
-    probabilities: np.ndarray, targets: np.ndarray, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
 ) -> list[float] | None:
-    """Percentile bootstrap interval of one class's AUROC over the images.
+    """Percentile bootstrap interval of one class's AUROC over the images, or over groups of them.
 
     Every resample is a vector of counts over one sorted order, so that nothing is sorted again.
 
     Args:
         probabilities, targets: (N,), targets 0, 1 or NaN (left out).
+        groups: the patient of each image, where known: patients are drawn, for images of one are no two opinions.
 
     Returns:
         [low, high], or None where only one kind of image is there.
@@ -68,14 +75,17 @@ def auroc_interval(
     p, t = probabilities[known], targets[known]
     if len(np.unique(t)) < 2:
         return None
+    names = np.arange(len(t)) if groups is None else np.asarray(groups)[known]
+    _, group = np.unique(names, return_inverse=True)
+    patients = group.max() + 1
     _, tie = np.unique(p, return_inverse=True)  # equal scores share a group, groups ascend
-    groups = tie.max() + 1
+    ties = tie.max() + 1
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(resamples):
-        counts = np.bincount(rng.integers(len(t), size=len(t)), minlength=len(t))
-        positive = np.bincount(tie, counts * t, groups)
-        negative = np.bincount(tie, counts * (1 - t), groups)
+        counts = np.bincount(rng.integers(patients, size=patients), minlength=patients)[group]
+        positive = np.bincount(tie, counts * t, ties)
+        negative = np.bincount(tie, counts * (1 - t), ties)
         if positive.sum() and negative.sum():
             below = np.cumsum(negative) - negative / 2  # a tie counts half
             values.append(float(positive @ below / (positive.sum() * negative.sum())))

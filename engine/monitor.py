@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ class Monitor:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done or None)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
         self.bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), leave=False)
         self.flat_logs = 0
         self.start_window()
@@ -82,7 +83,7 @@ class Monitor:
     def log(self, step: int, epoch: float, values: dict[str, float], features: Tensor | None = None) -> None:
         """Write one line. `step` counts steps done; `values` are losses, lr and grad_norm."""
         line = {"step": step, "epoch": round(epoch, 4), **values}
-        if features is not None:
+        if features is not None and len(features) > 1:
             line["feature_std"] = feature_std(features)
             self.flat_logs = self.flat_logs + 1 if line["feature_std"] < COLLAPSED else 0
             if self.flat_logs == PATIENCE:
@@ -94,8 +95,10 @@ class Monitor:
         if self.images:
             line["images_per_s"] = round(self.images / seconds, 2)
             line["data_wait"] = round(self.waited / seconds, 4)
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             line["peak_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        else:  # of the training process, without the decoding ones
+            line["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
         self.write(line)
         shown = {key: f"{line[key]:.4g}" for key in ("loss", "lr", "images_per_s") if key in line}
         self.bar.set_postfix(shown)
@@ -105,7 +108,9 @@ class Monitor:
 
     def write(self, line: dict) -> None:
         """Append a line to metrics.jsonl and TensorBoard."""
-        self.file.write(json.dumps(line) + "\n")
+        # JSON has no inf or NaN, which a gradient norm is where fp16's loss scaling skips a step.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         if self.writer is not None:
             for key, value in line.items():

@@ -17,7 +17,8 @@ def run_script(main: Callable[[], object]) -> None:
     try:
         main()
     except InputError as error:
-        message = " ".join(str(error).split())
+        # A decoding process hands its error over with the traceback in the text; the last part is the message.
+        message = " ".join(str(error).rpartition("InputError: ")[2].split())
     except OSError as error:
         # Paths without permission, full disks, folders in the place of files: the user's to mend.
         if error.filename is None and error.errno is None:
@@ -56,6 +57,12 @@ class Parser(argparse.ArgumentParser):
 def flag(group: argparse._ArgumentGroup, name: str, default: bool, help: str) -> None:
     """Add `--name` and `--no-name`; `type=bool` would read the text "False" as true."""
     group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def check_range(option: str, low: float, high: float) -> None:
+    """Raise InputError unless low ≤ high."""
+    if low > high:
+        raise InputError(f"{option} {low:g} {high:g}: the first number must not be above the second")
 
 
 def positive_int(text: str) -> int:

@@ -4,10 +4,8 @@ One process: a single device, or DataParallel over several `--gpus`. Under `torc
 device and DistributedDataParallel, on one machine or many.
 """
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -40,8 +38,11 @@ class Devices:
 
     def share(self, batch_size: int) -> slice:
         """This process's rows of a batch over all processes."""
-        if batch_size % self.world:
-            raise InputError(f"--b {batch_size}: not a multiple of the {self.world} processes")
+        parts = max(self.world, len(self.device_ids))
+        if batch_size % parts:
+            raise InputError(f"--b {batch_size}: not a multiple of the {parts} devices; choose another batch size")
+        if batch_size == parts:
+            raise InputError(f"--b {batch_size}: batch norm needs at least 2 images on each of {parts} device(s)")
         count = batch_size // self.world
         return slice(self.rank * count, (self.rank + 1) * count)
 
@@ -90,8 +91,21 @@ class Run:
 
     def __call__(self, net: nn.Module, *inputs: Tensor, **options: object) -> object:
         if len(self.device_ids) > 1:
+            net = _Cast(net) if torch.is_autocast_enabled("cuda") else net
             return nn.parallel.data_parallel(net, inputs, self.device_ids, module_kwargs=options)
         return net(*inputs, **options)
+
+
+class _Cast(nn.Module):
+    """Carries autocast's type into DataParallel's threads, which would fall back to fp16 without a loss scaler."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.dtype = net, torch.get_autocast_dtype("cuda")
+
+    def forward(self, *inputs: Tensor, **options: object) -> object:
+        with torch.autocast("cuda", self.dtype):
+            return self.net(*inputs, **options)
 
 
 def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
@@ -152,16 +166,6 @@ def wrap(method: nn.Module, devices: Devices, find_unused: bool) -> nn.Module:
         return method
     ids = [devices.device] if devices.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=find_unused)
-
-
-@contextlib.contextmanager
-def quiet_unless_main(devices: Devices) -> Iterator[None]:
-    """Only the main process prints."""
-    if devices.main:
-        yield
-    else:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            yield
 
 
 def finish() -> None:

@@ -61,6 +61,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     if init == "imagenet":
         state = _download_imagenet(arch)
         source = "imagenet"
+        expected = smp.encoders.get_preprocessing_params(arch, pretrained="imagenet")
+        report["normalization"] = {"mean": list(expected["mean"]), "std": list(expected["std"])}
     else:
         content = load_safe(init)
         source = Path(init).name
@@ -101,8 +103,11 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
 
 
 def _strip(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix under which most of the wanted keys are found."""
-    best = max(PREFIXES, key=lambda prefix: sum(prefix + key in state for key in wanted))
+    """Remove the prefix under which most of the wanted keys are found, if there is one."""
+    found = {prefix: sum(prefix + key in state for key in wanted) for prefix in PREFIXES}
+    best = max(PREFIXES, key=found.get)
+    if not found[best]:
+        return state
     return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
 
 

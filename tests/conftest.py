@@ -1,4 +1,4 @@
-"""One thread for each process of the tests: threads that wait for each other on a busy machine take ten times as long."""
+"""One thread for each process of the tests: on a busy machine, threads wait for each other ten times as long."""
 
 import os
 

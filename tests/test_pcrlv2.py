@@ -82,7 +82,16 @@ def test_outputs_are_the_published_ones(method, batch):
         assert_close(restored, PUBLISHED["intermediate"][level], f"intermediate {level}")
 
 
-def test_losses_and_gradients_are_the_published_ones(method, batch):
+@pytest.fixture
+def two_threads():
+    """As many as the published numbers were measured with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_losses_and_gradients_are_the_published_ones(method, batch, two_threads):
     losses = method(batch, Run(), levels=PUBLISHED["levels_drawn"]["values"])
     names = {"restoration": "recon", "intermediate": "intermediate", "siamese": "siamese", "local": "local"}
     assert set(losses) == set(names)
@@ -93,8 +102,15 @@ def test_losses_and_gradients_are_the_published_ones(method, batch):
     total.backward()
     gradients = {published_key(k): p.grad for k, p in method.network.named_parameters()}
     assert len(PUBLISHED["gradients"]) == 3
+    # Batch norms over two samples make these gradients ill-conditioned: in float64 they are 3 % away (L2) from the
+    # published ones. Where this machine rounds as the one that measured, they must agree to 1e-4; elsewhere to 8 %.
+    # A forgotten stop-gradient is 19 %.
+    same_rounding = all(abs(losses[a].item() - PUBLISHED["loss"][b]) < 3e-9 for a, b in names.items())
     for key, stored in PUBLISHED["gradients"].items():
-        assert_close(gradients[key], stored, key)
+        ours, theirs = (torch.tensor(d["entries"]) for d in (deterministic.digest(gradients[key]), stored))
+        assert (ours - theirs).norm() < 0.08 * theirs.norm(), key
+        if same_rounding:
+            assert_close(gradients[key], stored, key)
 
 
 def test_levels_matter(method, batch):
@@ -226,11 +242,20 @@ def test_init_from_the_export(exported, method, capsys):
 
 
 @pytest.mark.parametrize(
-    "prefix",
-    ["", "encoder.", "module.encoder.", "encoder.module.", "module.", "model.encoder.", "module.model.encoder."]
-    + ["backbone."],
+    ("key", "prefix"),
+    [
+        ("state_dict", ""),
+        ("state_dict", "encoder."),
+        ("state_dict", "module.encoder."),
+        ("model", "encoder.module."),
+        ("state_dict", "module."),
+        ("model", "model.encoder."),
+        ("state_dict", "module.model.encoder."),
+        ("state_dict", "backbone."),
+        (None, ""),
+        (None, "module.encoder."),
+    ],
 )
-@pytest.mark.parametrize("key", ["state_dict", "model", None])
 def test_published_files_load(tmp_path, method, prefix, key):
     state = {prefix + k: v for k, v in method.network.encoder.state_dict().items()}
     state["decoder.blocks.0.conv1.0.weight"] = torch.zeros(3)
@@ -322,7 +347,7 @@ def test_unknown_architecture():
 def test_namespace_is_the_only_class_allowed(tmp_path):
     torch.save({"opt": argparse.Namespace(lr=0.1), "x": torch.ones(2)}, tmp_path / "a.pt")
     assert load_safe(tmp_path / "a.pt")["opt"].lr == 0.1
-    torch.save({"parser": argparse.ArgumentParser("x")}, tmp_path / "b.pt")
+    torch.save({"path": tmp_path, "x": torch.ones(2)}, tmp_path / "b.pt")
     with pytest.raises(InputError, match="wants to run code"):
         load_safe(tmp_path / "b.pt")
 

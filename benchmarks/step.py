@@ -1,0 +1,341 @@
+"""Images per second of PCRLv2's training step (forward, backward, update) on inputs that lie on the device: the
+published way against ours, in float32 and mixed precision, and with `--compile` also compiled.
+
+  python benchmarks/step.py                                        (a CPU: 16 images; a GPU: 64 images)
+  python benchmarks/step.py --arch resnet50 --b 128 --compile
+  python benchmarks/step.py --b 2 --image-size 64 --local-size 32 --steps 1 --repeats 1 --output /tmp/step.json
+
+"plain" does what the published code does: contiguous NCHW, every decoder level's heads and restoration in every
+pass, all restorations up-sampled, the losses read back every step, cuDNN's benchmark mode. "ours" is the step of
+engine/loop.py: channels-last, only what the drawn levels need, kernels as `--deterministic` says. The script
+first makes sure that both give the same losses and gradient.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medssl.benchmarks.machine import RESULTS, interleave, report, summarise
+from medssl.engine import options
+from medssl.engine.parallel import Run, make_deterministic
+from medssl.train_pcrlv2 import MultiScaleUNet, PCRLv2
+
+LOCAL_VIEWS = 6
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Variant(NamedTuple):
+    """One way to do a step; its name is `str(variant)`."""
+
+    kind: str  # plain or ours
+    precision: str  # fp32, bf16 or fp16
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.precision}" + (", compiled" if self.compiled else "")
+
+
+PLAIN = Variant("plain", "fp32")
+
+
+def choose_variants(cuda: bool, compiled: bool) -> list[Variant]:
+    """What is measured; fp16 is for GPUs. "plain, bf16" separates what mixed precision gives from the rest."""
+    precisions = ["fp32", "bf16", "fp16"] if cuda else ["fp32", "bf16"]
+    variants = [PLAIN, Variant("plain", "bf16"), *(Variant("ours", p) for p in precisions)]
+    return variants + [Variant("ours", p, True) for p in precisions if compiled]
+
+
+def make_batch(args: argparse.Namespace, kind: str) -> dict[str, Tensor]:
+    """A batch of noise as the method takes it, the same for every variant but for its memory layout."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict.fromkeys(("view1", "view2", "target"), (args.b, 3, args.image_size, args.image_size))
+    shapes["locals"] = (LOCAL_VIEWS * args.b, 3, args.local_size, args.local_size)
+    layout = torch.contiguous_format if kind == "plain" else torch.channels_last
+    return {
+        name: torch.randn(shape, generator=generator).to(args.device, memory_format=layout)
+        for name, shape in shapes.items()
+    }
+
+
+# The published way ---------------------------------------------------------------------------------
+
+
+def plain_forward(network: MultiScaleUNet, x: Tensor, local: bool = False) -> tuple[list, Tensor | None, list]:
+    """Every head of every level, for any input.
+
+    Returns:
+        (p, q) of each level, the full restoration (None for local views), each level's restoration up-sampled.
+    """
+    maps = network.decoder(network.encoder(x))
+    embeddings, restorations = [], []
+    for level, head in zip(maps, network.heads):
+        coarse = head.restore(level)
+        embeddings.append(head.embed(level))
+        restorations.append(F.interpolate(coarse, size=x.shape[2:], mode="bilinear"))
+    return embeddings, None if local else network.output(maps[-1]), restorations
+
+
+def plain_losses(network: MultiScaleUNet, batch: dict[str, Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
+    """The losses of `PCRLv2.forward` at the start of a run (β = 1)."""
+
+    def similarity(one: list, two: list, level: int) -> Tensor:
+        (p1, q1), (p2, q2) = one[level], two[level]
+        cosine = functools.partial(F.cosine_similarity, dim=1)
+        return -0.5 * (cosine(q1, p2.detach()).mean() + cosine(q2, p1.detach()).mean())
+
+    pair, *cross = levels
+    first, restored, restorations = plain_forward(network, batch["view1"])
+    second, _, _ = plain_forward(network, batch["view2"])
+    small, _, _ = plain_forward(network, batch["locals"], local=True)
+    local = 0.0
+    for v in range(LOCAL_VIEWS):
+        rows = slice(v * len(batch["view1"]), (v + 1) * len(batch["view1"]))
+        view = [(p[rows], q[rows]) for p, q in small]
+        local = local + similarity(first, view, cross[2 * v]) + similarity(second, view, cross[2 * v + 1])
+    return {
+        "restoration": F.mse_loss(restored, batch["target"]),
+        "intermediate": F.mse_loss(restorations[pair], batch["target"]),
+        "siamese": similarity(first, second, pair),
+        "local": local / (2 * LOCAL_VIEWS),
+    }
+
+
+def plain_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]], None]:
+    """A function that does one published step with the given levels."""
+    torch.manual_seed(0)
+    network = PCRLv2(args.arch, LOCAL_VIEWS).network.to(args.device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.9, weight_decay=1e-4)
+    batch = make_batch(args, "plain")
+
+    def step(levels: list[int]) -> None:
+        with autocast(args, variant):
+            losses = plain_losses(network, batch, levels)
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for value in (*losses.values(), loss):
+            value.item()
+
+    return step
+
+
+# Ours ----------------------------------------------------------------------------------------------
+
+
+def our_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]], None]:
+    """A function that does one step of engine/loop.py with the given levels."""
+    torch.manual_seed(0)
+    method = PCRLv2(args.arch, LOCAL_VIEWS).to(args.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(method.parameters(), 1e-2, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
+    batch = make_batch(args, "ours")
+    pending: list[Tensor] = []
+    if variant.compiled:
+        for part in method.compiled_parts():
+            part.compile()
+
+    def step(levels: list[int]) -> None:
+        with autocast(args, variant):
+            losses = method(batch, Run(), levels)
+        loss = sum(losses.values())
+        pending.append(torch.stack([*losses.values()]).detach())
+        waits = 1 if args.device == "cuda" else 0  # a GPU's step is looked at during the next
+        if len(pending) > waits and not bool(torch.isfinite(pending.pop(0)).all()):
+            raise RuntimeError(f"{variant}: the loss is not finite")
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        method.after_step(0.0)
+
+    return step
+
+
+def autocast(args: argparse.Namespace, variant: Variant) -> contextlib.AbstractContextManager:
+    """Mixed precision where the variant has it."""
+    if variant.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(args.device, DTYPES[variant.precision])
+
+
+# Measuring -----------------------------------------------------------------------------------------
+
+
+def refuse_difference(args: argparse.Namespace) -> float:
+    """The largest relative difference between the two ways' losses and gradients.
+
+    Measured in float32 and evaluation mode, with the same weights and levels.
+
+    Raises:
+        RuntimeError: when it is above 10⁻³; then speeds would not compare.
+    """
+    torch.manual_seed(0)
+    method = PCRLv2(args.arch, LOCAL_VIEWS).to(args.device).eval()
+    levels = method.draw_levels(torch.Generator().manual_seed(0))
+    weights = [p for p in method.network.encoder.parameters() if p.requires_grad]
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    values = []
+    for kind in ("plain", "ours"):
+        batch = make_batch(argparse.Namespace(**{**vars(args), "b": 2}), kind)
+        if kind == "ours":
+            method.to(memory_format=torch.channels_last)
+            losses = method(batch, Run(), levels)
+        else:
+            losses = plain_losses(method.network, batch, levels)
+        gradient = torch.autograd.grad(sum(losses.values()), weights)
+        values.append({name: loss.detach() for name, loss in losses.items()})
+        values[-1]["gradient"] = torch.cat([g.flatten() for g in gradient])
+    torch.backends.cudnn.allow_tf32 = allowed
+    plain, ours = values
+    worst = max(float((plain[name] - ours[name]).norm() / plain[name].norm()) for name in plain)
+    if plain.keys() != ours.keys() or not worst < 1e-3:
+        raise RuntimeError(f"plain and ours do not compute the same: losses or gradients differ by {worst:.1e}")
+    return worst
+
+
+def prepare(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]], None]:
+    """A step that is compiled and warm. Sets the kernels that the variant uses."""
+    set_kernels(args, variant)
+    step = {"plain": plain_step, "ours": our_step}[variant.kind](args, variant)
+    for pair in range(5 if variant.compiled else 1):
+        step([pair, *(i % 5 for i in range(2 * LOCAL_VIEWS))])  # all levels, and each one's restoration
+    return step
+
+
+def set_kernels(args: argparse.Namespace, variant: Variant) -> None:
+    """On a GPU: cuDNN's benchmark mode for plain, what the training scripts do for ours."""
+    if args.device == "cuda":
+        make_deterministic(variant.kind == "ours" and args.deterministic)
+
+
+class Timer:
+    """Each call times the next `--steps` steps of a variant, and returns images per second."""
+
+    def __init__(self, args: argparse.Namespace, variant: Variant) -> None:
+        self.args, self.variant, self.done = args, variant, 0
+        self.step = prepare(args, variant)
+
+    def __call__(self) -> float:
+        args = self.args
+        set_kernels(args, self.variant)
+        first, self.done = self.done, self.done + args.steps
+        draws = [  # the k-th step has the same levels in every variant
+            torch.randint(5, (1 + 2 * LOCAL_VIEWS,), generator=torch.Generator().manual_seed(k)).tolist()
+            for k in range(first, self.done)
+        ]
+        synchronise(args)
+        started = time.perf_counter()
+        for levels in draws:
+            self.step(levels)
+        synchronise(args)
+        return args.b * args.steps / (time.perf_counter() - started)
+
+
+def synchronise(args: argparse.Namespace) -> None:
+    """Wait for the GPU, where there is one."""
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(args: argparse.Namespace, variant: Variant) -> float:
+    """MB that training needs: of the GPU, or of the process beyond what its imports take.
+
+    To be called in a process of its own, since a peak never falls.
+    """
+    torch.set_num_threads(args.threads)
+    before = _peak_rss()
+    step = prepare(args, variant)
+    step([0, *(i % 5 for i in range(2 * LOCAL_VIEWS))])
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return _peak_rss() - before
+
+
+def _peak_rss() -> float:
+    """Peak resident memory of this process in MB.
+
+    Not from `getrusage`: on Linux its figure includes what the parent had when it started this process.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError("/proc/self/status has no peak")
+
+
+def get_parser() -> options.Parser:
+    """The options of this script."""
+    parser = options.Parser(__doc__)
+    parser.add_argument("--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU")
+    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
+    parser.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
+    parser.add_argument("--arch", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
+    parser.add_argument("--steps", type=options.positive_int, help="steps timed at once; 3 on a CPU, 30 on a GPU")
+    parser.add_argument("--repeats", type=options.positive_int, default=5, help="interleaved runs; the median counts")
+    parser.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
+    parser.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
+    options.flag(parser, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
+    options.flag(parser, "--memory", True, "measure peak memory too, each variant in a process of its own")
+    parser.add_argument("--output", metavar="FILE", default=str(RESULTS / "step.json"), help="the JSON file")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Measure, print the table, write and return the report."""
+    args = get_parser().parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise options.InputError("--device cuda: this machine has no GPU that PyTorch can use")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = args.device == "cuda"
+    args.b = args.b or (64 if cuda else 16)
+    args.steps = args.steps or (30 if cuda else 3)
+    if args.b < 2:
+        raise options.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
+    threads = torch.get_num_threads()
+    args.threads = args.threads or threads
+    torch.set_num_threads(args.threads)
+    if cuda:
+        make_deterministic(args.deterministic)  # before CUDA starts, which reads the setting of cuBLAS
+    try:
+        return measure(args)
+    finally:
+        torch.set_num_threads(threads)
+        if cuda:
+            make_deterministic(False)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Everything that `main` does, with all options known."""
+    difference = refuse_difference(args)
+    print(f"plain and ours agree: losses and gradients differ by {difference:.0e}")
+    variants = choose_variants(args.device == "cuda", args.compile)
+    timers = {str(variant): Timer(args, variant) for variant in variants}
+    results = summarise(interleave(timers, args.repeats), str(PLAIN))
+    timers.clear()
+    if args.memory and (args.device == "cuda" or Path("/proc/self/status").exists()):
+        alone = {"max_workers": 1, "mp_context": multiprocessing.get_context("spawn")}
+        for variant in variants:
+            with concurrent.futures.ProcessPoolExecutor(**alone) as pool:
+                results[str(variant)]["peak_mb"] = pool.submit(peak_memory, args, variant).result()
+    return report(args.output, "step", vars(args), results, difference=difference)
+
+
+def cli() -> None:
+    """Command line."""
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,87 @@
+"""The benchmarks run, and report every variant. Speeds are never judged here."""
+
+import json
+
+import pytest
+import torch
+
+from medssl.benchmarks import machine, pipeline, step
+from medssl.engine.options import InputError
+
+
+def read(path, variants):
+    content = json.loads(path.read_text())
+    assert set(content["results"]) == variants
+    for row in content["results"].values():
+        assert 0 < row["lowest"] <= row["images_per_s"] <= row["highest"]
+        assert row["ratio"] > 0
+    assert content["machine"]["cpu"]
+    assert torch.__version__.startswith(content["machine"]["packages"]["torch"])
+    return content
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pipeline(tmp_path, capsys, workers):
+    path = tmp_path / "results" / "pipeline.json"
+    small = ["--images", "4", "--size", "96", "--b", "2", "--repeats", "1", "--workers", str(workers)]
+    pipeline.main([*small, "--output", str(path)])
+    expected = {"plain", "ours, decoding", "ours, cache"}
+    if torch.cuda.is_available():
+        expected |= {"ours, decoding, GPU views", "ours, cache, GPU views"}
+    content = read(path, expected)
+    assert content["results"]["plain"]["ratio"] == 1
+    assert content["per_core"] == (workers == 0)
+    assert min(content["ours_ms_per_image"].values()) > 0
+    assert "ours, cache" in capsys.readouterr().out
+
+
+def test_plain_views(tmp_path):
+    """The baseline makes what the network takes."""
+    paths = pipeline.write_images(tmp_path, 2, 64)
+    view1, view2, target, small = pipeline.PlainDataset(paths)[0]
+    assert view1.shape == view2.shape == target.shape == (3, 224, 224)
+    assert [view.shape for view in small] == [(3, 96, 96)] * 6
+    assert 0 < float((view1 == 0).all(0).float().mean()) < 0.2  # the holes
+
+
+def test_pipeline_refuses_less_than_a_batch(tmp_path):
+    with pytest.raises(InputError, match="--images 2"):
+        pipeline.main(["--images", "2", "--output", str(tmp_path / "x.json")])
+
+
+TINY = ["--device", "cpu", "--b", "2", "--image-size", "32", "--local-size", "32", "--steps", "1", "--repeats", "1"]
+
+
+def test_step(tmp_path):
+    path = tmp_path / "step.json"
+    step.main([*TINY, "--no-memory", "--output", str(path)])
+    content = read(path, {"plain, fp32", "plain, bf16", "ours, fp32", "ours, bf16"})
+    assert content["difference"] < 1e-3
+
+
+def test_step_variants():
+    names = [str(variant) for variant in step.choose_variants(cuda=True, compiled=True)]
+    assert len(names) == len(set(names)) == 8
+    assert "ours, fp16, compiled" in names
+
+
+def test_step_notices_another_loss(monkeypatch, tmp_path):
+    published = step.plain_losses
+    monkeypatch.setattr(
+        step, "plain_losses", lambda *inputs: {name: 2 * loss for name, loss in published(*inputs).items()}
+    )
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        step.main([*TINY, "--no-memory", "--output", str(tmp_path / "step.json")])
+
+
+def test_interleaved_summary():
+    calls = []
+
+    def variant(name, speeds):
+        values = iter(speeds)
+        return lambda: calls.append(name) or next(values)
+
+    speeds = machine.interleave({"a": variant("a", [1, 2, 4]), "b": variant("b", [3, 4, 12])}, 3)
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    summary = machine.summarise(speeds, "a")
+    assert summary["b"] == {"images_per_s": 4, "lowest": 3, "highest": 12, "ratio": 3}

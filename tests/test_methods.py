@@ -1,0 +1,323 @@
+"""What every method must do, one list for all of them.
+
+Run as a script, this file is one of two processes of `test_two_processes_are_one`.
+"""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from medssl.engine.monitor import COLLAPSED, Monitor, feature_std
+from medssl.engine.parallel import Run, finish, setup, wrap
+from medssl.train_pcrlv2 import PCRLv2
+
+
+def pcrlv2_batch(images=8, large=32, small=32, locals_=2):
+    """(view1, view2, locals, target): smooth noise, views of an image alike."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(n, side):
+        coarse = torch.randn(n, 3, 8, 8, generator=generator)
+        return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+
+    target = noise(images, large)
+    return {
+        "view1": target + 0.3 * noise(images, large),
+        "view2": target + 0.3 * noise(images, large),
+        "target": target,
+        "locals": noise(locals_ * images, small),
+    }
+
+
+def pcrlv2_share(batch, rank, world):
+    """A process's part of the batch; local views are view-major."""
+    part = {k: batch[k].chunk(world)[rank] for k in ("view1", "view2", "target")}
+    views = len(batch["locals"]) // len(batch["view1"])
+    part["locals"] = torch.cat([v.chunk(world)[rank] for v in batch["locals"].chunk(views)])
+    return part
+
+
+@dataclass
+class Case:
+    """A method, how it is made, a fixed batch, and a process's share of it."""
+
+    make: type
+    kwargs: dict
+    batch: object
+    share: object
+    lr: float
+
+
+CASES = {"pcrlv2": Case(PCRLv2, {"locals_": 2}, pcrlv2_batch, pcrlv2_share, lr=0.02)}
+
+
+def build(case):
+    """The method with fixed weights."""
+    torch.manual_seed(1)
+    return case.make(**case.kwargs)
+
+
+def run_with(seed, kind=Run):
+    return kind(generator=torch.Generator().manual_seed(seed))
+
+
+def batch_norm_eval(method):
+    """Training mode, but batch norms use their running statistics, which do not depend on how a batch is split."""
+    method.train()
+    for module in method.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return method
+
+
+class HalvedRun(Run):
+    """Two calls on halves of the inputs, as DataParallel would make on two devices."""
+
+    calls = 0
+
+    def __call__(self, net, *inputs, **options):
+        HalvedRun.calls += 1
+        halves = [net(*part, **options) for part in zip(*(x.chunk(2) for x in inputs))]
+        return gather(halves)
+
+
+def gather(parts):
+    """Concatenate tensors, also inside dicts, lists and tuples."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {k: gather([p[k] for p in parts]) for k in first}
+    return type(first)(gather(list(p)) for p in zip(*parts))
+
+
+def two_steps(method, batch, lr, wrapped=None, rank_mean=lambda t: t):
+    """Two SGD steps with batch norms in evaluation mode → losses of each step."""
+    batch_norm_eval(method)
+    optimizer = torch.optim.SGD(method.parameters(), lr, momentum=0.9)
+    history = []
+    for step in range(2):
+        losses = (wrapped or method)(batch, run_with(step))
+        history.append({k: rank_mean(v.detach()).item() for k, v in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        method.after_step((step + 1) / 4)
+    return history
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def test_losses_are_finite_named_scalars(case):
+    losses = build(case).train()(case.batch(), run_with(0))
+    assert losses
+    for name, value in losses.items():
+        assert name.isidentifier()
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value)
+    assert sum(losses.values()).requires_grad
+
+
+def test_choices_come_from_the_runs_generator(case):
+    method, batch = build(case).eval(), case.batch()
+    torch.manual_seed(5)
+    one = method(batch, run_with(3))
+    torch.manual_seed(6)
+    same = method(batch, run_with(3))
+    assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in same.items()}
+
+
+def test_loss_falls_on_a_fixed_batch(case):
+    method, batch = build(case).train(), case.batch()
+    optimizer = torch.optim.SGD(method.parameters(), case.lr, momentum=0.9)
+    history = []
+    for _ in range(15):
+        losses = method(batch, run_with(0))
+        history.append({k: v.item() for k, v in losses.items()})
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    for name in history[0]:
+        assert history[-1][name] < history[0][name], name
+    totals = [sum(h.values()) for h in history]
+    assert totals[-1] < totals[0] - 0.3 * abs(totals[0])
+
+
+def test_forward_changes_batch_statistics_only(case):
+    method = build(case).train()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    sum(method(case.batch(), run_with(0)).values()).backward()
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    changed = {k for k, v in method.state_dict().items() if not torch.equal(v, before[k])}
+    assert all(k.endswith(statistics) for k in changed), sorted(changed)
+    assert any(k.endswith("running_mean") for k in changed)
+
+
+def test_encoder_state_is_the_methods_own(case):
+    method = build(case)
+    state = method.encoder_state()
+    own = {v.data_ptr() for v in method.state_dict().values()}
+    assert len(state) > 20
+    assert all(v.data_ptr() in own for v in state.values())
+
+
+def test_pictures_do_not_change_the_method(case):
+    method, batch = build(case).eval(), case.batch()
+    before = copy.deepcopy(method.state_dict())
+    with torch.no_grad():
+        rows = method.pictures(batch)
+    assert all(x.ndim == 4 and x.shape[1] == 3 and torch.isfinite(x).all() for x in rows.values())
+    assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
+
+
+def test_features_are_one_row_an_image(case):
+    method, batch = build(case).train(), case.batch()
+    method(batch, run_with(0))
+    assert method.features.ndim == 2
+    assert len(method.features) == len(batch["view1"])
+    assert not method.features.requires_grad
+
+
+def test_halved_run_is_the_plain_one(case):
+    """What DataParallel does: networks see parts of the batch, the method all of it."""
+    method, batch = batch_norm_eval(build(case)), case.batch()
+    HalvedRun.calls = 0
+    gradients = []
+    for kind in (Run, HalvedRun):
+        method.zero_grad()
+        losses = method(batch, run_with(2, kind))
+        sum(losses.values()).backward()
+        gradients.append(({k: v.item() for k, v in losses.items()}, {k: p.grad for k, p in method.named_parameters()}))
+    assert HalvedRun.calls > 0
+    (plain, plain_grad), (halved, halved_grad) = gradients
+    assert halved == pytest.approx(plain, rel=1e-5, abs=1e-6)
+    for name, g in plain_grad.items():
+        if g is None:
+            assert halved_grad[name] is None
+        else:
+            assert torch.allclose(g, halved_grad[name], rtol=1e-3, atol=1e-4 * float(g.abs().max()) + 1e-7), name
+
+
+def test_bf16_autocast(case):
+    """Losses stay float32, and near those of full precision."""
+    method, batch = build(case).train(), case.batch()
+    full = method(batch, run_with(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = method(batch, run_with(0))
+    for name in full:
+        assert low[name].dtype == torch.float32
+        assert low[name].item() == pytest.approx(full[name].item(), rel=0.1, abs=0.1)
+
+
+# Two processes -------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one(case, tmp_path, request):
+    """Losses and parameters after two steps, batch norm aside."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    name = next(n for n, c in CASES.items() if c is case)
+    processes = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, __file__, name, str(tmp_path)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+    method = build(case)
+    start = {k: v.clone() for k, v in method.state_dict().items()}
+    alone = two_steps(method, case.batch(), case.lr)
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for history in (r["history"] for r in results):
+        for ours, theirs in zip(history, alone):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for key, value in method.state_dict().items():
+        assert torch.equal(results[0]["state"][key], results[1]["state"][key]), key
+        assert torch.allclose(results[0]["state"][key], value, rtol=1e-4, atol=1e-5), key
+    moved = max(float((v - start[k]).abs().max()) for k, v in method.state_dict().items() if v.is_floating_point())
+    assert moved > 1e-3  # the steps were no trifles next to the tolerance
+
+
+def process_main(name, folder):
+    """One process: its share of the batch, through the loop's own wrapping."""
+    torch.set_num_threads(1)
+    devices = setup(None, "cpu", deterministic=False)
+    case = CASES[name]
+    method = build(case)
+    wrapped = wrap(method, devices, method.find_unused)
+    batch = case.share(case.batch(), devices.rank, devices.world)
+    history = two_steps(method, batch, case.lr, wrapped, devices.mean)
+    torch.save({"history": history, "state": method.state_dict()}, Path(folder) / f"rank{devices.rank}.pt")
+    finish()
+
+
+# Collapse alarm ------------------------------------------------------------------------------------
+
+
+def alarm(folder, batches):
+    """Log these features, one line each → the warnings."""
+    monitor = Monitor(folder, len(batches), 0, 1, "test", tensorboard=False)
+    for step, features in enumerate(batches):
+        monitor.log(step + 1, 0.1, {"loss": 1.0}, features)
+    monitor.close()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "warnings.txt"
+    return (file.read_text().splitlines() if file.exists() else []), [line["feature_std"] for line in lines]
+
+
+def test_alarm_on_identical_features(tmp_path):
+    row = torch.randn(1, 512, generator=torch.Generator().manual_seed(0))
+    collapsed = row + 1e-4 * torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
+    warnings, stds = alarm(tmp_path, [collapsed] * 6)
+    assert len(warnings) == 1  # said once, not at every line
+    assert warnings[0].startswith("step 3: all images have nearly the same features")
+    assert max(stds) < COLLAPSED
+
+
+def test_alarm_needs_a_row_of_flat_lines(tmp_path):
+    flat = torch.ones(8, 16)
+    spread = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    warnings, stds = alarm(tmp_path, [flat, flat, spread, flat, flat])
+    assert warnings == []
+    assert stds[0] < COLLAPSED < 0.3 < stds[2]
+
+
+def test_alarm_is_quiet_for_a_healthy_method(case, tmp_path):
+    method, features = build(case).train(), []
+    for seed in range(4):
+        method(case.batch(), run_with(seed))
+        features.append(method.features)
+    warnings, stds = alarm(tmp_path, features)
+    assert warnings == []
+    assert min(stds) > 2 * COLLAPSED
+
+
+def test_feature_std_scale():
+    even = torch.randn(4000, 64, generator=torch.Generator().manual_seed(0))
+    assert feature_std(even) == pytest.approx(1.0, abs=0.02)
+    assert feature_std(7 * even) == pytest.approx(feature_std(even), rel=1e-5)
+    assert feature_std(torch.ones(5, 64)) == pytest.approx(0.0, abs=1e-6)
+
+
+if __name__ == "__main__":
+    process_main(*sys.argv[1:])

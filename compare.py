@@ -28,12 +28,17 @@ def label_of(init: str, inits: Sequence[str]) -> str:
     """A short name for an init, unique among `inits`, fit for a folder."""
     if init in ("random", "imagenet"):
         return init
-    parts = Path(init).with_suffix("").parts
-    for n in range(1, len(parts) + 1):
-        name = "_".join(part for part in parts[-n:] if part != "/")
-        if name != "encoder" and sum(Path(o).with_suffix("").parts[-n:] == parts[-n:] for o in inits) == 1:
-            return name
-    return "_".join(part for part in parts if part != "/")
+
+    def parts(path: str) -> tuple[str, ...]:
+        # A run's export is called encoder.pt in every run: the folder's name is what tells them apart.
+        names = Path(path).absolute().with_suffix("").parts[1:]
+        return names[:-1] if names[-1] == "encoder" and len(names) > 1 else names
+
+    own = parts(init)
+    for n in range(1, len(own) + 1):
+        if sum(parts(other)[-n:] == own[-n:] for other in inits) == 1:
+            break
+    return "_".join(own[-n:])
 
 
 def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:

@@ -74,7 +74,7 @@ class PCRLv2(Method):
     normalised.
 
     Differences from the published code, on purpose:
-      * Every local view takes part in the loss, and β follows the run's own length, not a constant 240 epochs.
+      * β follows the run's own length, not a constant 240 epochs.
       * β and the learning rate change every step, not every epoch.
       * The encoder starts from random weights unless `--init imagenet` is given; there, ImageNet was silent.
       * Only drawn levels are computed; the others' losses were thrown away.

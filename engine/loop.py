@@ -338,6 +338,8 @@ def fit(
     if over or step >= last:
         return {"step": step, "epoch": step * args.b / n, "best": best, "seconds": 0.0}
     if args.compile:
+        # Decoder blocks share their code and see large and small views: more shapes than torch allows by default.
+        torch._dynamo.config.recompile_limit = 64
         for part in method.compiled_parts():
             part.compile()
     wrapped = wrap(method, devices, method.find_unused)

@@ -170,28 +170,28 @@ def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False)
             row += s
         base = atlas
 
-    # Where each view's level lies in the atlas, and how large it is.
-    relative = (level - low).view(b, v, 1, 1)
+    # Where each view's level lies in the atlas, in the coordinates of grid_sample: the map to the atlas and the
+    # level's borders become one small table, made on the CPU and moved once.
+    relative = (level - low).view(b, v, 1)
     extent = (widest / 2.0**relative).float()
     left = torch.where(relative > 0, float(widest), 0.0)
     top = torch.where(relative > 0, widest * (1 - 0.5 ** (relative - 1.0)), torch.zeros_like(extent))
-    parameters = torch.cat([theta.flatten(2), extent[..., 0], left[..., 0], top[..., 0]], 2)  # (B, V, 9)
-    parameters = parameters.to(device, non_blocking=True)
+    shape = torch.tensor([base.shape[-1], base.shape[-2]], dtype=torch.float32)  # width and height of the atlas
+    first = 2 * torch.cat([left, top], 2) / shape - 1  # (B, V, 2), as all of these
+    last = first + 2 * extent / shape
+    to_atlas = theta * (extent / shape)[..., None]
+    to_atlas[..., 2] += (first + last) / 2
+    table = torch.stack([*to_atlas.unbind(3), first, last, first + 1 / shape, last - 1 / shape], 3)
+    a_x, a_y, a_1, first, last, low_edge, high_edge = table.to(device, non_blocking=True)[..., None, None].unbind(3)
 
     axis = (torch.arange(out, device=device) * 2 + 1) / out - 1  # output pixel centres
-    t = parameters[:, :, :6].view(b, v, 2, 3, 1, 1)
-    xy = t[:, :, :, 0] * axis + t[:, :, :, 1] * axis[:, None] + t[:, :, :, 2]  # (B, V, 2, out, out)
-    extent, left, top = (parameters[:, :, 6 + i, None, None] for i in range(3))
-    grid = torch.empty(b, v, out, out, 2, device=device)
-    for i, offset in ((0, left), (1, top)):
-        # Clamping to the level's own outer pixel centres repeats its border, and keeps its neighbours out.
-        pixel = ((xy[:, :, i] + 1) * (extent / 2)).clamp_(min=0.5)
-        pixel = torch.minimum(pixel, extent - 0.5) + offset
-        grid[..., i] = pixel * (2 / base.shape[-1 - i]) - 1
-    views = F.grid_sample(base, grid.view(b, v * out, out, 2), align_corners=False, padding_mode="border")
-    views = views.view(b, -1, v, out, out)
-    if black_outside:
-        inside = (xy.abs() <= 1).all(2)  # (B, V, out, out)
+    xy = torch.addcmul(a_y * axis[:, None] + a_1, a_x, axis)  # (B, V, 2, out, out)
+    inside = ((xy >= first) & (xy <= last)).all(2) if black_outside else None  # (B, V, out, out)
+    # Clamping to the level's own outer pixel centres repeats its border, and keeps its neighbours out.
+    xy = torch.clamp(xy, low_edge, high_edge)
+    grid = xy.permute(0, 1, 3, 4, 2).reshape(b, v * out, out, 2)
+    views = F.grid_sample(base, grid, align_corners=False, padding_mode="border").view(b, -1, v, out, out)
+    if inside is not None:
         views = views * inside[:, None]
     return views.permute(2, 0, 1, 3, 4).reshape(v * b, -1, out, out)
 
@@ -301,8 +301,9 @@ def random_blur(x: Tensor, draws: Columns, p: float, sigma: tuple[float, float])
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(N, 1 or 3, H, W) in [0, 1] → (N, 3, H, W), zero mean and unit deviation; grey becomes three channels here."""
-    mean, std = (torch.tensor(t, device=x.device, dtype=x.dtype).view(1, 3, 1, 1) for t in (mean, std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(t, dtype=x.dtype).view(1, 3, 1, 1) for t in (mean, std))
+    scale, shift = (t.to(x.device, non_blocking=True) for t in (1 / std, -mean / std))
+    return torch.addcmul(shift, x, scale).contiguous(memory_format=torch.channels_last)
 
 
 def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

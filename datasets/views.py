@@ -134,14 +134,41 @@ def pyramid_levels(theta: Tensor, side: int, out: int) -> Tensor:
     return level.clamp(0, deepest).long()
 
 
-def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False) -> Tensor:
-    """Cut views out of images, anti-aliased, with one `grid_sample`.
-
-    The pyramid lies in one atlas (level by level, beside each other), so that views of any level come
-    from one call. Where views down-scale, the average over 2×2 pixels has removed what they cannot show.
+class Pyramid:
+    """Images at the levels that views need, side by side in one atlas, so that one `grid_sample` reaches all.
 
     Args:
         images: (B, C, S, S) uint8 textures, or floats in [0, 1].
+        low, high: the first and the last level.
+    """
+
+    def __init__(self, images: Tensor, low: int, high: int) -> None:
+        self.side, self.low = images.shape[-1], low
+        base = images.float().div_(255) if images.dtype == torch.uint8 else images
+        for _ in range(low):
+            base = F.avg_pool2d(base, 2)
+        self.widest = self.side >> low
+        if high > low:
+            atlas = base.new_empty(*base.shape[:2], self.widest, self.widest + self.widest // 2)
+            atlas[..., : self.widest] = base
+            row = 0
+            for _ in range(low, high):
+                base = F.avg_pool2d(base, 2)
+                s = base.shape[-1]
+                atlas[..., row : row + s, self.widest : self.widest + s] = base
+                atlas[..., row : row + s, self.widest + s :] = 0
+                row += s
+            # What lies between the levels is read with weight 0, which NaN in fresh memory would survive.
+            atlas[..., row:, self.widest :] = 0
+            base = atlas
+        self.atlas = base
+
+
+def sample(images: Tensor | Pyramid, theta: Tensor, out: int, black_outside: bool = False) -> Tensor:
+    """Cut views out of images, anti-aliased: where a view shrinks, the pyramid has averaged what it cannot show.
+
+    Args:
+        images: (B, C, S, S) uint8 textures or floats in [0, 1], or their pyramid.
         theta: (B, V, 2, 3) maps from output to image coordinates, on the CPU.
         out: side of the views in pixels.
         black_outside: what lies outside of the image is 0; otherwise the border is repeated.
@@ -150,25 +177,11 @@ def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False)
         (V·B, C, out, out) float32 in [0, 1], view-major: the first B are view 1.
     """
     b, v = theta.shape[:2]
-    side, device = images.shape[-1], images.device
+    side = images.side if isinstance(images, Pyramid) else images.shape[-1]
     level = pyramid_levels(theta.flatten(0, 1), side, out)
-    low, high = int(level.min()), int(level.max())
-
-    base = images.float().div_(255) if images.dtype == torch.uint8 else images
-    for _ in range(low):
-        base = F.avg_pool2d(base, 2)
-    widest = side >> low
-    if high > low:
-        # Zeros, as views that touch a level's border read the gaps with weight 0, and 0 × NaN is NaN.
-        atlas = base.new_zeros(*base.shape[:2], widest, widest + widest // 2)
-        atlas[..., :widest] = base
-        row, current = 0, base
-        for _ in range(low, high):
-            current = F.avg_pool2d(current, 2)
-            s = current.shape[-1]
-            atlas[..., row : row + s, widest : widest + s] = current
-            row += s
-        base = atlas
+    if not isinstance(images, Pyramid):
+        images = Pyramid(images, int(level.min()), int(level.max()))
+    base, widest, low, device = images.atlas, images.widest, images.low, images.atlas.device
 
     # Where each view's level lies in the atlas, in the coordinates of grid_sample: the map to the atlas and the
     # level's borders become one small table, made on the CPU and moved once.
@@ -192,7 +205,7 @@ def sample(images: Tensor, theta: Tensor, out: int, black_outside: bool = False)
     grid = xy.permute(0, 1, 3, 4, 2).reshape(b, v * out, out, 2)
     views = F.grid_sample(base, grid, align_corners=False, padding_mode="border").view(b, -1, v, out, out)
     if inside is not None:
-        views = views * inside[:, None]
+        views.mul_(inside[:, None])
     return views.permute(2, 0, 1, 3, 4).reshape(v * b, -1, out, out)
 
 
@@ -301,9 +314,13 @@ def random_blur(x: Tensor, draws: Columns, p: float, sigma: tuple[float, float])
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(N, 1 or 3, H, W) in [0, 1] → (N, 3, H, W), zero mean and unit deviation; grey becomes three channels here."""
-    mean, std = (torch.tensor(t, dtype=x.dtype).view(1, 3, 1, 1) for t in (mean, std))
+    mean, std = (torch.tensor(t, dtype=x.dtype) for t in (mean, std))
     scale, shift = (t.to(x.device, non_blocking=True) for t in (1 / std, -mean / std))
-    return torch.addcmul(shift, x, scale).contiguous(memory_format=torch.channels_last)
+    # Computed with channels last, as networks take it: six times faster than to convert it afterwards.
+    n, c, h, w = x.shape
+    last = x.reshape(n, h, w, 1) if c == 1 else x.permute(0, 2, 3, 1)
+    normalised = torch.addcmul(shift, last, scale).permute(0, 3, 1, 2)
+    return normalised.contiguous(memory_format=torch.channels_last)
 
 
 def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -313,7 +330,7 @@ def denormalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tenso
 
 
 def cutout(x: Tensor, draws: Columns, holes: int, side: int) -> Tensor:
-    """Zero square holes in normalised images, that is, paint them with the mean colour.
+    """Zero square holes in normalised images, in place: paint them with the mean colour.
 
     Args:
         x: (N, C, H, W).
@@ -326,8 +343,9 @@ def cutout(x: Tensor, draws: Columns, holes: int, side: int) -> Tensor:
     hidden_columns = (torch.arange(w, device=x.device) - (place[..., 1:] * w).floor() + side // 2).div(
         side
     ).floor() == 0
-    hidden = (hidden_rows[..., None] & hidden_columns[:, :, None]).any(1)  # (N, H, W)
-    return x.masked_fill(hidden[:, None], 0.0)
+    # Outer products of rows and columns, summed over the holes, by one matrix product.
+    hidden = hidden_rows.float().transpose(1, 2) @ hidden_columns.float() > 0  # (N, H, W)
+    return x.masked_fill_(hidden[:, None], 0.0)
 
 
 # Views of the methods ------------------------------------------------------------------------------
@@ -348,11 +366,11 @@ class Views(nn.Module):
         return normalise(x, self.mean, self.std)
 
     def random_crops(
-        self, batch: dict, draws: Columns, count: int, out: int, scale: tuple[float, float], degrees: float
+        self, batch: dict, draws: Columns, count: int, scale: tuple[float, float], degrees: float
     ) -> Tensor:
-        """`count` views: random resized crop, rotation up to ±`degrees`, left–right flip. (V·B, C, out, out).
+        """Maps (B, V, 2, 3) of `count` views: random resized crop, rotation up to ±`degrees`, left–right flip.
 
-        24 columns per view are taken. Rotation brings in what lies beside the crop; beyond the image is black.
+        24 columns per view are taken. Rotation brings in what lies beside the crop.
         """
         thetas = []
         for _ in range(count):
@@ -360,7 +378,7 @@ class Views(nn.Module):
             angle = draws.take(1, -degrees, degrees)[:, 0]
             flip = draws.take(1)[:, 0] < 0.5
             thetas.append(affine(box, angle if degrees else None, flip))
-        return sample(batch["image"], torch.stack(thetas, 1), out, black_outside=degrees > 0)
+        return torch.stack(thetas, 1)
 
 
 class MultiCropViews(Views):
@@ -407,7 +425,15 @@ class MultiCropViews(Views):
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         spatial = Columns(draws.uniform(0, 24 * (2 + self.locals_)))
-        large = self.random_crops(batch, spatial, 2, self.size, self.scale, self.degrees)
+        plans = [(self.random_crops(batch, spatial, 2, self.scale, self.degrees), self.size)]
+        if self.locals_:
+            crops = self.random_crops(batch, spatial, self.locals_, self.local_scale, self.degrees)
+            plans.append((crops, self.local_size))
+        # Large and small views read from one pyramid.
+        side = batch["image"].shape[-1]
+        levels = torch.cat([pyramid_levels(theta.flatten(0, 1), side, out) for theta, out in plans])
+        pyramid = Pyramid(batch["image"], int(levels.min()), int(levels.max()))
+        large, *small = (sample(pyramid, theta, out, black_outside=self.degrees > 0) for theta, out in plans)
         # (B, V·K) → (V·B, K), in the views' order
         b, v = len(batch["image"]), self.locals_
         numbers = draws.uniform(1, 18 * 2).view(b, 2, 18).transpose(0, 1).flatten(0, 1)
@@ -415,10 +441,9 @@ class MultiCropViews(Views):
         views = self.normalise(self.color(large, color))
         view1, view2 = cutout(views, color, 3, self.hole).chunk(2) if self.hole else views.chunk(2)
         out = {"view1": view1, "view2": view2, "target": self.normalise(large[:b])}
-        if v:
-            small = self.random_crops(batch, spatial, v, self.local_size, self.local_scale, self.degrees)
+        if small:
             numbers = draws.uniform(2, 12 * v).view(b, v, 12).transpose(0, 1).flatten(0, 1)
-            out["locals"] = self.normalise(self.color(small, Columns(numbers)))
+            out["locals"] = self.normalise(self.color(small[0], Columns(numbers)))
         return out
 
 
@@ -450,7 +475,8 @@ class ClassificationViews(Views):
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
         if self.training:
             columns = Columns(draws.uniform(0, 24))
-            view = self.random_crops(batch, columns, 1, self.size, self.scale, self.degrees)
+            theta = self.random_crops(batch, columns, 1, self.scale, self.degrees)
+            view = sample(batch["image"], theta, self.size, black_outside=self.degrees > 0)
         else:
             box = self._box(batch, torch.zeros(2))
             view = sample(batch["image"], affine(box)[:, None], self.size)

@@ -542,7 +542,7 @@ def test_order_of_processes_and_continuations():
 def test_shares_of_processes():
     devices = [Devices(torch.device("cpu"), rank=r, world=3) for r in range(3)]
     assert [list(range(9))[d.share(9)] for d in devices] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    with pytest.raises(InputError, match="--b 8: not a multiple of the 3 processes"):
+    with pytest.raises(InputError, match="--b 8: not a multiple of the 3 devices"):
         devices[0].share(8)
 
 

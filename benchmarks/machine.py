@@ -105,6 +105,7 @@ def report(path: str | Path, benchmark: str, options: dict, results: dict[str, d
         extent = f"({row['lowest']:.2f}, {row['highest']:.2f})"
         line = f"{name:{width}}  {row['images_per_s']:8.2f}  {extent:<18}  {row['ratio']:5.2f} x"
         print(line + (f"  {row['peak_mb']:8.0f}" if "peak_mb" in row else ""))
+    options = {key: value for key, value in options.items() if key != "output"}
     content = {"benchmark": benchmark, "options": options, "results": results, **more, "machine": describe_machine()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(Path(path), content)

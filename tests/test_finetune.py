@@ -1,0 +1,223 @@
+"""Fine-tuning, comparison and their numbers."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from medssl import compare, demo, evaluate_features, finetune_classification, train_pcrlv2
+from medssl.datasets.registry import Info
+from medssl.engine.metrics import auroc_interval, score
+from medssl.engine.options import InputError
+from medssl.losses.classification import classification_loss
+from medssl.preprocess import cache_images, check_data, make_lists
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
+SMALL += ["--annotation-percent", "1", "--b", "8", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    train_pcrlv2.main([*SMALL[:8], "--b", "8", "--steps", "2", "--local-size", "32", "--output", str(folder)])
+    return folder / "encoder.pt"
+
+
+def test_pretrain_then_finetune_leaves_everything(encoder, tmp_path):
+    finetune_classification.main([*SMALL, "--init", str(encoder), "--trials", "2", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    aurocs = [trial["auroc"] for trial in results["trials"]]
+    assert results["matched_keys"] == 100  # weights, biases and statistics of ResNet-18's encoder
+    assert results["mean"] == pytest.approx(np.mean(aurocs))
+    assert results["std"] == pytest.approx(abs(aurocs[0] - aurocs[1]) / np.sqrt(2))
+    assert results["trials"][0]["train_images"] == 20
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["trial"] == "1"]
+    truth = [float(row["true nodule"]) for row in rows]
+    assert roc_auc_score(truth, [float(row["probability nodule"]) for row in rows]) == pytest.approx(
+        aurocs[1], abs=1e-4
+    )
+    low, high = results["trials"][1]["per_class"]["nodule"]["interval"]
+    assert low < aurocs[1] < high
+    assert {"roc.png", "calibration.png", "best.pt", "config.json"} <= {path.name for path in tmp_path.iterdir()}
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["classes"] == ["clear", "nodule"]
+
+
+def test_finished_trials_are_kept_and_changed_options_refused(encoder, tmp_path):
+    command = [*SMALL, "--output", str(tmp_path)]
+    finetune_classification.main(command)
+    first = (tmp_path / "trial_0" / "result.json").stat().st_mtime_ns
+    finetune_classification.main([*command, "--trials", "2"])
+    assert (tmp_path / "trial_0" / "result.json").stat().st_mtime_ns == first
+    assert len(json.loads((tmp_path / "results.json").read_text())["trials"]) == 2
+    with pytest.raises(InputError, match="was started with lr 0.001, now 0.5"):
+        finetune_classification.main([*command, "--lr", "0.5"])
+    with pytest.raises(InputError, match="was started with init random"):
+        finetune_classification.main([*command, "--init", str(encoder)])
+
+
+def test_new_weights_under_an_old_name_are_noticed(encoder, tmp_path):
+    weights = tmp_path / "encoder.pt"
+    weights.write_bytes(encoder.read_bytes())
+    command = [*SMALL, "--init", str(weights), "--output", str(tmp_path / "out")]
+    finetune_classification.main(command)
+    content = torch.load(weights, weights_only=True)
+    content["state_dict"]["conv1.weight"] *= 2
+    torch.save(content, weights)
+    with pytest.raises(InputError, match="was started with init_digest"):
+        finetune_classification.main(command)
+
+
+def test_trials_are_paired(encoder, tmp_path, monkeypatch):
+    """The same trial of two inits draws the same labelled images, order and head; another trial draws others."""
+    seen = []
+
+    def spy(method, data, views, args, *rest, **options):
+        seen.append((data.ids, args.seed, method.head[1].weight.detach().clone()))
+        return fit(method, data, views, args, *rest, **options)
+
+    fit = finetune_classification.fit
+    monkeypatch.setattr(finetune_classification, "fit", spy)
+    for init in ("random", str(encoder)):
+        command = [*SMALL, "--steps", "1", "--trials", "2", "--init", init, "--output", str(tmp_path / init[-6:])]
+        finetune_classification.main(command)
+    (ids, seed, head), other, *pair = seen
+    assert (ids, seed) == pair[0][:2]
+    assert torch.equal(head, pair[0][2])
+    assert set(ids) != set(other[0])
+    assert other[:2] == pair[1][:2]
+
+
+def test_a_killed_run_continues_to_the_same_result(tmp_path):
+    command = [*SMALL, "--epochs", "12", "--save-every", "5", "--output"]
+    finetune_classification.main([*command, str(tmp_path / "whole")])
+    script = [sys.executable, str(ROOT / "finetune_classification.py"), *command, str(tmp_path / "killed")]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL)
+    last = tmp_path / "killed" / "trial_0" / "last.pt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert last.exists() or (tmp_path / "killed" / "results.json").exists()
+    finetune_classification.main([*command, str(tmp_path / "killed")])
+    whole, killed = (json.loads((tmp_path / n / "results.json").read_text())["trials"] for n in ("whole", "killed"))
+    for key in ("auroc", "accuracy", "val_score", "best_epoch", "steps"):
+        assert whole[0][key] == killed[0][key], key
+
+
+def test_compare_prints_paired_gains(encoder, tmp_path, capsys):
+    rows = compare.main(
+        [*SMALL[:9], "--b", "8", "--init", "random", str(encoder), "--annotation-percent", "1", "2", "--epochs", "1"]
+        + ["--trials", "2", "--output", str(tmp_path)]
+    )
+    assert [(row["percent"], row["images"]) for row in rows] == [(1, 20), (1, 20), (2, 41), (2, 41)]
+    difference = np.subtract(rows[1]["values"], rows[0]["values"])
+    assert rows[1]["gain"] == pytest.approx(difference.mean())
+    assert rows[1]["standard_error"] == pytest.approx(difference.std(ddof=1) / np.sqrt(2))
+    assert f"{rows[1]['gain']:+.3f}" in capsys.readouterr().out
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_paired_gain_by_hand():
+    gain, error = compare.paired_gain([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
+    assert gain == pytest.approx(0.1)
+    assert error == pytest.approx(0.1 / np.sqrt(3))
+
+
+def test_compare_finds_missing_weights_before_the_work(tmp_path):
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        compare.main(["--init", "random", str(tmp_path / "none.pt")])
+    with pytest.raises(InputError, match="2 numbers for 3 percentages"):
+        compare.main(["--epochs", "1", "2"])
+
+
+def test_bootstrap_interval():
+    rng = np.random.default_rng(0)
+    truth = (rng.random(300) < 0.4).astype(float)
+    scores = np.round(truth + rng.normal(0, 1, 300), 1)  # with ties
+    low, high = auroc_interval(scores, truth, resamples=400)
+    draws = [rng.integers(300, size=300) for _ in range(400)]
+    expected = np.quantile([roc_auc_score(truth[d], scores[d]) for d in draws], [0.025, 0.975])
+    assert [low, high] == pytest.approx(expected, abs=0.015)
+    # Ten copies of every image, of one patient each, say no more than one.
+    tenfold = auroc_interval(scores.repeat(10), truth.repeat(10), 400, groups=np.arange(300).repeat(10).astype(str))
+    assert tenfold == pytest.approx([low, high], abs=0.02)
+    assert np.diff(auroc_interval(scores.repeat(10), truth.repeat(10), 400)) < (high - low) / 2
+    assert auroc_interval(scores, np.ones(300)) is None
+
+
+def test_scores_by_hand():
+    info = Info("x", task="multi-label", classes=("a", "b"))
+    targets = np.array([[1, 0], [0, np.nan], [1, 1], [0, 0]])
+    values = score(np.array([[0.9, 0.2], [0.6, 0.9], [0.8, 0.7], [0.1, 0.8]]), targets, info)
+    assert values["per_class"] == {"a": 1.0, "b": 0.5}
+    assert values["accuracy"] == pytest.approx(5 / 7)
+
+
+def test_unknown_labels_do_not_count():
+    logits = torch.tensor([[0.0, 100.0], [0.0, 0.0]], requires_grad=True)
+    loss = classification_loss(logits, torch.tensor([[1.0, float("nan")], [0.0, 1.0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(np.log(2))
+    assert logits.grad[0, 1] == 0
+
+
+@pytest.mark.parametrize("tta", ["none", "tencrop"])
+def test_freeze_trains_the_head_alone(tta, encoder, tmp_path):
+    finetune_classification.main([*SMALL, "--freeze", "--tta", tta, "--init", str(encoder), "--output", str(tmp_path)])
+    before = torch.load(encoder, weights_only=True)["state_dict"]
+    after = torch.load(tmp_path / "best.pt", weights_only=True)["state_dict"]
+    assert all(torch.equal(after[f"encoder.{key}"], value) for key, value in before.items())
+
+
+def test_unlabelled_data_is_refused(tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("L", (32, 32), i).save(tmp_path / f"{i}.png")
+    with pytest.raises(InputError, match="only unlabelled"):
+        finetune_classification.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
+def test_demo_runs(tmp_path, capsys):
+    demo.main(["--quick", "--output", str(tmp_path)])
+    assert "Test AUROC with" in capsys.readouterr().out
+    assert list((tmp_path / "pcrlv2" / "samples").glob("*.png"))
+
+
+SCRIPTS = {
+    "train_pcrlv2.py": train_pcrlv2,
+    "finetune_classification.py": finetune_classification,
+    "evaluate_features.py": evaluate_features,
+    "preprocess/check_data.py": check_data,
+    "preprocess/cache_images.py": cache_images,
+    "preprocess/make_lists.py": make_lists,
+}
+
+
+def commands() -> list[str]:
+    text = (ROOT / "README.md").read_text() + (ROOT / "benchmarks/results/pneumoniamnist_pcrlv2.md").read_text()
+    return re.findall(r"^(?:python|torchrun --nproc-per-node 4) (\S+\.py .*)$", text, flags=re.M)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_parse(command):
+    script, *words = shlex.split(command)
+    if script == "compare.py":
+        _, rest = compare.get_parser().parse_known_args(words)
+        finetune_classification.get_parser().parse_args(rest)
+    else:
+        SCRIPTS[script].get_parser().parse_args(words)

@@ -220,6 +220,8 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
         probe = folder / ".write_test"
         probe.touch()
         probe.unlink()
+        for unfinished in folder.glob(".*.tmp"):  # left by a kill in the middle of a write
+            unfinished.unlink(missing_ok=True)
     devices.wait()
     source = folder / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None

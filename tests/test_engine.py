@@ -225,12 +225,17 @@ def test_sigterm_saves_and_continues(images, whole, tmp_path):
 
 
 def test_second_signal_acts_as_usual():
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # A shell starts its background jobs with SIGINT ignored; this process shall act as in the foreground.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 # Bad input -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def make_npz(folder, flag="bloodmnist", classes=8, columns=1):
 def test_score_by_hand():
     p = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
     result = script.score(p, script.targets_of(np.array([0, 1, 1, 0]), BINARY), BINARY)
-    assert result == {"accuracy": 0.75, "auroc": 1.0, "per_class": {"a": 1.0, "b": 1.0}}
+    assert result == {"accuracy": 0.75, "f1": pytest.approx(2 / 3), "auroc": 1.0, "per_class": {"a": 1.0, "b": 1.0}}
 
     t = np.array([[1, 0, np.nan], [0, 0, 1], [1, 0, 0.0]])
     p = np.array([[0.9, 0.1, 0.5], [0.2, 0.6, 0.7], [0.1, 0.1, 0.9]])

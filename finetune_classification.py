@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained encoder on labelled images, and evaluate it on a test split never looked at before.
+"""Fine-tune a pre-trained encoder on labelled images, and evaluate it on a test split that neither trains nor selects.
 
   python finetune_classification.py --data DIR --dataset chest --init OURS/encoder.pt --output OUT --gpus 0 --amp
   python finetune_classification.py --data FILE --dataset pneumoniamnist --init OURS/encoder.pt --image-size 64

@@ -219,7 +219,7 @@ def add_runtime(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", choices=("bf16", "fp16"), default="bf16", help="its low-precision type")
     group.add_argument("--compile", action="store_true", help="compile the networks with torch.compile")
-    flag(group, "--deterministic", True, "same bits on every run, on GPUs too (a little slower there)")
+    flag(group, "--deterministic", True, "ask GPUs for kernels that give the same bits on every run (slower there)")
     return group
 
 

@@ -124,11 +124,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args, rest = get_parser().parse_known_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process; start it without torchrun, with --gpus for several")
-    if len(set(args.init)) < len(args.init):
-        raise InputError("--init: the same weights twice")
-    for init in args.init:  # found now, not after hours of fine-tuning
-        if init not in ("random", "imagenet") and not Path(init).is_file():
-            raise InputError(f"--init {init}: no such checkpoint file")
+    options.check_inits(args.init)
     epochs = args.epochs or [None]
     if len(epochs) not in (1, len(args.annotation_percent)):
         raise InputError(

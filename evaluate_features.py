@@ -24,61 +24,44 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from torch import nn
-from torch.utils.data import DataLoader
 
 from medssl.datasets import registry
 from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.views import ClassificationViews
 from medssl.engine import options
-from medssl.engine.loop import BadFiles, autocast, describe, ignore_signals, to_device, versions
+from medssl.engine.evaluation import evaluation_batches
+from medssl.engine.loop import autocast, describe, versions
 from medssl.engine.metrics import score, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, setup
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import global_average
+from medssl.models.heads import Averaged
 
 SPLITS = ("train", "val", "test")
 STRENGTHS = [10.0**e for e in range(-5, 3)]  # the probe's C, from strong to weak regularisation
 
 
-class Averaged(nn.Module):
-    """An encoder and the average of its last map: (B, 3, H, W) → (B, C)."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return global_average(self.encoder(x)[-1].float())
-
-
+@torch.inference_mode()
 def extract(
     networks: Sequence[tuple[nn.Module, ClassificationViews]],
     data: ImageDataset,
     args: argparse.Namespace,
     devices: Devices,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Features of every image under every network; files are decoded once for all of them.
+    """Features of every readable image under every network; files are decoded once for all of them.
 
     Returns:
         for each network (N, C) float32, and the labels, (N,) or (N, L) as the data set has them.
     """
-    loader = DataLoader(
-        data, args.b, num_workers=args.workers, collate_fn=registry.collate, worker_init_fn=ignore_signals
-    )
-    bad = BadFiles(Path(args.output), args.max_bad, len(data))
     run = Run(devices.device_ids)
     features: list[list[np.ndarray]] = [[] for _ in networks]
     labels = []
-    for batch in loader:
-        bad.note(batch["bad"], len(batch["index"]))
-        labels.append(batch["label"].numpy())  # of the image that was read, where a file had to be replaced
-        batch = to_device(batch, devices.device)
+    for batch in evaluation_batches(data, args.b, args, devices):
+        labels.append(batch["label"].cpu().numpy())
         for (network, views), rows in zip(networks, features):
-            with torch.inference_mode():
-                view = views(batch)["view"]  # in full precision, as in training
-                with autocast(args, devices.device):
-                    rows.append(run(network, view).float().cpu().numpy())
+            view = views(batch)["view"]  # in full precision, as in training
+            with autocast(args, devices.device):
+                rows.append(run(network, view).float().cpu().numpy())
     return [np.concatenate(rows) for rows in features], np.concatenate(labels)
 
 
@@ -98,7 +81,7 @@ def knn(train: np.ndarray, targets: np.ndarray, queries: np.ndarray, k: int, tem
     positive = torch.from_numpy(np.nan_to_num(targets).astype(np.float32))
     votes = []
     for part in torch.nn.functional.normalize(torch.from_numpy(queries), dim=1).split(1024):
-        similarity, nearest = (part @ bank.T).topk(k)
+        similarity, nearest = (part @ bank.T).topk(min(k, len(bank)))  # unreadable images may have left fewer
         # The largest is taken away first, so that the exponential stays in range.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)[..., None]
         yes, all_ = ((weight * t[nearest]).sum(1) for t in (positive, known))
@@ -239,13 +222,14 @@ def get_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    if len(set(args.init)) < len(args.init):
-        raise InputError("--init: the same weights twice")
+    options.check_inits(args.init)
     devices = setup(args.gpus, args.device, args.deterministic)
     if devices.world > 1:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
+    if info.dims != 2:
+        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
     if args.k > len(data["train"]):
         raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 
@@ -286,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dataset": info.name,
         "task": info.task,
         "classes": list(info.classes),
-        "images": {split: len(data[split]) for split in SPLITS},
+        "images": {split: len(targets[split]) for split in SPLITS},
         "arch": args.arch,
         "features": int(extracted["test"][0].shape[1]),
         "image_size": args.image_size,

@@ -17,7 +17,6 @@ compared in pairs. Validation and test splits never shrink.
 """
 
 import argparse
-import csv
 import json
 import shutil
 import time
@@ -27,31 +26,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from medssl.datasets.registry import ImageDataset, Info, collate, open_labelled
+from medssl.datasets.registry import ImageDataset, Info, open_labelled
 from medssl.datasets.views import ClassificationViews
-from medssl.engine import options, plots
-from medssl.engine.checkpoint import file_digest, save_atomic
-from medssl.engine.loop import (
-    BadFiles,
-    Method,
-    autocast,
-    describe,
-    fit,
-    ignore_signals,
-    plain,
-    refuse_changes,
-    to_device,
-    versions,
-    write_json,
-)
-from medssl.engine.metrics import auroc_interval, score, targets_of
+from medssl.engine import options
+from medssl.engine.checkpoint import FORMAT_VERSION, file_digest, save_atomic
+from medssl.engine.evaluation import join_trials, predict_classes, write_predictions
+from medssl.engine.loop import Method, describe, fit, plain, refuse_changes, versions, write_json
+from medssl.engine.metrics import mean_of, score, score_with_intervals
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, setup
-from medssl.losses.classification import classification_loss, probabilities
+from medssl.losses.classification import classification_loss
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import global_average
+from medssl.models.heads import EncoderClassifier
 
 PROTOCOLS = {
     "chest": {  # methods.md of the published chest X-ray benchmarks: Adam 1e-4, halved every 50 epochs
@@ -66,180 +53,88 @@ PROTOCOLS = {
 
 
 class Classifier(Method):
-    """Encoder, global average pooling, dropout and one linear layer.
+    """`EncoderClassifier` trained with cross-entropy (binary cross-entropy for several labels).
 
     Batch: "view" (B, 3, H, W) normalised, and "label": (B,) class numbers or (B, L) labels with NaN for unknown.
-
-    Args:
-        outputs: number of classes or labels L.
-        freeze: train the last layer only; the encoder stays in evaluation mode.
     """
 
-    def __init__(self, arch: str, outputs: int, dropout: float = 0.2, freeze: bool = False) -> None:
+    def __init__(self, network: EncoderClassifier) -> None:
         super().__init__()
-        self.encoder = make_encoder(arch)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.encoder.out_channels[-1], outputs))
-        self.encoder.requires_grad_(not freeze)
-        self.freeze = freeze
-
-    def train(self, mode: bool = True) -> "Classifier":
-        super().train(mode)
-        if self.freeze:
-            self.encoder.eval()
-        return self
-
-    def embed(self, view: Tensor, run: Run) -> Tensor:
-        """(B, 3, H, W) → (B, C) float32."""
-        return global_average(run(self.encoder, view)[-1].float())
+        self.network = network
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        self.features = self.embed(batch["view"], run)
-        return {"classification": classification_loss(self.head(self.features).float(), batch["label"])}
-
-    def predict(self, view: Tensor, run: Run) -> Tensor:
-        """Logits (B, L) of a batch of views."""
-        return self.head(self.embed(view, run)).float()
+        self.features, logits = run(self.network, batch["view"])
+        return {"classification": classification_loss(logits, batch["label"])}
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"view": batch["view"]}
 
     def compiled_parts(self) -> list[nn.Module]:
-        return [self.encoder]
+        return [self.network.encoder]
 
 
-@torch.inference_mode()
-def predict(
-    method: Classifier,
-    views: ClassificationViews,
-    data: ImageDataset,
-    args: argparse.Namespace,
-    devices: Devices,
-    tta: str = "none",
-) -> tuple[np.ndarray, np.ndarray, list[int], float]:
-    """Probabilities of a whole split.
-
-    Args:
-        tta: "tencrop" averages the probabilities of ten crops.
-
-    Returns:
-        probabilities (N, L), targets (N, L) with NaN for unknown, the images' positions in the split, and the
-        mean loss.
-    """
-    method.eval()
-    views.eval()
-    run = Run(devices.device_ids)
-    bad = BadFiles(Path(args.output), args.max_bad, len(data))
-    rows, labels, indices, losses = [], [], [], []
-    loader = DataLoader(data, args.eval_b, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals)
-    asked = 0
-    for batch in loader:
-        bad.note(batch["bad"], len(batch["index"]))
-        # An unreadable image is left out; its stand-in would count twice.
-        own = torch.nonzero(batch["index"] == torch.arange(asked, asked + len(batch["index"])))[:, 0]
-        asked += len(batch["index"])
-        if len(own) == 0:
-            continue
-        batch = {key: value[own] if isinstance(value, Tensor) else value for key, value in batch.items()}
-        batch = to_device(batch, devices.device)
-        view = views.ten_crops(batch) if tta == "tencrop" else views(batch)["view"]
-        with autocast(args, devices.device):
-            logits = method.predict(view, run)
-        several = probabilities(logits, data.info.task).view(-1, len(batch["index"]), logits.shape[1])
-        losses.append(classification_loss(logits[-len(batch["index"]) :], batch["label"]) * len(batch["index"]))
-        rows.append(several.mean(0).cpu().numpy())
-        labels.append(batch["label"].cpu().numpy())
-        indices += batch["index"].tolist()
-    loss = float(torch.stack(losses).sum()) / len(indices)
-    return np.concatenate(rows), targets_of(np.concatenate(labels), data.info), indices, loss
-
-
-def run_trial(
-    k: int, splits: dict[str, ImageDataset], args: argparse.Namespace, devices: Devices
-) -> tuple[dict, dict, list[dict]]:
-    """Fine-tune once.
-
-    Returns:
-        the trial's entry of results.json, what best.pt holds, and the rows of predictions.csv.
-    """
+def run_trial(k: int, splits: dict[str, ImageDataset], args: argparse.Namespace, devices: Devices) -> dict:
+    """Fine-tune once; leaves best.pt and predictions.csv in `trial_k`, and returns its entry of results.json."""
     info, train = splits["train"].info, splits["train"]
-    seed = args.seed + k
+    seed, folder = args.seed + k, Path(args.output) / f"trial_{k}"
     count = max(1, round(len(train) * args.annotation_percent / 100))
     train = train.subset(np.random.default_rng([seed, 1]).permutation(len(train))[:count])
-    own = argparse.Namespace(**vars(args))
-    own.output, own.seed = str(Path(args.output) / f"trial_{k}"), seed
+    own = argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed})
     parts = max(devices.world, len(devices.device_ids))
     own.b = max(2, min(args.b, count) // parts) * parts if count < args.b else args.b  # few labels: a smaller batch
 
     torch.manual_seed(seed)
-    method = Classifier(args.arch, len(info.classes), args.dropout, args.freeze)
-    start = initialise(method.encoder, args.arch, args.init)
+    network = EncoderClassifier(make_encoder(args.arch), len(info.classes), args.dropout, args.freeze)
+    start = initialise(network.encoder, args.arch, args.init)
     normalization = start.pop("normalization")
     views = ClassificationViews(
         **normalization, size=args.image_size, scale=args.crop_scale, degrees=args.rotation, margin=args.margin
     )
 
     def evaluate() -> dict[str, float]:
-        p, targets, _, loss = predict(method, views, splits["val"], own, devices)
-        values = score(p, targets, info)
-        by_loss = args.select == "loss" or values["auroc"] is None
-        return {"score": -loss if by_loss else values["auroc"], "val_loss": loss, "val_auroc": values["auroc"]}
+        p, targets, _, loss = predict_classes(network, views, splits["val"], own, devices)
+        auroc = score(p, targets, info)["auroc"]
+        by_loss = args.select == "loss" or auroc is None
+        return {"score": -loss if by_loss else auroc, "val_loss": loss, "val_auroc": auroc}
 
     since = time.perf_counter()
+    method = Classifier(network)
     report = fit(method, train, views, own, devices, evaluate, tensorboard=args.tensorboard)
     best = report["best"]
     method.load_state_dict(best["state"])
-    p, targets, indices, _ = predict(method, views, splits["test"], own, devices, args.tta)
-    values = score(p, targets, info)
-    patients = splits["test"].patients
-    groups = None if patients is None else [patients[i] for i in indices]
-    entry = {
-        "trial": k, "seed": seed, **{key: values[key] for key in ("auroc", "accuracy", "f1")},
-        "per_class": {
-            name: {
-                "auroc": values["per_class"][name],
-                "interval": auroc_interval(p[:, i], targets[:, i], groups=groups),
-            }
-            for i, name in enumerate(info.classes)
-        },
+    test = splits["test"]
+    p, targets, indices, _ = predict_classes(network, views, test, own, devices, args.tta)
+    patients = None if test.patients is None else [test.patients[i] for i in indices]
+    if devices.main:
+        weights = {
+            "state_dict": {key: value.cpu() for key, value in network.state_dict().items()}, "arch": args.arch,
+            "dims": info.dims, "channels": 3, "task": info.task, "classes": list(info.classes),
+            "normalization": normalization, "image_size": args.image_size, "version": FORMAT_VERSION,
+        }  # fmt: skip
+        save_atomic(weights, folder / "best.pt")
+        write_predictions(folder / "predictions.csv", k, [test.ids[i] for i in indices], p, targets, info)
+    return {
+        "trial": k, "seed": seed, **score_with_intervals(p, targets, info, patients),
         "val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"],
         "train_images": count, "seconds": round(time.perf_counter() - since, 1), "start": start,
     }  # fmt: skip
-    weights = {
-        "state_dict": best["state"], "arch": args.arch, "dims": info.dims, "channels": 3, "task": info.task,
-        "classes": list(info.classes), "normalization": normalization, "image_size": args.image_size, "version": 1,
-    }  # fmt: skip
-    ids = splits["test"].ids
-    rows = [
-        {"trial": k, "id": ids[i]}
-        | {f"true {name}": t for name, t in zip(info.classes, target)}
-        | {f"probability {name}": f"{q:.6f}" for name, q in zip(info.classes, prob)}
-        for i, target, prob in zip(indices, targets, p)
-    ]
-    return entry, weights, rows
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of what is known, or None."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def summarise(entries: list[dict], args: argparse.Namespace, info: Info, devices: Devices) -> dict:
     """results.json: every trial, and the mean and standard deviation over trials."""
     values = [entry["auroc"] for entry in entries if entry["auroc"] is not None]
-    per_class = {}
-    for name in info.classes:
-        known = [e["per_class"][name]["auroc"] for e in entries if e["per_class"][name]["auroc"] is not None]
-        per_class[name] = {
-            "mean": float(np.mean(known)) if known else None,
+    per_class = {
+        name: {
+            "mean": mean_of(entry["per_class"][name]["auroc"] for entry in entries),
             "interval_of_trial_0": entries[0]["per_class"][name]["interval"],
         }
+        for name in info.classes
+    }
     return {
         "metric": "auroc", "dataset": info.name, "task": info.task, "init": args.init, "arch": args.arch,
-        "annotation_percent": args.annotation_percent,
-        "mean": float(np.mean(values)) if values else None,
+        "annotation_percent": args.annotation_percent, "mean": mean_of(values),
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        **{key: mean_of([entry[key] for entry in entries]) for key in ("accuracy", "f1")},
+        **{key: mean_of(entry[key] for entry in entries) for key in ("accuracy", "f1")},
         "per_class": per_class, "matched_keys": entries[0]["start"]["matched"], "trials": entries,
         "config": plain(args), "versions": versions(), "device": describe(devices),
     }  # fmt: skip
@@ -299,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     splits = open_labelled(args)
     info = splits["train"].info
+    if info.dims != 2:
+        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
     args = complete(args, info)
     options.check_range("--crop-scale", *args.crop_scale)
     if args.init not in ("random", "imagenet"):
@@ -321,10 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = output / f"trial_{k}"
         finished = folder / "result.json"
         if not devices.broadcast(finished.exists()):
-            entry, weights, rows = run_trial(k, splits, args, devices)
+            entry = run_trial(k, splits, args, devices)
             if devices.main:
-                write_csv(folder / "predictions.csv", rows)
-                save_atomic(weights, folder / "best.pt")
                 write_json(finished, entry)
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
@@ -338,32 +233,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if devices.main:
         summary = summarise(entries, args, info, devices)
         write_json(results, summary)
-        finish_output(output, args.trials, best["trial"], info)
+        join_trials(output, args.trials, best["trial"], info)
         spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
         mean = "undefined" if summary["mean"] is None else f"{summary['mean']:.4f}{spread}"
         print(f"{args.init}, {args.annotation_percent:g} % of the labels: test AUROC {mean}; see {results}", flush=True)
     devices.wait()
     finish()
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows that share their keys."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def finish_output(output: Path, trials: int, chosen: int, info: Info) -> None:
-    """Bring the trials together: predictions.csv, plots, and the best trial's (by validation) best.pt."""
-    rows = []
-    for k in range(trials):
-        with open(output / f"trial_{k}" / "predictions.csv", newline="", encoding="utf-8") as file:
-            rows += list(csv.DictReader(file))
-    write_csv(output / "predictions.csv", rows)
-    shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
-    plots.roc(rows, info, output / "roc.png")
-    plots.calibration(rows, info, output / "calibration.png")
 
 
 def cli() -> None:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from medssl.datasets.lists import write_text
-from medssl.datasets.registry import ImageDataset, UnreadableImage, to_texture
+from medssl.datasets.registry import ImageDataset, UnreadableImage
 from medssl.engine.options import InputError
 
 VERSION = 1
@@ -71,13 +71,13 @@ class _Blocks(torch.utils.data.Dataset):
         sizes, bad = [], {}
         for texture, row in zip(textures, rows):
             try:
-                pixels = data.read(data.positions[row])
+                sample = data.load(row)
             except UnreadableImage as error:
                 sizes.append([0, 0])
                 bad[str(row)] = str(error)
                 continue
-            texture[:] = to_texture(pixels, side, channels)
-            sizes.append(list(pixels.shape[:2]))
+            texture[:] = sample["image"].numpy()
+            sizes.append(sample["size"].int().tolist())
         with open(self.file, "r+b") as file:
             file.seek(first * channels * side * side)
             file.write(textures.tobytes())
@@ -229,13 +229,9 @@ class CachedDataset(ImageDataset):
         super().__init__(data.info, rows, data.ids, data.labels, data.patients, data.texture_size)
         self.positions = positions
 
-    def subset(self, indices: Sequence[int]) -> "CachedDataset":
-        plain = super().subset(indices)
-        return CachedDataset(plain, self.read, plain.positions)
-
-    def load(self, i: int) -> tuple[np.ndarray, torch.Tensor]:
+    def load(self, i: int) -> dict[str, torch.Tensor]:
         row = self.positions[i]
-        return self.read.texture(row), self.read.sizes[row].clone()
+        return {"image": torch.from_numpy(self.read.texture(row)), "size": self.read.sizes[row].clone()}
 
 
 def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
@@ -243,11 +239,15 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
 
     Raises:
         InputError: when the cache is missing, unfinished, of other images, or of another texture size or
-            number of channels; the text has the command that makes the right one.
+            number of channels; the text has the command that makes the right one. When the set is not 2D.
     """
+    info = data.info
+    if info.dims != 2:
+        raise InputError(
+            f"--cache {folder}: only 2D images are cached, {info.name} has {info.dims} dimensions; leave it out"
+        )
     folder = Path(folder)
     index = _read_index(folder)
-    info = data.info
     command = (
         f"run: python preprocess/cache_images.py --dataset {info.name} --data DIR "
         f"--texture-size {data.texture_size} --output {folder}"

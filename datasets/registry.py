@@ -1,12 +1,14 @@
 """What a data set is, and the names under which data sets are opened.
 
 A data set is an `ImageDataset`: a *source* that decodes image number i to uint8, with ids, labels and
-patients beside it. Files, MedMNIST arrays, phantoms and caches differ in their source alone.
+patients beside it. Files, MedMNIST arrays and phantoms differ in their source alone; sets whose items are
+something else than a picture override `load`.
 """
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -50,8 +52,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         info: description of the set.
-        read: maps a position in `ids` to an image (H, W) or (H, W, 3), uint8, any size. It raises
-            `UnreadableImage` for a file that cannot be decoded.
+        read: the source, which `load` asks: maps a position in `ids` to an image (H, W) or (H, W, 3), uint8,
+            any size (subclasses: to whatever their `load` takes). It raises `UnreadableImage` for a file that
+            cannot be decoded.
         ids: a name for every image, used in logs, lists and predictions.
         labels: (N, L) float for multi-label tasks (0, 1, or NaN: not known), (N,) int64 class numbers for
             the others, or None.
@@ -59,9 +62,11 @@ class ImageDataset(torch.utils.data.Dataset):
         texture_size: side S of the square texture to which every image is resized; its original height
             and width go with it, so that views are drawn in the original geometry.
 
-    An item is `{"image": (C, S, S) uint8, "size": (2,) float32 original height and width, "index": int,
-    "bad": list of "id: reason"}` and, where there are labels, `"label"`. An image that cannot be read is
-    replaced by the next readable one, and named in `bad`.
+    An item is what `load` gives, "index": int, "bad": list of "id: reason" and, where there are labels,
+    "label". An image that cannot be read is replaced by the next readable one, and named in "bad".
+
+    A subclass overrides `load`. What else it holds for each image is looked up at `positions[i]`, which a
+    subset shares with the whole set.
     """
 
     def __init__(
@@ -86,31 +91,35 @@ class ImageDataset(torch.utils.data.Dataset):
     def subset(self, indices: Sequence[int]) -> "ImageDataset":
         """The same data set with the images at `indices` only, in that order."""
         chosen = [int(i) for i in indices]
-        labels = None if self.labels is None else self.labels[torch.as_tensor(chosen, dtype=torch.long)]
-        patients = None if self.patients is None else [self.patients[i] for i in chosen]
-        new = ImageDataset(self.info, self.read, [self.ids[i] for i in chosen], labels, patients, self.texture_size)
-        new.positions = [self.positions[i] for i in chosen]
+        if not chosen:
+            raise InputError(f"data set {self.info.name}: none of its {len(self)} images is left")
+        new = copy.copy(self)  # of the same class, with whatever else a subclass holds
+        new.ids, new.positions = [self.ids[i] for i in chosen], [self.positions[i] for i in chosen]
+        new.labels = None if self.labels is None else self.labels[torch.as_tensor(chosen, dtype=torch.long)]
+        new.patients = None if self.patients is None else [self.patients[i] for i in chosen]
         return new
 
-    def load(self, i: int) -> tuple[np.ndarray, Tensor]:
-        """Image i as a texture (C, S, S) uint8, and its original height and width (2,); may raise UnreadableImage."""
+    def load(self, i: int) -> dict[str, Tensor]:
+        """Image i: "image", its texture (C, S, S) uint8, and "size", its original height and width (2,) float32.
+
+        Raises:
+            UnreadableImage: for a file that cannot be decoded.
+        """
         pixels = self.read(self.positions[i])
         texture = to_texture(pixels, self.texture_size, self.info.channels)
-        return texture, torch.tensor(pixels.shape[:2], dtype=torch.float32)
+        return {"image": torch.from_numpy(texture), "size": torch.tensor(pixels.shape[:2], dtype=torch.float32)}
 
     def __getitem__(self, index: int) -> dict:
         bad: list[str] = []
         for attempt in range(min(len(self), 64)):
             i = (index + attempt) % len(self)
             try:
-                texture, size = self.load(i)
+                sample = self.load(i)
             except UnreadableImage as error:
                 bad.append(f"{self.ids[i]}: {error}")
                 continue
-            sample = {"image": torch.from_numpy(texture), "size": size, "index": i, "bad": bad}
-            if self.labels is not None:
-                sample["label"] = self.labels[i]
-            return sample
+            label = {} if self.labels is None else {"label": self.labels[i]}
+            return {**sample, "index": i, "bad": bad, **label}
         raise InputError(f"data set {self.info.name}: {len(bad)} files in a row are unreadable, first {bad[0]}")
 
 
@@ -218,17 +227,15 @@ def open_splits(request: Request, splits: Sequence[str], dims: int | None = None
     return opened
 
 
+def request_of(args: argparse.Namespace) -> Request:
+    """The request that a script's options make: `--dataset`, and every other field that the script has."""
+    asked = {field.name for field in fields(Request)} & vars(args).keys()
+    return Request(name=args.dataset, **{key: getattr(args, key) for key in asked})
+
+
 def open_pretraining(args: argparse.Namespace) -> ImageDataset:
     """The training images that pre-training uses: the first `--ratio` of the list, without labels."""
-    request = Request(
-        name=args.dataset,
-        data=args.data,
-        list=args.list,
-        cache=args.cache,
-        texture_size=args.texture_size,
-        image_size=args.image_size,
-    )
-    data = open_splits(request, ["train"], args.d)["train"]
+    data = open_splits(request_of(args), ["train"], args.d)["train"]
     count = round(args.ratio * len(data))
     if count == 0:
         raise InputError(f"--ratio {args.ratio:g}: leaves none of {len(data)} images")
@@ -241,15 +248,10 @@ def open_labelled(args: argparse.Namespace) -> dict[str, ImageDataset]:
     Raises:
         InputError: as `open_splits`, or when there is no label, or one class only.
     """
-    asked = ("data", "list", "val_list", "test_list", "cache", "texture_size", "image_size", "seed")
-    splits = open_splits(
-        Request(name=args.dataset, **{key: getattr(args, key) for key in asked}), ("train", "val", "test"), args.d
-    )
+    splits = open_splits(request_of(args), ("train", "val", "test"), args.d)
     info = splits["train"].info
     if info.task is None or any(data.labels is None for data in splits.values()):
         raise InputError(f"--dataset {info.name}: has no labels, which this script needs; give --list")
-    if info.dims != 2:
-        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
     if info.task != "multi-label" and len(splits["train"].labels.unique()) < 2:
         raise InputError(f"--dataset {info.name}: all training images are of one class")
     first = round(getattr(args, "ratio", 0.0) * len(splits["train"]))

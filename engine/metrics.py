@@ -1,7 +1,7 @@
 """Scores of predicted probabilities, for every kind of labels. scikit-learn does the counting."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
@@ -43,13 +43,31 @@ def score(probabilities: np.ndarray, targets: np.ndarray, info: Info) -> dict:
         accuracy = (chosen == true).mean()
         average = "binary" if info.task == "binary" else "macro"
         f1.append(f1_score(true, chosen, average=average, zero_division=0.0))
-    values = [value for value in per_class.values() if value is not None]
     return {
         "accuracy": None if math.isnan(accuracy) else float(accuracy),
-        "f1": float(np.mean(f1)) if f1 else None,
-        "auroc": float(np.mean(values)) if values else None,
+        "f1": mean_of(f1),
+        "auroc": mean_of(per_class.values()),
         "per_class": per_class,
     }
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known, or None."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def score_with_intervals(
+    probabilities: np.ndarray, targets: np.ndarray, info: Info, groups: Sequence[str] | None = None
+) -> dict:
+    """`score`, whose "per_class" maps a class to {"auroc", "interval"}; `groups` as in `auroc_interval`."""
+    values = score(probabilities, targets, info)
+    intervals = (auroc_interval(p, t, groups=groups) for p, t in zip(probabilities.T, targets.T))
+    values["per_class"] = {
+        name: {"auroc": auroc, "interval": interval}
+        for (name, auroc), interval in zip(values["per_class"].items(), intervals)
+    }
+    return values
 
 
 def auroc_interval(

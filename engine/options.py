@@ -5,7 +5,8 @@ Groups are functions, not argparse parents: a shared parent leaks one script's d
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -63,6 +64,15 @@ def check_range(option: str, low: float, high: float) -> None:
     """Raise InputError unless low ≤ high."""
     if low > high:
         raise InputError(f"{option} {low:g} {high:g}: the first number must not be above the second")
+
+
+def check_inits(inits: Sequence[str]) -> None:
+    """Raise InputError where several `--init` name the same weights twice, or a file that is not there."""
+    if len(set(inits)) < len(inits):
+        raise InputError("--init: the same weights twice")
+    for init in inits:  # found now, not after hours of work on the others
+        if init not in ("random", "imagenet") and not Path(init).is_file():
+            raise InputError(f"--init {init}: no such checkpoint file")
 
 
 def positive_int(text: str) -> int:

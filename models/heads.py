@@ -11,6 +11,43 @@ def global_average(x: Tensor) -> Tensor:
     return x.flatten(2).mean(2)
 
 
+class Averaged(nn.Module):
+    """An encoder and the average of its last map: (B, C, *S) → (B, F) float32."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return global_average(self.encoder(x)[-1].float())
+
+
+class EncoderClassifier(Averaged):
+    """Encoder, global average pooling, dropout and one linear layer: (B, C, *S) → features (B, F), logits (B, L).
+
+    Args:
+        encoder: `encoder(x)` lists maps, shallow to deep, with `encoder.out_channels`; of any dimension.
+        outputs: number of classes or labels L.
+        freeze: train the last layer only; the encoder stays in evaluation mode.
+    """
+
+    def __init__(self, encoder: nn.Module, outputs: int, dropout: float = 0.2, freeze: bool = False) -> None:
+        super().__init__(encoder)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(encoder.out_channels[-1], outputs))
+        self.encoder.requires_grad_(not freeze)
+        self.freeze = freeze
+
+    def train(self, mode: bool = True) -> "EncoderClassifier":
+        super().train(mode)
+        if self.freeze:
+            self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = super().forward(x)
+        return features, self.head(features).float()
+
+
 class ScaleHead(nn.Module):
     """PCRLv2's heads at one decoder level (arXiv 2301.00772, §3): projection p, prediction q, restoration.
 

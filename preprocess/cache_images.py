@@ -58,14 +58,7 @@ def open_images(request: Request) -> ImageDataset:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the cache and say what is in it."""
     args = get_parser().parse_args(argv)
-    request = Request(
-        name=args.dataset,
-        data=args.data,
-        list=args.list,
-        texture_size=args.texture_size,
-        image_size=args.image_size,
-    )
-    data = open_images(request)
+    data = open_images(registry.request_of(args))
     index = cache.build(data, args.output, args.workers)
     ids, bad = index["ids"], index["bad"]
     shape = f"{index['channels']} x {index['size']} x {index['size']}"

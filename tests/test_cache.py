@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from medssl.datasets import cache
-from medssl.datasets.registry import ImageDataset, Info, Request, collate, open_splits
+from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, collate, open_splits
 from medssl.engine.options import InputError
 from medssl.preprocess import cache_images
 
@@ -142,6 +142,8 @@ def test_caches_that_do_not_fit(images, tmp_path):
     volumes = ImageDataset(Info("x", dims=3), None, ["a"])
     with pytest.raises(InputError, match="only 2D images are cached"):
         cache.build(volumes, tmp_path / "other")
+    with pytest.raises(InputError, match="--cache .*other: only 2D images are cached, x has 3 dimensions; leave it"):
+        cache.attach(volumes, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -170,6 +172,41 @@ def test_union_of_splits(tmp_path):
     assert [int(both.read(i)[0, 0]) for i in range(8)] == [2, 0, 10, 11, 12, 20, 21, 22]
     with pytest.raises(InputError, match="two splits share images"):
         cache.union([parts[0], parts[0]])
+
+
+class Volumes(ImageDataset):
+    """A 3D set, whose items and extra attribute are its own."""
+
+    def __init__(self, info, ids, labels):
+        super().__init__(info, None, ids, labels)
+        self.heights = [10.0 * i for i in range(len(ids))]
+
+    def load(self, i):
+        number = self.positions[i]
+        if number == 2:
+            raise UnreadableImage("cut short")
+        return {
+            "image": torch.full((1, 4, 4, 2), number),
+            "locals": torch.zeros(3, 2, 2, 2),
+            "size": self.heights[number],
+        }
+
+
+def test_a_subclass_overrides_load_alone():
+    data = Volumes(Info("x", dims=3), ["a", "b", "c", "d"], torch.tensor([5, 6, 7, 8]))
+    part = data.subset([3, 1, 2, 0]).subset([2, 0, 1])  # c, d, b
+    assert isinstance(part, Volumes)
+    assert part.ids == ["c", "d", "b"]
+    batch = collate([part[i] for i in range(3)])
+    assert batch["bad"] == ["c: cut short"]
+    assert batch["index"].tolist() == [1, 1, 2]
+    assert batch["image"][:, 0, 0, 0, 0].tolist() == [3, 3, 1]
+    assert batch["size"].tolist() == [30, 30, 10]
+    assert batch["label"].tolist() == [8, 8, 6]
+    assert batch["locals"].shape == (3, 3, 2, 2, 2)
+    assert (data.ids, data[0]["label"]) == (["a", "b", "c", "d"], 5)  # the whole is as it was
+    with pytest.raises(InputError, match="none of its 4 images is left"):
+        data.subset([])
 
 
 def test_index_is_plain_json(images, tmp_path):

@@ -1,6 +1,7 @@
 """Frozen-feature evaluation: its parts against known answers, and the script on small sets."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,12 @@ import torch
 from PIL import Image
 
 from medssl import evaluate_features as script
-from medssl.datasets.registry import Info
+from medssl import finetune_classification
+from medssl.datasets import phantom, registry
+from medssl.datasets.registry import ImageDataset, Info, UnreadableImage
+from medssl.engine.evaluation import evaluation_batches
 from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices
 from medssl.models.encoders import make_encoder
 
 BINARY = Info("x", task="binary", classes=("a", "b"))
@@ -65,6 +70,8 @@ def test_knn_by_hand():
     near = np.array([[1, 0], [0.6, 0.8]], np.float32)
     votes = script.knn(near, np.eye(2), np.array([[2, 0]], np.float32), k=2, temperature=0.5)
     assert np.allclose(votes[0], weights / weights.sum(), atol=1e-6)
+    few = script.knn(near, np.eye(2), np.array([[2, 0]], np.float32), k=9, temperature=0.5)
+    assert np.allclose(few, votes)  # all there are
     unknown = script.knn(train, np.full((4, 1), np.nan), np.array([[1, 1]], np.float32), k=3)
     assert unknown.item() == 0.5
 
@@ -179,6 +186,42 @@ def test_bad_data(tmp_path):
     )
     with pytest.raises(InputError, match="breastmnist: all training images are of one class"):
         script.main(["--data", str(tmp_path), "--dataset", "breastmnist", "--output", str(tmp_path / "out")])
+
+
+def test_unreadable_images_are_left_out(tmp_path):
+    """Not replaced by others, which would count twice."""
+
+    def read(i):
+        if i in (1, 2, 6):
+            raise UnreadableImage("damaged")
+        return np.full((8, 8), i, np.uint8)
+
+    labels = torch.arange(7)
+    data = ImageDataset(Info("x", task="multi-class", classes=tuple("abcdefg")), read, list("abcdefg"), labels, None, 8)
+    args = Namespace(output=str(tmp_path), workers=0, max_bad=1.0)
+    batches = list(evaluation_batches(data, 2, args, Devices(torch.device("cpu"))))
+    assert [batch["index"].tolist() for batch in batches] == [[0], [3], [4, 5]]  # the fourth has only g
+    assert all(torch.equal(batch["image"][:, 0, 0, 0], batch["index"]) for batch in batches)
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), torch.tensor([0, 3, 4, 5]))
+    assert (tmp_path / "bad_files.txt").read_text().splitlines() == ["b: damaged", "c: damaged", "g: damaged"]
+    with pytest.raises(InputError, match="more than --max-bad 0.1 allows"):
+        list(evaluation_batches(data, 2, Namespace(**{**vars(args), "max_bad": 0.1}), Devices(torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("module", [script, finetune_classification])
+def test_volumes_are_refused_by_the_scripts(module, tmp_path, monkeypatch):
+    def open_volumes(request, splits):
+        info = Info("volumes", dims=3, task="binary", classes=("a", "b"))
+        return {s: ImageDataset(info, None, [f"{s}/{i}" for i in range(30)], torch.arange(30) % 2) for s in splits}
+
+    monkeypatch.setattr(registry, "FAMILIES", {"volumes": "phantom"})
+    monkeypatch.setattr(phantom, "open_splits", open_volumes)
+    given = ["--dataset", "volumes", "--device", "cpu", "--output", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="--dataset volumes: has 3 dimensions, 2 are needed"):
+        module.main([*given, "--d", "3"])
+    with pytest.raises(InputError, match="--d 2: data set volumes has 3 dimensions"):
+        module.main([*given, "--d", "2"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_help(capsys):

@@ -20,6 +20,8 @@ from medssl.datasets.registry import Info
 from medssl.engine.metrics import auroc_interval, score
 from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
+from medssl.models.encoders import make_encoder
+from medssl.models.heads import EncoderClassifier
 from medssl.preprocess import cache_images, check_data, make_lists
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,10 @@ def test_pretrain_then_finetune_leaves_everything(encoder, tmp_path):
     assert {"roc.png", "calibration.png", "best.pt", "config.json"} <= {path.name for path in tmp_path.iterdir()}
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert best["classes"] == ["clear", "nodule"]
+    network = EncoderClassifier(make_encoder("resnet18"), 2)
+    network.load_state_dict(best["state_dict"])  # every key
+    features, logits = network.eval()(torch.zeros(1, 3, 32, 32))
+    assert torch.equal(logits, network.head[1](features))
 
 
 def test_finished_trials_are_kept_and_changed_options_refused(encoder, tmp_path):
@@ -85,7 +91,7 @@ def test_trials_are_paired(encoder, tmp_path, monkeypatch):
     seen = []
 
     def spy(method, data, views, args, *rest, **options):
-        seen.append((data.ids, args.seed, method.head[1].weight.detach().clone()))
+        seen.append((data.ids, args.seed, method.network.head[1].weight.detach().clone()))
         return fit(method, data, views, args, *rest, **options)
 
     fit = finetune_classification.fit
@@ -140,6 +146,8 @@ def test_paired_gain_by_hand():
 def test_compare_finds_missing_weights_before_the_work(tmp_path):
     with pytest.raises(InputError, match="no such checkpoint file"):
         compare.main(["--init", "random", str(tmp_path / "none.pt")])
+    with pytest.raises(InputError, match="--init: the same weights twice"):
+        compare.main(["--init", "random", "random"])
     with pytest.raises(InputError, match="2 numbers for 3 percentages"):
         compare.main(["--epochs", "1", "2"])
 

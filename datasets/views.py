@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CPU_PART = 4  # images whose views are made at a time on a CPU
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -338,11 +340,16 @@ def cutout(x: Tensor, draws: Columns, holes: int, side: int) -> Tensor:
         side: of a hole in pixels. Its centre is anywhere; what lies outside the image is cut off.
     """
     h, w = x.shape[2:]
-    place = draws.take(2 * holes).view(-1, holes, 2).to(x.device, non_blocking=True)
-    hidden_rows = (torch.arange(h, device=x.device) - (place[..., :1] * h).floor() + side // 2).div(side).floor() == 0
-    hidden_columns = (torch.arange(w, device=x.device) - (place[..., 1:] * w).floor() + side // 2).div(
-        side
-    ).floor() == 0
+    corner = (draws.take(2 * holes).view(-1, holes, 2) * torch.tensor([h, w])).floor().int() - side // 2
+    if x.device.type == "cpu":
+        # Few and small: written one by one, they cost a twentieth of a mask over all pixels.
+        for image, holes_of in zip(x, corner.tolist()):
+            for top, left in holes_of:
+                image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = 0
+        return x
+    top, left = corner.to(x.device, non_blocking=True)[..., None].unbind(2)  # (N, holes, 1) each
+    rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+    hidden_rows, hidden_columns = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
     # Outer products of rows and columns, summed over the holes, by one matrix product.
     hidden = hidden_rows.float().transpose(1, 2) @ hidden_columns.float() > 0  # (N, H, W)
     return x.masked_fill_(hidden[:, None], 0.0)
@@ -366,15 +373,16 @@ class Views(nn.Module):
         return normalise(x, self.mean, self.std)
 
     def random_crops(
-        self, batch: dict, draws: Columns, count: int, scale: tuple[float, float], degrees: float
+        self, size: Tensor, draws: Columns, count: int, scale: tuple[float, float], degrees: float
     ) -> Tensor:
         """Maps (B, V, 2, 3) of `count` views: random resized crop, rotation up to ±`degrees`, left–right flip.
 
-        24 columns per view are taken. Rotation brings in what lies beside the crop.
+        `size` (B, 2) is the images' original height and width. 24 columns per view are taken. Rotation brings in
+        what lies beside the crop.
         """
         thetas = []
         for _ in range(count):
-            box = random_resized_crop(draws, batch["size"], scale)
+            box = random_resized_crop(draws, size, scale)
             angle = draws.take(1, -degrees, degrees)[:, 0]
             flip = draws.take(1)[:, 0] < 0.5
             thetas.append(affine(box, angle if degrees else None, flip))
@@ -424,27 +432,50 @@ class MultiCropViews(Views):
         return color_jitter(x, draws, *self.jitter)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        spatial = Columns(draws.uniform(0, 24 * (2 + self.locals_)))
-        plans = [(self.random_crops(batch, spatial, 2, self.scale, self.degrees), self.size)]
-        if self.locals_:
-            crops = self.random_crops(batch, spatial, self.locals_, self.local_scale, self.degrees)
-            plans.append((crops, self.local_size))
-        # Large and small views read from one pyramid.
-        side = batch["image"].shape[-1]
-        levels = torch.cat([pyramid_levels(theta.flatten(0, 1), side, out) for theta, out in plans])
-        pyramid = Pyramid(batch["image"], int(levels.min()), int(levels.max()))
-        large, *small = (sample(pyramid, theta, out, black_outside=self.degrees > 0) for theta, out in plans)
-        # (B, V·K) → (V·B, K), in the views' order
         b, v = len(batch["image"]), self.locals_
-        numbers = draws.uniform(1, 18 * 2).view(b, 2, 18).transpose(0, 1).flatten(0, 1)
-        color = Columns(numbers)
-        views = self.normalise(self.color(large, color))
-        view1, view2 = cutout(views, color, 3, self.hole).chunk(2) if self.hole else views.chunk(2)
-        out = {"view1": view1, "view2": view2, "target": self.normalise(large[:b])}
-        if small:
-            numbers = draws.uniform(2, 12 * v).view(b, v, 12).transpose(0, 1).flatten(0, 1)
-            out["locals"] = self.normalise(self.color(small[0], Columns(numbers)))
+        numbers = [draws.uniform(0, 24 * (2 + v)), draws.uniform(1, 18 * 2), draws.uniform(2, 12 * v)]
+        # On a CPU few images at a time: what is computed in between then stays in the processor's cache.
+        part = CPU_PART if batch["image"].device.type == "cpu" else b
+        parts = [
+            self.crop_and_color(batch["image"][i : i + part], batch["size"][i : i + part], *rows)
+            for i, rows in zip(range(0, b, part), zip(*(n.split(part) for n in numbers)))
+        ]
+        # (V, B, C, h, w) → (V·B, C, h, w), view-major
+        large, target, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
+        views = self.normalise(large)
+        if self.hole:
+            # (B, 2·K) → (2·B, K), in the views' order
+            place = numbers[1].view(b, 2, 18)[..., 12:].transpose(0, 1).flatten(0, 1)
+            views = cutout(views, Columns(place), 3, self.hole)
+        view1, view2 = views.chunk(2)
+        out = {"view1": view1, "view2": view2, "target": self.normalise(target)}
+        if v:
+            out["locals"] = self.normalise(small)
         return out
+
+    def crop_and_color(
+        self, images: Tensor, size: Tensor, spatial: Tensor, color: Tensor, local_color: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All views of b images, not yet normalised, from rows of uniform numbers.
+
+        Returns:
+            large views (2, b, C, size, size), the first of them before its colours changed (1, b, …), and local
+            views (V, b, C, local_size, local_size).
+        """
+        b, v = len(images), self.locals_
+        geometry = Columns(spatial)
+        plans = [(self.random_crops(size, geometry, 2, self.scale, self.degrees), self.size)]
+        if v:
+            plans.append((self.random_crops(size, geometry, v, self.local_scale, self.degrees), self.local_size))
+        # Large and small views read from one pyramid.
+        levels = torch.cat([pyramid_levels(theta.flatten(0, 1), images.shape[-1], out) for theta, out in plans])
+        pyramid = Pyramid(images, int(levels.min()), int(levels.max()))
+        large, *small = (sample(pyramid, theta, out, black_outside=self.degrees > 0) for theta, out in plans)
+        colored = []
+        for views, count, numbers in zip([large, *small], (2, v), (color, local_color)):
+            numbers = numbers.view(b, count, -1).transpose(0, 1).flatten(0, 1)
+            colored.append(self.color(views, Columns(numbers)).unflatten(0, (count, b)))
+        return colored[0], large[None, :b], colored[1] if v else large.new_empty(0, b, 1)
 
 
 class ClassificationViews(Views):
@@ -475,7 +506,7 @@ class ClassificationViews(Views):
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
         if self.training:
             columns = Columns(draws.uniform(0, 24))
-            theta = self.random_crops(batch, columns, 1, self.scale, self.degrees)
+            theta = self.random_crops(batch["size"], columns, 1, self.scale, self.degrees)
             view = sample(batch["image"], theta, self.size, black_outside=self.degrees > 0)
         else:
             box = self._box(batch, torch.zeros(2))

@@ -25,11 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     started, output = time.perf_counter(), Path(args.output)
     size = ["--dataset", "phantom2d", "--image-size", "64", "--workers", "0"]
-    epochs, percent, trials, tuning = ("1", "5", "1", "1") if args.quick else ("6", "10", "3", "30")
+    epochs, percent, trials, tuning = ("1", "5", "1", "1") if args.quick else ("12", "10", "3", "30")
 
     print("1. pre-train PCRLv2 on 2048 unlabelled phantom radiographs", flush=True)
     small = ["--b", "64", "--steps", "2"] if args.quick else ["--b", "32"]
-    pretraining = [*size, *small, "--local-size", "32", "--epochs", epochs, "--lr", "0.03"]
+    pretraining = [*size, *small, "--local-size", "32", "--epochs", epochs, "--lr", "0.05"]
     train_pcrlv2.main([*pretraining, "--output", str(output / "pcrlv2")])
 
     print(
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         flush=True,
     )
     weights = str(output / "pcrlv2" / "encoder.pt")
-    fraction = ["--annotation-percent", percent, "--trials", trials, "--epochs", tuning, "--b", "32", "--lr", "3e-4"]
+    fraction = ["--annotation-percent", percent, "--trials", trials, "--epochs", tuning, "--b", "32", "--lr", "1e-3"]
     rows = compare.main(
         [*size, "--init", "random", weights, *fraction, "--no-tensorboard", "--output", str(output / "comparison")]
     )

@@ -66,7 +66,7 @@ def radiographs(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> tuple[np
 
     Args:
         count: number N of images, at least 1.
-        size: side S in pixels, at least 32. A nodule's radius is 2.5 to 5 % of it.
+        size: side S in pixels, at least 32. A nodule's radius is 4 to 7 % of it.
         seed: number of the series, at least 0.
 
     Returns:
@@ -272,14 +272,14 @@ def _expose(draw: _Draws, haze: Tensor, grain: Tensor, present: Tensor) -> tuple
         bx = torch.where(place == 0, 0.1 * where, torch.where(place == 1, 0.5 * where, side * (0.84 + 0.1 * where)))
         by = torch.where(place == 1, lungs.bottom + 0.12 + 0.2 * low, -0.55 + 1.1 * low)
         cx, cy = to_picture(bx, by)
-        radius = draw(0.05, 0.1)
-        film = film + _ball(px, py, cx, cy, radius, radius * draw(1, 1.2)) * draw(0.24, 0.42) * draw(0, 1).round()
+        radius = draw(0.08, 0.13)
+        film = film + _ball(px, py, cx, cy, radius, radius * draw(1, 1.2)) * draw(0.3, 0.5) * draw(0, 1).round()
 
     # The nodule. Its numbers are drawn for every image, so that nothing else tells the classes apart.
     cx, cy = to_picture(*_lung_point(lungs, draw, 0.2, 0.85, 0.25, 0.85))
-    rx = draw(0.05, 0.09)
-    ry = rx * draw(1, 1.2).clamp(max=0.1 / rx)
-    film = film + _ball(px, py, cx, cy, rx, ry) * draw(0.3, 0.44) * present
+    rx = draw(0.08, 0.13)
+    ry = rx * draw(1, 1.2).clamp(max=0.14 / rx)
+    film = film + _ball(px, py, cx, cy, rx, ry) * draw(0.35, 0.5) * present
     mask = (((px - cx) / rx) ** 2 + ((py - cy) / ry) ** 2 <= 1) & (present == 1)
 
     # Film: exposure and gamma are the radiographer's, noise grows where little light arrives.

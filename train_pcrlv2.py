@@ -3,9 +3,16 @@ Self-supervised Pre-training in Medical Image Analysis", TPAMI 2023, arXiv 2301.
 
   python train_pcrlv2.py --data DIR --n chest --b 64 --epochs 240 --lr 1e-2 --output OUT --gpus 0 --amp
   torchrun --nproc-per-node 4 train_pcrlv2.py --data DIR --n chest --output OUT --amp
+  python train_pcrlv2.py --data DIR --n luna --d 3 --output OUT --gpus 0 --amp              (volumes)
   python train_pcrlv2.py --steps 20 --b 8 --image-size 64 --local-size 32 --output OUT      (no data, CPU)
+
+The data set knows its dimension, and with it come these values where none is given (the published ones):
+
+  2D  --arch resnet18 --b 64 --lr 0.01
+  3D  --arch unet3d   --b 32 --lr 0.001      (unet3d_half and unet3d_quarter are narrower, for small machines)
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 
@@ -14,18 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
+from medssl.datasets.views import MultiCropViews, Views
+from medssl.datasets.views3d import CubeViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import negative_cosine
-from medssl.models.encoders import initialise, make_encoder
+from medssl.models.encoders import initialise, make_encoder, width_of
 from medssl.models.heads import ScaleHead, global_average
+from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d
+
+DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
+    2: {"arch": "resnet18", "b": 64, "lr": 1e-2},
+    3: {"arch": "unet3d", "b": 32, "lr": 1e-3},
+}
 
 
 class MultiScaleUNet(nn.Module):
-    """U-Net without skips, with PCRLv2's heads at every decoder level."""
+    """2D U-Net without skips, with PCRLv2's heads at every decoder level; `PCRLv23d` is the 3D one."""
 
     def __init__(self, arch: str, out_channels: int = 3) -> None:
         super().__init__()
@@ -33,6 +47,7 @@ class MultiScaleUNet(nn.Module):
         self.decoder = Decoder2d(self.encoder.out_channels)
         self.heads = nn.ModuleList(ScaleHead(c, out_channels) for c in DECODER_CHANNELS)
         self.output = nn.Conv2d(DECODER_CHANNELS[-1], out_channels, 3, padding=1)
+        self.levels = len(DECODER_CHANNELS)
 
     def forward(self, x: Tensor, levels: Sequence[int], restore: int | None = None) -> dict[str, Tensor]:
         """Embed an image batch at the drawn levels, and restore it if asked.
@@ -60,6 +75,14 @@ class MultiScaleUNet(nn.Module):
             out["intermediate"] = F.interpolate(coarse, size=x.shape[2:], mode="bilinear")
         return out
 
+    def encoder_state(self) -> dict[str, Tensor]:
+        """What is exported: the encoder, with torchvision's names."""
+        return self.encoder.state_dict()
+
+    def parts(self) -> list[nn.Module]:
+        """What `--compile` compiles."""
+        return [self.encoder, *self.decoder.blocks, *(head.restore for head in self.heads)]
+
 
 class PCRLv2(Method):
     """Learns three kinds of information at once: pixels (restore the clean crop from the changed one), semantics
@@ -70,8 +93,9 @@ class PCRLv2(Method):
     S(a, b) = −½[cos(q_a, sg p_b) + cos(q_b, sg p_a)] at one level drawn per call, and β = ½(1 + cos(π e/E))
     (paper §3, Eqs. 3–9). The intermediate restoration is of the level drawn for S(x1, x2).
 
-    Batch: "view1", "view2" (B, 3, H, W), "target" (B, 3, H, W) and "locals" (V·B, 3, h, w, view-major), all
-    normalised.
+    Batch in 2D: "view1", "view2" (B, 3, H, W), "target" (B, 3, H, W) and "locals" (V·B, 3, h, w, view-major), all
+    normalised. In 3D: "view1", "view2" (B, 1, X, Y, Z) and "locals" (V·B, 1, x, y, z), each volume normalised to
+    zero mean and unit deviation; "target" (B, 1, X, Y, Z) in [0, 1], as are the restorations.
 
     Differences from the published code, on purpose:
       * β follows the run's own length, not a constant 240 epochs.
@@ -79,20 +103,22 @@ class PCRLv2(Method):
       * The encoder starts from random weights unless `--init imagenet` is given; there, ImageNet was silent.
       * Only drawn levels are computed; the others' losses were thrown away.
       * Rotation and crop are one interpolation, and rotated corners show the image instead of black.
+      * No step is skipped for its loss, as there in 3D above 1000 after 10 epochs: squares of differences in [0, 1]
+        and cosines cannot get there, and a loss that is not finite stops the run and names its volumes.
     """
 
     find_unused = True  # levels that a step does not draw have no gradient
 
-    def __init__(self, arch: str = "resnet18", locals_: int = 6) -> None:
+    def __init__(self, arch: str = "resnet18", locals_: int = 6, dims: int = 2) -> None:
         super().__init__()
-        self.network = MultiScaleUNet(arch)
+        self.network = MultiScaleUNet(arch) if dims == 2 else PCRLv23d(width=width_of(arch))
         self.locals_ = locals_
         self.register_buffer("beta", torch.ones(()))
 
     def draw_levels(self, generator: torch.Generator | None) -> list[int]:
         """Levels of S(x1, x2), then of S(x1, l_v) and S(x2, l_v) for each local view v."""
         count = 1 + 2 * self.locals_
-        return torch.randint(len(self.network.heads), (count,), generator=generator).tolist()
+        return torch.randint(self.network.levels, (count,), generator=generator).tolist()
 
     def forward(self, batch: dict[str, Tensor], run: Run, levels: Sequence[int] | None = None) -> dict[str, Tensor]:
         pair, *cross = levels or self.draw_levels(run.generator)
@@ -119,14 +145,14 @@ class PCRLv2(Method):
         self.beta.fill_(0.5 * (1 + math.cos(math.pi * progress)))
 
     def encoder_state(self) -> dict[str, Tensor]:
-        return self.network.encoder.state_dict()
+        return self.network.encoder_state()
 
     def compiled_parts(self) -> list[nn.Module]:
         # Parts rather than the whole: each draw of levels would be another program.
-        return [self.network.encoder, *self.network.decoder.blocks, *(head.restore for head in self.network.heads)]
+        return self.network.parts()
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        middle = len(self.network.heads) // 2
+        middle = self.network.levels // 2
         x1 = self.network(batch["view1"][:8], levels=[middle], restore=middle)
         rows = {"view 1": batch["view1"], "view 2": batch["view2"], "target": batch["target"]}
         rows |= {"restored": x1["restored"], f"level {middle}": x1["intermediate"]}
@@ -149,26 +175,34 @@ def get_parser() -> options.Parser:
     options.add_runtime(parser)
     options.add_output(parser, default="runs/pcrlv2")
     group = parser.add_argument_group("PCRLv2")
-    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
-    group.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
+    size = options.positive_int
     group.add_argument("--local-views", type=options.non_negative_int, default=6, help="local views V per image")
+    group = parser.add_argument_group("views of images (2D)")
+    group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
+    group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
     options.add_photometric(group)
-    parser.set_defaults(  # §4.1 of the paper and the published script
-        b=64, epochs=240, lr=1e-2, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine"
+    group = parser.add_argument_group("views of volumes (3D)")
+    axes = {"type": size, "nargs": 3, "metavar": ("X", "Y", "Z")}
+    group.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels")
+    group.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels")
+    parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
+        epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    options.check_range("--blur-sigma", *args.blur_sigma)
-    devices = setup(args.gpus, args.device, args.deterministic)
-    torch.manual_seed(args.seed)
-    method = PCRLv2(args.arch, args.local_views)
-    start = initialise(method.network.encoder, args.arch, args.init)
-    data = open_pretraining(args)
-    views = MultiCropViews(
-        **start["normalization"],
+def complete(args: argparse.Namespace, dims: int) -> argparse.Namespace:
+    """The options with the values of the data's dimension where the user gave none."""
+    given = {key: value for key, value in vars(args).items() if value is not None or key not in DEFAULTS[dims]}
+    return argparse.Namespace(**{**DEFAULTS[dims], **given})
+
+
+def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
+    """The views of images or volumes."""
+    if dims == 3:
+        return CubeViews(tuple(args.cube_size), tuple(args.local_cube_size), args.local_views)
+    return MultiCropViews(
+        **normalization,
         size=args.image_size,
         local_size=args.local_size,
         locals_=args.local_views,
@@ -176,6 +210,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         blur_sigma=args.blur_sigma,
         hole=round(args.cutout * args.image_size / 224),
     )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    options.check_range("--blur-sigma", *args.blur_sigma)
+    for option in ("cube_size", "local_cube_size"):
+        if min(getattr(args, option)) < 8:
+            raise options.InputError(f"--{option.replace('_', '-')}: the 3D U-Net needs sides of at least 8 voxels")
+    devices = setup(args.gpus, args.device, args.deterministic)
+    data = open_pretraining(args)
+    dims = data.info.dims
+    args = complete(args, dims)
+    torch.manual_seed(args.seed)
+    method = PCRLv2(args.arch, args.local_views, dims)
+    start = initialise(method.network.encoder, args.arch, args.init)
+    views = make_views(args, dims, start["normalization"])
     pretrain(method, data, views, args, devices)
 
 

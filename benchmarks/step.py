@@ -4,11 +4,13 @@ published way against ours, in float32 and mixed precision, and with `--compile`
   python benchmarks/step.py                                        (a CPU: 16 images; a GPU: 64 images)
   python benchmarks/step.py --arch resnet50 --b 128 --compile
   python benchmarks/step.py --b 2 --image-size 64 --local-size 32 --steps 1 --repeats 1 --output /tmp/step.json
+  python benchmarks/step.py --d 3                                  (volumes; a CPU: 4, a GPU: 32)
 
 "plain" does what the published code does: contiguous NCHW, every decoder level's heads and restoration in every
-pass, all restorations up-sampled, the losses read back every step, cuDNN's benchmark mode. "ours" is the step of
-engine/loop.py: channels-last, only what the drawn levels need, kernels as `--deterministic` says. The script
-first makes sure that both give the same losses and gradient.
+pass, the restorations up-sampled (in 3D those of large views), the losses read back every step, cuDNN's benchmark
+mode. "ours" is the step of engine/loop.py: channels-last, only what the drawn levels need, in 3D each up-sampling and
+the convolution after it as one (`unet3d.up_and_convolve`), kernels as `--deterministic` says. The script first makes
+sure that both give the same losses and gradient.
 """
 
 import argparse
@@ -27,10 +29,13 @@ from torch import Tensor
 
 from medssl.benchmarks.machine import RESULTS, interleave, report, summarise
 from medssl.engine import options
+from medssl.engine.loop import CHANNELS_LAST
 from medssl.engine.parallel import Run, make_deterministic
-from medssl.train_pcrlv2 import MultiScaleUNet, PCRLv2
+from medssl.models.pcrlv2_model_3d import PCRLv23d
+from medssl.train_pcrlv2 import DEFAULTS, MultiScaleUNet, PCRLv2
 
 LOCAL_VIEWS = 6
+LEVELS = {2: 5, 3: 3}  # of the decoder
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,9 +63,10 @@ def choose_variants(cuda: bool, compiled: bool) -> list[Variant]:
 def make_batch(args: argparse.Namespace, kind: str) -> dict[str, Tensor]:
     """A batch of noise as the method takes it, the same for every variant but for its memory layout."""
     generator = torch.Generator().manual_seed(0)
-    shapes = dict.fromkeys(("view1", "view2", "target"), (args.b, 3, args.image_size, args.image_size))
-    shapes["locals"] = (LOCAL_VIEWS * args.b, 3, args.local_size, args.local_size)
-    layout = torch.contiguous_format if kind == "plain" else torch.channels_last
+    large = (3, args.image_size, args.image_size) if args.d == 2 else (1, *args.cube_size)
+    small = (3, args.local_size, args.local_size) if args.d == 2 else (1, *args.local_cube_size)
+    shapes = dict.fromkeys(("view1", "view2", "target"), (args.b, *large)) | {"locals": (LOCAL_VIEWS * args.b, *small)}
+    layout = torch.contiguous_format if kind == "plain" else CHANNELS_LAST[args.d]
     return {
         name: torch.randn(shape, generator=generator).to(args.device, memory_format=layout)
         for name, shape in shapes.items()
@@ -70,12 +76,16 @@ def make_batch(args: argparse.Namespace, kind: str) -> dict[str, Tensor]:
 # The published way ---------------------------------------------------------------------------------
 
 
-def plain_forward(network: MultiScaleUNet, x: Tensor, local: bool = False) -> tuple[list, Tensor | None, list]:
+def plain_forward(
+    network: MultiScaleUNet | PCRLv23d, x: Tensor, local: bool = False
+) -> tuple[list, Tensor | None, list]:
     """Every head of every level, for any input.
 
     Returns:
         (p, q) of each level, the full restoration (None for local views), each level's restoration up-sampled.
     """
+    if isinstance(network, PCRLv23d):
+        return plain_forward_3d(network, x, local)
     maps = network.decoder(network.encoder(x))
     embeddings, restorations = [], []
     for level, head in zip(maps, network.heads):
@@ -85,7 +95,23 @@ def plain_forward(network: MultiScaleUNet, x: Tensor, local: bool = False) -> tu
     return embeddings, None if local else network.output(maps[-1]), restorations
 
 
-def plain_losses(network: MultiScaleUNet, batch: dict[str, Tensor], levels: Sequence[int]) -> dict[str, Tensor]:
+def plain_forward_3d(network: PCRLv23d, x: Tensor, local: bool) -> tuple[list, Tensor | None, list]:
+    """The published 3D network, one layer after the other; it restores local views too, but up-samples nothing."""
+    level = network.encode(x)[-1]
+    embeddings, restorations = [], []
+    for block in network.up_blocks:
+        level = block.ops(block.up_conv(level))
+        p = block.bn(F.adaptive_avg_pool3d(level, 1).flatten(1))
+        embeddings.append((p, block.predictor_head(p)))
+        coarse = block.deep_supervision_head(level)
+        if not local:
+            restorations.append(F.interpolate(coarse, size=x.shape[2:], mode="trilinear"))
+    return embeddings, torch.sigmoid(network.out_tr(level)), restorations
+
+
+def plain_losses(
+    network: MultiScaleUNet | PCRLv23d, batch: dict[str, Tensor], levels: Sequence[int]
+) -> dict[str, Tensor]:
     """The losses of `PCRLv2.forward` at the start of a run (β = 1)."""
 
     def similarity(one: list, two: list, level: int) -> Tensor:
@@ -113,7 +139,7 @@ def plain_losses(network: MultiScaleUNet, batch: dict[str, Tensor], levels: Sequ
 def plain_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]], None]:
     """A function that does one published step with the given levels."""
     torch.manual_seed(0)
-    network = PCRLv2(args.arch, LOCAL_VIEWS).network.to(args.device).train()
+    network = PCRLv2(args.arch, LOCAL_VIEWS, args.d).network.to(args.device).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-2, momentum=0.9, weight_decay=1e-4)
     batch = make_batch(args, "plain")
 
@@ -136,12 +162,14 @@ def plain_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int
 def our_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]], None]:
     """A function that does one step of engine/loop.py with the given levels."""
     torch.manual_seed(0)
-    method = PCRLv2(args.arch, LOCAL_VIEWS).to(args.device, memory_format=torch.channels_last).train()
+    method = PCRLv2(args.arch, LOCAL_VIEWS, args.d)
+    method.to(args.device, memory_format=CHANNELS_LAST[args.d]).train()
     optimizer = torch.optim.SGD(method.parameters(), 1e-2, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
     batch = make_batch(args, "ours")
     pending: list[Tensor] = []
     if variant.compiled:
+        torch._dynamo.config.recompile_limit = 64  # as engine/loop.py
         for part in method.compiled_parts():
             part.compile()
 
@@ -181,15 +209,15 @@ def refuse_difference(args: argparse.Namespace) -> float:
         RuntimeError: when it is above 10⁻³; then speeds would not compare.
     """
     torch.manual_seed(0)
-    method = PCRLv2(args.arch, LOCAL_VIEWS).to(args.device).eval()
+    method = PCRLv2(args.arch, LOCAL_VIEWS, args.d).to(args.device).eval()
     levels = method.draw_levels(torch.Generator().manual_seed(0))
     weights = [p for p in method.network.encoder.parameters() if p.requires_grad]
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     values = []
     for kind in ("plain", "ours"):
-        batch = make_batch(argparse.Namespace(**{**vars(args), "b": 2}), kind)
+        batch = make_batch(args, kind)
         if kind == "ours":
-            method.to(memory_format=torch.channels_last)
+            method.to(memory_format=CHANNELS_LAST[args.d])
             losses = method(batch, Run(), levels)
         else:
             losses = plain_losses(method.network, batch, levels)
@@ -208,8 +236,9 @@ def prepare(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]],
     """A step that is compiled and warm. Sets the kernels that the variant uses."""
     set_kernels(args, variant)
     step = {"plain": plain_step, "ours": our_step}[variant.kind](args, variant)
-    for pair in range(5 if variant.compiled else 1):
-        step([pair, *(i % 5 for i in range(2 * LOCAL_VIEWS))])  # all levels, and each one's restoration
+    levels = LEVELS[args.d]
+    for pair in range(levels if variant.compiled else 1):
+        step([pair, *(i % levels for i in range(2 * LOCAL_VIEWS))])  # all levels, and each one's restoration
     return step
 
 
@@ -231,7 +260,7 @@ class Timer:
         set_kernels(args, self.variant)
         first, self.done = self.done, self.done + args.steps
         draws = [  # the k-th step has the same levels in every variant
-            torch.randint(5, (1 + 2 * LOCAL_VIEWS,), generator=torch.Generator().manual_seed(k)).tolist()
+            torch.randint(LEVELS[args.d], (1 + 2 * LOCAL_VIEWS,), generator=torch.Generator().manual_seed(k)).tolist()
             for k in range(first, self.done)
         ]
         synchronise(args)
@@ -256,7 +285,7 @@ def peak_memory(args: argparse.Namespace, variant: Variant) -> float:
     torch.set_num_threads(args.threads)
     before = _peak_rss()
     step = prepare(args, variant)
-    step([0, *(i % 5 for i in range(2 * LOCAL_VIEWS))])
+    step([0, *(i % LEVELS[args.d] for i in range(2 * LOCAL_VIEWS))])
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return _peak_rss() - before
@@ -276,18 +305,26 @@ def _peak_rss() -> float:
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU")
+    parser.add_argument("--d", type=int, choices=(2, 3), default=2, help="images or volumes")
+    parser.add_argument(
+        "--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU; volumes: 4 and 32"
+    )
     parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
     parser.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
-    parser.add_argument("--arch", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
-    parser.add_argument("--steps", type=options.positive_int, help="steps timed at once; 3 on a CPU, 30 on a GPU")
+    axes = {"type": options.positive_int, "nargs": 3, "metavar": ("X", "Y", "Z")}
+    parser.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels (3D)")
+    parser.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels (3D)")
+    parser.add_argument("--arch", help="encoder, as for train_pcrlv2.py; by default resnet18, in 3D unet3d")
+    parser.add_argument(
+        "--steps", type=options.positive_int, help="steps timed at once; 30 on a GPU, 3 on a CPU (3D: 1)"
+    )
     parser.add_argument("--repeats", type=options.positive_int, default=5, help="interleaved runs; the median counts")
     parser.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
     parser.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
     options.flag(parser, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
     options.flag(parser, "--memory", True, "measure peak memory too, each variant in a process of its own")
-    parser.add_argument("--output", metavar="FILE", default=str(RESULTS / "step.json"), help="the JSON file")
+    parser.add_argument("--output", metavar="FILE", help="the JSON file; step.json or step_3d.json beside the others")
     return parser
 
 
@@ -299,8 +336,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = args.device == "cuda"
-    args.b = args.b or (64 if cuda else 16)
-    args.steps = args.steps or (30 if cuda else 3)
+    args.arch = args.arch or DEFAULTS[args.d]["arch"]
+    args.b = args.b or (DEFAULTS[args.d]["b"] if cuda else {2: 16, 3: 4}[args.d])
+    args.steps = args.steps or (30 if cuda else {2: 3, 3: 1}[args.d])
+    args.output = args.output or str(RESULTS / {2: "step.json", 3: "step_3d.json"}[args.d])
     if args.b < 2:
         raise options.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
     threads = torch.get_num_threads()

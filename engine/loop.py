@@ -21,12 +21,15 @@ import medssl
 from medssl.datasets.registry import ImageDataset, collate
 from medssl.datasets.views import Draws, Views, denormalise
 from medssl.engine.checkpoint import FORMAT_VERSION, load_safe, save_atomic
-from medssl.engine.monitor import Monitor, save_pictures
+from medssl.engine.monitor import Monitor, middle_slices, save_pictures, stretch
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, wrap
 
 # Seconds after which a checkpoint is written even when --save-every is far: slow machines lose no more.
 LONGEST_UNSAVED = 300
+
+# Memory layout of networks, by spatial dimensions: what convolutions are fastest in.
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 # Options that may differ between a run and its continuation: none of them changes a result.
 FREE_OPTIONS = {
@@ -58,8 +61,9 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Name → normalised images (N, 3, H, W) that show what is learned from; by default, the views."""
-        return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim == 4}
+        """Name → normalised images (N, 3, H, W), or volumes (N, 1, X, Y, Z) in [0, 1] or normalised, that show what
+        is learned from; by default, the views."""
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim in (4, 5)}
 
     def compiled_parts(self) -> list[nn.Module]:
         """Networks that `--compile` compiles, each called with inputs of few shapes."""
@@ -131,11 +135,14 @@ def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Move images and labels; sizes stay on the CPU, where views are drawn."""
-    return {
-        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "size" else value
-        for key, value in batch.items()
-    }
+    """Move images and labels, also lists of volumes; sizes stay on the CPU, where views are drawn."""
+
+    def move(value: object) -> object:
+        if isinstance(value, list):
+            return [move(entry) for entry in value]
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {key: value if key == "size" else move(value) for key, value in batch.items()}
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
@@ -318,7 +325,7 @@ def fit(
     if args.compile and len(devices.device_ids) > 1:
         raise InputError("--compile and several --gpus in one process exclude each other; use torchrun")
     folder, saved = open_output(args, name, devices)
-    method.to(device, memory_format=torch.channels_last)
+    method.to(device, memory_format=CHANNELS_LAST[data.info.dims])
     views.to(device)
     parameters = parameters or [{"params": [p for p in method.parameters() if p.requires_grad]}]
     optimizer = make_optimizer(parameters, args)
@@ -493,7 +500,11 @@ def save_views(method: Method, inputs: dict[str, Tensor], views: Views, path: Pa
     with torch.no_grad():
         rows = method.pictures(inputs)
     method.train(was_training)
-    save_pictures({name: denormalise(x.float(), views.mean, views.std) for name, x in rows.items()}, path)
+    images = {name: x.float() for name, x in rows.items()}
+    if not views.mean:  # volumes, each normalised by itself
+        save_pictures({name: middle_slices(stretch(x)) for name, x in images.items()}, path, columns=4)
+    else:
+        save_pictures({name: denormalise(x, views.mean, views.std) for name, x in images.items()}, path)
 
 
 def export_encoder(method: Method, views: Views, args: argparse.Namespace, info: object, folder: Path) -> None:
@@ -502,9 +513,9 @@ def export_encoder(method: Method, views: Views, args: argparse.Namespace, info:
         "state_dict": {k: v.detach().cpu().contiguous() for k, v in method.encoder_state().items()},
         "arch": args.arch,
         "dims": info.dims,
-        "channels": 3,
+        "channels": 3 if info.dims == 2 else 1,
         "method": type(method).__name__,
-        "normalization": {"mean": list(views.mean), "std": list(views.std)},
+        "normalization": {"mean": list(views.mean), "std": list(views.std)} if info.dims == 2 else {"kind": "z"},
         "version": FORMAT_VERSION,
     }
     save_atomic(content, folder / "encoder.pt")

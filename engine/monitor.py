@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -131,24 +132,59 @@ class Monitor:
             self.writer.close()
 
 
+def stretch(volumes: Tensor) -> Tensor:
+    """Volumes (N, C, X, Y, Z) as shown: those of a batch in [0, 1] as they are, others (normalised to zero mean)
+    each from its 0.5 to its 99.5 percentile, in float32."""
+    if float(volumes.min()) >= 0 and float(volumes.max()) <= 1:
+        return volumes
+    ordered = volumes.detach().float().flatten(1).sort(1).values
+    low, high = (ordered[:, round(share * (ordered.shape[1] - 1))] for share in (0.005, 0.995))
+    low, high = (t.view(-1, *[1] * (volumes.ndim - 1)) for t in (low, high))
+    return ((volumes - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+
+def middle_slices(volumes: Tensor, gap: int = 1) -> Tensor:
+    """The middle axial, coronal and sagittal slices side by side, as radiologists look at them.
+
+    The patient's left is on the right of axial and coronal slices, the front on the left of sagittal ones; the
+    front is up in axial slices, the head in the others.
+
+    Args:
+        volumes: (N, C, X, Y, Z), axes towards the patient's left, back and head.
+        gap: white columns between two slices.
+
+    Returns:
+        (N, C, max(Y, Z), 2·X + Y + 2·gap), a voxel a pixel.
+    """
+    x, y, z = (n // 2 for n in volumes.shape[2:])
+    axial, coronal, sagittal = volumes[..., z], volumes[..., y, :], volumes[:, :, x]
+    # Rows are the second axis of each slice; z counts from the feet, pictures from the top.
+    panels = [axial.mT, coronal.mT.flip(2), sagittal.mT.flip(2)]
+    height = max(panel.shape[2] for panel in panels)
+    panels = [F.pad(p, (0, gap * (i < 2), 0, height - p.shape[2]), value=1.0) for i, p in enumerate(panels)]
+    return torch.cat(panels, 3)
+
+
 def save_pictures(rows: dict[str, Tensor], path: Path, columns: int = 8, side: int = 128) -> None:
     """Write a labelled grid: one row per name, one column per image.
 
     Args:
         rows: name → (N, 1 or 3, H, W) in [0, 1].
-        side: height and width at which each image is drawn, in pixels.
+        side: height at which each image is drawn, in pixels; its width follows.
     """
     margin = 92
     columns = min(columns, max(len(images) for images in rows.values()))
-    sheet = Image.new("RGB", (margin + columns * (side + 2), len(rows) * (side + 2)), "white")
+    widths = {name: round(side * images.shape[3] / images.shape[2]) for name, images in rows.items()}
+    width = max(widths.values())
+    sheet = Image.new("RGB", (margin + columns * (width + 2), len(rows) * (side + 2)), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (name, images) in enumerate(rows.items()):
         draw.text((6, r * (side + 2) + side // 2 - 6), name, fill="black")
         pixels = images[:columns].detach().float().cpu().clamp(0, 1).mul(255).round().byte()
         for c, image in enumerate(pixels):
             tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-            tile = tile.resize((side, side), Image.Resampling.BILINEAR)
-            sheet.paste(tile, (margin + c * (side + 2), r * (side + 2)))
+            tile = tile.resize((widths[name], side), Image.Resampling.BILINEAR)
+            sheet.paste(tile, (margin + c * (width + 2), r * (side + 2)))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     sheet.save(temporary, format="PNG")

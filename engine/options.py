@@ -256,7 +256,12 @@ def add_output(parser: Parser, default: str) -> argparse._ArgumentGroup:
 def add_network(parser: Parser) -> argparse._ArgumentGroup:
     """The encoder and where its weights start."""
     group = parser.add_argument_group("network")
-    group.add_argument("--arch", "--model", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
+    group.add_argument(
+        "--arch",
+        "--model",
+        default="resnet18",
+        help="encoder: in 2D any name of segmentation-models-pytorch; in 3D unet3d, unet3d_half or unet3d_quarter",
+    )
     group.add_argument(
         "--init", default="random", metavar="{random,imagenet,FILE}", help="encoder weights to start from"
     )

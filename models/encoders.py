@@ -1,4 +1,5 @@
-"""2D encoders: segmentation-models-pytorch's, whose weights carry torchvision's key names."""
+"""Encoders by name, and the weights they start from. In 2D those of segmentation-models-pytorch, whose weights carry
+torchvision's key names; in 3D the U-Net's way down."""
 
 import logging
 import urllib.error
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.options import InputError
+from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -25,40 +27,63 @@ PREFIXES = (
 )
 
 
-def make_encoder(arch: str, channels: int = 3) -> nn.Module:
+def make_encoder(arch: str, channels: int | None = None, dims: int = 2) -> nn.Module:
     """A randomly initialised encoder.
 
-    `encoder(x)` maps x (B, channels, H, W) to a list of feature maps, shallow to deep, each half the size
-    of the one before it; `encoder.out_channels` lists their channels.
+    `encoder(x)` maps x (B, channels, *S) to a list of feature maps, shallow to deep, each half the size
+    of the one before it; `encoder.out_channels` lists their channels. In 2D the first map is x itself.
+
+    Args:
+        arch: in 2D a name of segmentation-models-pytorch; in 3D a key of `unet3d.WIDTHS`.
+        channels: of the input; 3 in 2D and 1 in 3D by default.
+        dims: spatial dimensions of the input.
 
     Raises:
-        InputError: for an unknown name.
+        InputError: for an unknown name, or one of the other dimension.
     """
+    if dims == 3:
+        return UNet3dEncoder(channels or 1, width_of(arch))
+    if arch in WIDTHS:
+        raise InputError(f"--arch {arch}: a 3-dimensional encoder, and the images have {dims}; try resnet18")
     if arch not in smp.encoders.get_encoder_names():
         close = [name for name in smp.encoders.get_encoder_names() if name[:4] == arch[:4].lower()]
         hint = f"; did you mean one of {', '.join(close[:8])}" if close else ""
         raise InputError(f"--arch {arch}: not an encoder of segmentation-models-pytorch{hint}")
-    return smp.encoders.get_encoder(arch, in_channels=channels, depth=5, weights=None)
+    return smp.encoders.get_encoder(arch, in_channels=channels or 3, depth=5, weights=None)
+
+
+def width_of(arch: str) -> int:
+    """Channels of the first level of a 3D U-Net; an InputError for another name."""
+    if arch not in WIDTHS:
+        raise InputError(f"--arch {arch}: no 3-dimensional encoder; there are {', '.join(WIDTHS)}")
+    return WIDTHS[arch]
 
 
 def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     """Set an encoder's starting weights in place, as `--init` says.
 
     Args:
-        init: "random" (left as it is), "imagenet" (downloaded by the encoder library), or a checkpoint:
-            our `encoder.pt`, or a published file with a state dict.
+        encoder: what `make_encoder` gave; or a `UNet3d`, to load its way up too.
+        init: "random" (left as it is), "imagenet" (2D; downloaded by the encoder library), or a checkpoint:
+            our `encoder.pt`, or a published file with a state dict. In 3D, where the file was trained on one
+            channel and the encoder takes several, the first kernel is repeated for each and divided by their number.
 
     Returns:
-        {"init", "matched", "missing", "unexpected", "normalization"}; counts of keys, and the channel
-        means and standard deviations that the weights expect (inputs in [0, 1]).
+        {"init", "matched", "missing", "unexpected", "normalization"}; counts of keys, and what inputs the weights
+        expect: {"mean", "std"} of each channel in 2D (of inputs in [0, 1]), {"kind": "z"} in 3D (each volume to
+        zero mean and unit deviation).
 
     Raises:
-        InputError: when the weights are not there, are of another architecture, or match nothing.
+        InputError: when the weights are not there, are of another architecture or dimension, or match nothing.
     """
-    report = {"init": init, "matched": 0, "missing": 0, "unexpected": 0, "normalization": IMAGENET}
+    dims = 3 if arch in WIDTHS else 2
+    normalization = IMAGENET if dims == 2 else {"kind": "z"}
+    report = {"init": init, "matched": 0, "missing": 0, "unexpected": 0, "normalization": normalization}
     if init == "random":
         return report
     if init == "imagenet":
+        if dims == 3:
+            raise InputError(f"--init imagenet: there are no ImageNet weights for {arch}; use random or a checkpoint")
         state = _download_imagenet(arch)
         source = "imagenet"
         expected = smp.encoders.get_preprocessing_params(arch, pretrained="imagenet")
@@ -66,15 +91,19 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     else:
         content = load_safe(init)
         source = Path(init).name
-        if isinstance(content, dict) and isinstance(content.get("arch"), str) and content["arch"] != arch:
-            raise InputError(f"--init {init}: holds a {content['arch']} encoder; add --arch {content['arch']}")
-        if isinstance(content, dict) and content.get("dims", 2) != 2:
-            raise InputError(f"--init {init}: a {content['dims']}-dimensional encoder, 2 are needed")
-        if isinstance(content, dict) and isinstance(content.get("normalization"), dict):
-            report["normalization"] = content["normalization"]
         state = find_state_dict(content, init)
+        fields = content if isinstance(content, dict) else {}
+        found = fields["dims"] if isinstance(fields.get("dims"), int) else _dims_of(state)
+        if found not in (None, dims):
+            raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
+        if isinstance(fields.get("arch"), str) and fields["arch"] != arch:
+            raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
+        if isinstance(fields.get("normalization"), dict):
+            report["normalization"] = fields["normalization"]
     wanted = encoder.state_dict()
     state = _strip(state, wanted)
+    if dims == 3:
+        _repeat_first(state, wanted)
     shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if shapes:
         raise InputError(
@@ -109,6 +138,19 @@ def _strip(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Ten
     if not found[best]:
         return state
     return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
+
+
+def _dims_of(state: dict[str, Tensor]) -> int | None:
+    """Spatial dimensions of the first convolution in a state dict; None where there is none."""
+    return next((value.ndim - 2 for value in state.values() if value.ndim in (4, 5)), None)
+
+
+def _repeat_first(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Give a one-channel first kernel as many input channels as are wanted, so that equal channels act as one did."""
+    key = next(iter(wanted))
+    if key in state and state[key].ndim == 5 and state[key].shape[1] == 1:
+        count = wanted[key].shape[1]
+        state[key] = state[key].expand(-1, count, -1, -1, -1) / count
 
 
 def _download_imagenet(arch: str) -> dict[str, Tensor]:

@@ -7,24 +7,30 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 
-from medssl.datasets.registry import Info
+from medssl import train_pcrlv2
+from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.views import MultiCropViews
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.loop import export_encoder
+from medssl.engine.monitor import middle_slices, stretch
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
-from medssl.train_pcrlv2 import PCRLv2, get_parser
+from medssl.models.pcrlv2_model_3d import PCRLv23d
+from medssl.train_pcrlv2 import PCRLv2, complete, get_parser, main
 
 PARITY = Path(__file__).parent / "parity"
 PUBLISHED = json.loads((PARITY / "pcrlv2_2d.json").read_text())
+PUBLISHED_3D = json.loads((PARITY / "pcrlv2_3d.json").read_text())
 
 _spec = importlib.util.spec_from_file_location("parity_deterministic", PARITY / "deterministic.py")
 deterministic = importlib.util.module_from_spec(_spec)
@@ -192,6 +198,160 @@ def test_restorations_have_the_inputs_size(side):
     assert out["restored"].shape == out["intermediate"].shape == x.shape
 
 
+# Parity in three dimensions ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def method3d():
+    method = PCRLv2("unet3d", dims=3)
+    deterministic.fill(method.network)  # the keys are the published ones
+    return method.train()
+
+
+@pytest.fixture(scope="module")
+def batch3d():
+    shapes = {name: tuple(shape) for name, shape in PUBLISHED_3D["inputs"].items() if name not in ("names", "tag")}
+    x1, x2, target = (torch.from_numpy(deterministic.values(name, shapes[name])) for name in ("x1", "x2", "gt"))
+    local = [torch.from_numpy(deterministic.values(f"local{v}", shapes["local"])) for v in range(6)]
+    return {"view1": x1, "view2": x2, "target": target, "locals": torch.cat(local)}
+
+
+def test_3d_state_dict_is_the_published_one(method3d):
+    ours = {key: list(value.shape) for key, value in method3d.network.state_dict().items()}
+    assert ours == PUBLISHED_3D["state_dict"]
+    assert list(PCRLv23d().state_dict()) == list(ours)
+    assert method3d.encoder_state().keys() == ours.keys()
+
+
+def test_3d_outputs_are_the_published_ones(method3d, batch3d):
+    out = method3d.network(batch3d["view1"], restore=1)
+    assert_close(out["restored"], PUBLISHED_3D["reconstruction"], "restored")
+    for level in range(3):
+        assert_close(out[f"p{level}"], PUBLISHED_3D["projections"][level], f"p{level}")
+        assert_close(out[f"q{level}"], PUBLISHED_3D["predictions"][level], f"q{level}")
+        restored = method3d.network(batch3d["view1"], [level], restore=level)["intermediate"]
+        assert_close(restored, PUBLISHED_3D["intermediate"][level], f"intermediate {level}")
+
+
+def test_3d_losses_and_gradients_are_the_published_ones(method3d, batch3d):
+    levels = PUBLISHED_3D["levels_drawn"]["values"]
+    losses = method3d(batch3d, Run(), levels)
+    names = {"restoration": "recon", "intermediate": "intermediate", "siamese": "siamese", "local": "local"}
+    assert set(losses) == set(names)
+    for ours, theirs in names.items():
+        assert losses[ours].item() == pytest.approx(PUBLISHED_3D["loss"][theirs], rel=1e-4, abs=1e-6), ours
+    total = sum(losses.values())
+    assert total.item() == pytest.approx(PUBLISHED_3D["loss"]["total"], rel=1e-4)
+    total.backward()
+    gradients = {key: p.grad for key, p in method3d.network.named_parameters()}
+    assert len(PUBLISHED_3D["gradients"]) == 3
+    bias = gradients.pop("down_tr64.ops.0.conv1.bias")
+    # A bias before a batch norm has no effect: what is stored of its gradient is rounding.
+    assert bias.norm() < 1e-3 * gradients["down_tr64.ops.0.conv1.weight"].norm()
+    for key in gradients.keys() & PUBLISHED_3D["gradients"].keys():
+        ours, theirs = (
+            torch.tensor(d["entries"]) for d in (deterministic.digest(gradients[key]), PUBLISHED_3D["gradients"][key])
+        )
+        # Batch norms over two samples amplify rounding: layer by layer as published they are 3e-5 away, with
+        # up-sampling and convolution joined 3e-4.
+        assert (ours - theirs).norm() < 2e-3 * theirs.norm(), key
+
+
+def test_3d_computes_what_is_drawn_only(batch3d):
+    method = PCRLv2("unet3d_quarter", dims=3)
+    sum(method(batch3d, Run(), [0] * 13).values()).backward()
+    network = method.network
+    undrawn = [p for block in (network.up_tr128, network.up_tr64) for p in block.predictor_head.parameters()]
+    undrawn += [p for block in (network.up_tr128, network.up_tr64) for p in block.deep_supervision_head.parameters()]
+    assert all(p.grad is None for p in undrawn)
+    assert network.up_tr256.deep_supervision_head.conv1.weight.grad is not None
+    assert network.up_tr64.ops[1].conv1.weight.grad is not None  # the full restoration needs it
+    called = []
+    network.up_tr128.register_forward_hook(lambda *_: called.append(1))
+    network(batch3d["view2"], [0])
+    assert not called
+    assert {n for _ in range(50) for n in method.draw_levels(None)} == {0, 1, 2}
+
+
+class Cubes(ImageDataset):
+    """Prepared pairs of random cubes."""
+
+    def load(self, i):
+        generator = torch.Generator().manual_seed(i)
+        shapes = {"image": (2, 16, 16, 8), "locals": (2, 8, 8, 8)}
+        return {name: torch.rand(shape, generator=generator).half() for name, shape in shapes.items()}
+
+
+LOSSES = ("restoration", "intermediate", "siamese", "local")
+SMALL_3D = ["--arch", "unet3d_quarter", "--b", "2", "--local-views", "2", "--cube-size", "16", "16", "8"]
+SMALL_3D += ["--local-cube-size", "8", "8", "8", "--workers", "0", "--device", "cpu", "--log-every", "1"]
+
+
+@pytest.fixture
+def cubes(monkeypatch):
+    data = Cubes(Info("cubes", dims=3), None, [f"cube{i}" for i in range(6)])
+    monkeypatch.setattr(train_pcrlv2, "open_pretraining", lambda args: data)
+
+
+def test_3d_run(tmp_path, cubes):
+    out = tmp_path / "out"
+    main([*SMALL_3D, "--steps", "2", "--output", str(out)])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["lr"] == pytest.approx(1e-3, rel=1e-3)  # the published one of three dimensions
+    assert lines[0]["loss"] == pytest.approx(sum(lines[0][key] for key in LOSSES))
+    pictures = sorted((out / "samples").glob("*.png"))
+    assert len(pictures) == 2
+    assert np.asarray(Image.open(pictures[1]))[:, 92:].std() > 20
+    content = load_safe(out / "encoder.pt")
+    assert (content["arch"], content["dims"], content["channels"]) == ("unet3d_quarter", 3, 1)
+    assert content["normalization"] == {"kind": "z"}
+    PCRLv23d(width=16).load_state_dict(content["state_dict"], strict=True)
+    # The same command continues; --init takes the export.
+    main([*SMALL_3D, "--steps", "3", "--output", str(out)])
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
+    main([*SMALL_3D, "--steps", "1", "--output", str(tmp_path / "again"), "--init", str(out / "encoder.pt")])
+
+
+def test_3d_refusals(tmp_path, cubes):
+    output = ["--output", str(tmp_path)]
+    with pytest.raises(InputError, match="--arch resnet18: no 3-dimensional encoder"):
+        main([*SMALL_3D, "--arch", "resnet18", *output])
+    with pytest.raises(InputError, match="--init imagenet: there are no ImageNet weights for unet3d_quarter"):
+        main([*SMALL_3D, "--init", "imagenet", *output])
+    with pytest.raises(InputError, match="--local-cube-size: the 3D U-Net needs sides of at least 8"):
+        main([*SMALL_3D, "--local-cube-size", "8", "8", "4", *output])
+    assert not list(tmp_path.iterdir())
+
+
+def test_slices_are_shown_as_radiologists_look_at_them():
+    """Axes point to the patient's left, back and head."""
+    volume = torch.zeros(1, 1, 6, 8, 4)
+    volume[0, 0, 5, 4, 2] = 0.2  # left end of the middle row
+    volume[0, 0, 3, 7, 2] = 0.4  # back
+    volume[0, 0, 3, 4, 3] = 0.6  # head
+    picture = middle_slices(volume)[0, 0]
+    assert picture.shape == (8, 2 * 6 + 8 + 2)  # axial, coronal (with the x axis across), sagittal (y across)
+    axial, coronal, sagittal = picture[:, :6], picture[:, 7:13], picture[:, 14:]
+    assert axial[4, 5] == pytest.approx(0.2)  # left is on the right
+    assert axial[7, 3] == pytest.approx(0.4)  # back is down
+    assert coronal[1, 5] == pytest.approx(0.2)  # z = 2 of 4 is the second row from the top
+    assert coronal[0, 3] == sagittal[0, 4] == pytest.approx(0.6)  # the head is up
+    assert sagittal[1, 7] == pytest.approx(0.4)  # the back is on the right
+    assert (coronal[4:] == 1).all()  # paper below the lower slices
+
+
+def test_normalised_volumes_are_stretched():
+    unit = torch.rand(1, 1, 8, 8, 8).repeat(2, 1, 1, 1, 1)
+    assert stretch(unit) is unit
+    normalised = (unit - 0.5) * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1, 1)
+    shown = stretch(normalised)
+    assert (shown.amin((1, 2, 3, 4)) == 0).all()
+    assert (shown.amax((1, 2, 3, 4)) == 1).all()
+    assert torch.allclose(shown[0], shown[1], atol=1e-5)
+    assert stretch(torch.full((1, 1, 8, 8, 8), -2.0)).isfinite().all()
+
+
 # Files ---------------------------------------------------------------------------------------------
 
 
@@ -353,7 +513,12 @@ def test_namespace_is_the_only_class_allowed(tmp_path):
 
 
 def test_published_defaults():
-    args = get_parser().parse_args([])
+    args = complete(get_parser().parse_args([]), 2)
     recipe = (args.lr, args.momentum, args.weight_decay, args.b, args.epochs, args.schedule, args.optimizer)
     assert recipe == (1e-2, 0.9, 1e-4, 64, 240, "cosine", "sgd")
     assert (args.arch, args.init, args.local_views) == ("resnet18", "random", 6)
+    volumes = complete(get_parser().parse_args([]), 3)
+    assert (volumes.arch, volumes.b, volumes.lr, volumes.epochs) == ("unet3d", 32, 1e-3, 240)
+    assert (volumes.cube_size, volumes.local_cube_size) == ([64, 64, 32], [16, 16, 16])
+    given = complete(get_parser().parse_args(["--lr", "0.5", "--b", "7"]), 3)
+    assert (given.lr, given.b, given.arch) == (0.5, 7, "unet3d")

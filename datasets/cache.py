@@ -3,14 +3,22 @@
 A cache is a folder with
 
 * `images.u8`: (N, C, S, S) uint8, textures as `ImageDataset` gives them, zeros for a bad file;
-* `index.json`: set, S, C, ids, original sizes, the bad files with their reasons, and whether it is finished;
+* `index.json`: set, S, C, ids, fingerprints, original sizes, the bad files with their reasons, and whether it is
+  finished;
 * `progress.jsonl`: while it is being made, one line for every finished block.
+
+A fingerprint is an image's size in bytes and a digest of all of them, those of the file, or of the array where there
+is no file. It does not change when files are copied. Training compares the size of every image, and the digest of
+`SAMPLED`; making or finishing a cache compares all, which reads every file.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +26,13 @@ import torch
 from tqdm import tqdm
 
 from medssl.datasets.lists import write_text
+from medssl.datasets.reading import digest
 from medssl.datasets.registry import ImageDataset, UnreadableImage
 from medssl.engine.options import InputError
 
-VERSION = 1
+VERSION = 2  # 1 had no fingerprints
+KEYS = {"version", "finished", "set", "size", "channels", "block", "ids"}  # of every index
+SAMPLED = 64  # images of a split whose digests training compares: whole sets of the same names and sizes differ there
 BLOCK_BYTES = 2**24  # decoded between two notes of progress: what a killed build loses, per process
 
 
@@ -44,10 +55,37 @@ class _Concatenated:
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
 
-    def __call__(self, index: int) -> np.ndarray:
+    def find(self, index: int) -> tuple[ImageDataset, int]:
+        """The split that has image `index`, and its number there."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         part = self.parts[number]
-        return part.read(part.positions[index - int(self.ends[number]) + len(part)])
+        return part, index - int(self.ends[number]) + len(part)
+
+    def __call__(self, index: int) -> np.ndarray:
+        part, i = self.find(index)
+        return part.read(part.positions[i])
+
+    def fingerprint(self, index: int, content: bool = True) -> str:
+        return fingerprint(*self.find(index), content)
+
+
+def fingerprint(data: ImageDataset, i: int, content: bool = True) -> str:
+    """What tells whether image i is the one that was cached: "bytes:digest", or "bytes" without its content."""
+    source, position = data.read, data.positions[i]
+    if hasattr(source, "fingerprint"):
+        return source.fingerprint(position, content)
+    try:
+        pixels = source(position)
+    except UnreadableImage:
+        return "unreadable"
+    return f"{pixels.nbytes}:{digest(pixels.tobytes())}" if content else str(pixels.nbytes)
+
+
+def changed(data: ImageDataset, rows: Iterable[tuple[int, str]], content: bool = True) -> Iterator[int]:
+    """The images that differ from the fingerprints beside their numbers."""
+    for i, cached in rows:
+        if fingerprint(data, i, content) != (cached if content else cached.partition(":")[0]):
+            yield i
 
 
 class _Blocks(torch.utils.data.Dataset):
@@ -63,11 +101,13 @@ class _Blocks(torch.utils.data.Dataset):
         return -(-len(self.data) // self.block)
 
     def __getitem__(self, number: int) -> dict:
-        """Write one block; returns its number, original sizes, and the bad files' rows and reasons."""
+        """Write one block; returns its number, fingerprints, sizes, and the bad files' rows and reasons."""
         data, first = self.data, number * self.block
         rows = _block_rows(data, self.block, number)
         channels, side = data.info.channels, data.texture_size
         textures = np.zeros((len(rows), channels, side, side), np.uint8)
+        # Before decoding, so that a file that changes meanwhile does not pass for what was decoded.
+        prints = [fingerprint(data, row) for row in rows]
         sizes, bad = [], {}
         for texture, row in zip(textures, rows):
             try:
@@ -83,7 +123,7 @@ class _Blocks(torch.utils.data.Dataset):
             file.write(textures.tobytes())
             file.flush()
             os.fsync(file.fileno())  # the note of progress, written next, must not be older than the pixels
-        return {"block": number, "sizes": sizes, "bad": bad}
+        return {"block": number, "fingerprints": prints, "sizes": sizes, "bad": bad}
 
 
 def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
@@ -98,13 +138,21 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
         the index, as `index.json` has it.
 
     Raises:
-        InputError: when the folder holds a cache of something else, the set is not 2D, or the disk is full.
+        InputError: when the folder holds a cache of something else or of files that have changed, another process
+            is making it, the set is not 2D, or the disk is full.
     """
     if data.info.dims != 2:
         raise InputError(
             f"data set {data.info.name}: only 2D images are cached, these have {data.info.dims} dimensions"
         )
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _build(data, folder, workers)
+
+
+def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
+    """`build` in a folder that no other process touches."""
     shape = (len(data), data.info.channels, data.texture_size, data.texture_size)
     block = max(1, BLOCK_BYTES // int(np.prod(shape[1:])))
     index = {
@@ -112,17 +160,22 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
         **{"block": block, "ids": data.ids},
     }
     present = _read_index(folder)
-    if present is not None:
-        for key in ("version", "set", "size", "channels", "ids"):
-            if present.get(key) != index[key]:
+    if present is None:
+        _start(folder, shape, index)
+    else:
+        if present["version"] != VERSION:
+            raise InputError(f"{folder}: a cache by another version; remove it and run this again")
+        for key in ("set", "size", "channels", "ids"):
+            if present[key] != index[key]:
                 raise InputError(f"{folder}: holds a cache of other images ({key} differs); choose another --output")
         if present["finished"]:
+            _refuse_changed(data, folder, list(enumerate(present["fingerprints"])), workers)
             return present
         index["block"] = block = present["block"]
-    else:
-        _start(folder, shape, index)
     blocks = _Blocks(data, folder / "images.u8", block)
     done = _read_progress(folder / "progress.jsonl")
+    known = [pair for b, note in done.items() for pair in zip(_block_rows(data, block, b), note["fingerprints"])]
+    _refuse_changed(data, folder, known, workers)
     missing = [number for number in range(len(blocks)) if number not in done]
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(blocks, missing),
@@ -140,12 +193,41 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
             progress.write(json.dumps(note) + "\n")
             progress.flush()
             bar.update(len(note["sizes"]))
-    index["sizes"] = [size for number in range(len(blocks)) for size in done[number]["sizes"]]
+    for key in ("fingerprints", "sizes"):
+        index[key] = [value for number in range(len(blocks)) for value in done[number][key]]
     index["bad"] = {row: why for number in range(len(blocks)) for row, why in done[number]["bad"].items()}
     index["finished"] = True
     write_text(folder / "index.json", json.dumps(index))
     (folder / "progress.jsonl").unlink()
     return index
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other builds out of a folder until this one ends, however it ends."""
+    # The system lifts the lock when the process is killed, so a file that is left behind hinders nobody.
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is making this cache; wait for it") from None
+        try:
+            yield
+        finally:
+            (folder / "lock").unlink(missing_ok=True)
+
+
+def _refuse_changed(data: ImageDataset, folder: Path, cached: list[tuple[int, str]], workers: int) -> None:
+    """Raise InputError where an image differs from the fingerprint beside its number."""
+    parts = np.array_split(np.arange(len(cached)), max(1, min(len(cached), 64 * max(1, workers))))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = pool.map(lambda part: list(changed(data, (cached[i] for i in part))), parts)
+        wrong = [i for some in found for i in some]
+    if wrong:
+        raise InputError(
+            f"{folder}: {len(wrong)} images changed after they were cached, such as {data.ids[wrong[0]]}; remove the "
+            "folder and run this again, or choose another --output"
+        )
 
 
 def _block_rows(data: ImageDataset, block: int, number: int) -> range:
@@ -158,7 +240,6 @@ def _as_is(note: dict) -> dict:
 
 def _start(folder: Path, shape: tuple[int, ...], index: dict) -> None:
     """Lay out an empty cache."""
-    folder.mkdir(parents=True, exist_ok=True)
     needed, free = int(np.prod(shape, dtype=np.int64)), shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -170,11 +251,14 @@ def _start(folder: Path, shape: tuple[int, ...], index: dict) -> None:
 
 def _read_index(folder: Path) -> dict | None:
     try:
-        return json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:
-        raise InputError(f"{folder / 'index.json'}: not the index of a cache; choose another folder") from None
+        index = None
+    if not isinstance(index, dict) or not index.keys() >= KEYS:
+        raise InputError(f"{folder / 'index.json'}: not the index of a cache; choose another folder")
+    return index
 
 
 def _read_progress(path: Path) -> dict[int, dict]:
@@ -238,8 +322,9 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
     """The same images, labels and patients, read from a cache.
 
     Raises:
-        InputError: when the cache is missing, unfinished, of other images, or of another texture size or
-            number of channels; the text has the command that makes the right one. When the set is not 2D.
+        InputError: when the cache is missing, unfinished, of other images or of files that have changed, or of
+            another texture size or number of channels; the text has the command that makes the right one. When the
+            set is not 2D.
     """
     info = data.info
     if info.dims != 2:
@@ -254,7 +339,7 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
     )
     if index is None:
         raise InputError(f"--cache {folder}: no cache there; {command}")
-    if index.get("version") != VERSION:
+    if index["version"] != VERSION:
         raise InputError(f"--cache {folder}: made by another version; remove it and {command}")
     if not index["finished"]:
         raise InputError(f"--cache {folder}: the cache is not finished; {command}")
@@ -274,4 +359,14 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
             f"--cache {folder}: {len(missing)} of {len(data)} images are not in it, such as {missing[0]}; "
             f"{command}-new without --list"
         )
-    return CachedDataset(data, _Rows(folder, index), [row_of[name] for name in data.ids])
+    rows = [row_of[name] for name in data.ids]
+    cached = [(i, index["fingerprints"][row]) for i, row in enumerate(rows)]
+    some = [cached[i] for i in np.unique(np.linspace(0, len(data) - 1, SAMPLED).astype(int))]
+    wrong = next(changed(data, cached, content=False), None)
+    wrong = next(changed(data, some), None) if wrong is None else wrong
+    if wrong is not None:
+        raise InputError(
+            f"--cache {folder}: {data.ids[wrong]} is not the image that was cached: it has changed, or --data is "
+            f"another set with the same names; remove the folder and {command}"
+        )
+    return CachedDataset(data, _Rows(folder, index), rows)

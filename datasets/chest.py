@@ -8,6 +8,7 @@ import csv
 import gzip
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from medssl.datasets.lists import (
     HELD_OUT,
     SPLIT_SEED,
+    file_name,
     known_or_nan,
     line_of,
     patient_of,
@@ -38,6 +40,7 @@ FINDINGS = (
 class Entries:
     """The rows of `Data_Entry_2017*.csv`: the finding numbers and the patient of every image name."""
 
+    table: Path
     findings: dict[str, tuple[int, ...]]
     patients: dict[str, str]
 
@@ -56,29 +59,38 @@ def read_entries(folder: Path) -> Entries | None:
     """Read the metadata table of a copy of the set; None where there is none.
 
     Raises:
-        InputError: naming file and line, for missing columns and unknown findings.
+        InputError: naming file and line, for missing columns and unknown findings, and a file that is damaged or no
+            table.
     """
     tables = sorted(folder.glob("Data_Entry_2017*.csv")) + sorted(folder.glob("Data_Entry_2017*.csv.gz"))
     if not tables:
         return None
+    try:
+        return _read_table(tables[0])
+    except (OSError, EOFError, zlib.error):
+        raise InputError(f"{tables[0]}: cannot be read; is it whole? Download it again") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{tables[0]}: not a table in UTF-8; is this the NIH table?") from None
+
+
+def _read_table(path: Path) -> Entries:
     findings: dict[str, tuple[int, ...]] = {}
     patients: dict[str, str] = {}
     numbers = {name: number for number, name in enumerate(FINDINGS)}
-    opener = gzip.open if tables[0].suffix == ".gz" else open
-    with opener(tables[0], "rt", encoding="utf-8-sig", newline="") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for column in ("Image Index", "Finding Labels", "Patient ID"):
             if column not in (reader.fieldnames or ()):
-                raise InputError(f"{tables[0]}, line 1: no column {column!r}; is this the NIH table?")
+                raise InputError(f"{path}, line 1: no column {column!r}; is this the NIH table?")
         for row in reader:
             name, named = row["Image Index"], row["Finding Labels"]
             try:
                 found = () if named == "No Finding" else tuple(numbers[one] for one in named.split("|"))
             except (KeyError, AttributeError):
-                raise InputError(f"{tables[0]}, line {reader.line_num}: unknown finding in {named!r}") from None
+                raise InputError(f"{path}, line {reader.line_num}: unknown finding in {named!r}") from None
             findings[name] = found
             patients[name] = patient_of(name) or row["Patient ID"]
-    return Entries(findings, patients)
+    return Entries(path, findings, patients)
 
 
 def patients_of(names: Sequence[str], entries: Entries | None) -> list[str]:
@@ -115,9 +127,9 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     for split, (origin, names, labels) in chosen.items():
         for name in names:
             if name not in paths:
-                raise InputError(f"{origin}, line {line_of(origin, name)}: {name} is not in {folder}")
+                raise InputError(f"{origin}, line {line_of(origin, name, file_name)}: {name} is not in {folder}")
         if labels is None and entries is not None:
-            labels = entries.labels(names)
+            labels = _from_table(origin, names, entries)
         if labels is None:
             info = Info("chest")
         else:
@@ -128,6 +140,18 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     return opened
 
 
+def _from_table(origin: Path, names: list[str], entries: Entries) -> Tensor | None:
+    """The labels that the table has, with a warning where it lacks images; None where it lacks all."""
+    absent = [name for name in names if name not in entries.findings]
+    if absent:
+        print(
+            f"warning: {origin}: {len(absent)} of its {len(names)} images are not in {entries.table}, such as "
+            f"{absent[0]}; their labels are not known and count nowhere",
+            file=sys.stderr,
+        )
+    return entries.labels(names) if len(absent) < len(names) else None
+
+
 # what a split is made from: the list's file, names, and labels where the list has them
 Chosen = tuple[Path, list[str], Tensor | None]
 
@@ -136,16 +160,15 @@ def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entri
     """The splits of the user's lists."""
     given = {"train": request.list, "val": request.val_list, "test": request.test_list}
     official = folder / "test_list.txt"
-    hidden = set(read_list(official)[0]) if official.is_file() else set()
+    hidden = set(read_list(official, file_name)[0]) if official.is_file() else set()
     chosen: dict[str, Chosen] = {}
     for split, path in given.items():
         if path is None:
             continue
-        listed, labels = read_list(path)
-        if labels is not None:
-            labels = known_or_nan(path, listed, labels, len(FINDINGS))
         # Some published lists write `images/00000001_000.png`; the name alone identifies the image.
-        names = [name.rsplit("/", 1)[-1] for name in listed]
+        names, labels = read_list(path, file_name)
+        if labels is not None:
+            labels = known_or_nan(path, names, labels, len(FINDINGS), file_name)
         chosen[split] = Path(path), names, labels
         leaked = len(hidden.intersection(names))
         if split != "test" and leaked:
@@ -165,7 +188,7 @@ def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entri
         for split, rows in zip(("train", "val"), split_by_patient(patients_of(names, entries), HELD_OUT, SPLIT_SEED)):
             chosen[split] = path, [names[i] for i in rows], None if labels is None else labels[rows]
     if "test" in splits and "test" not in chosen and hidden:
-        chosen["test"] = official, read_list(official)[0], None
+        chosen["test"] = official, read_list(official, file_name)[0], None
     return _only(chosen, splits)
 
 
@@ -178,7 +201,7 @@ def _official(folder: Path, paths: dict[str, str], splits: Sequence[str], entrie
     for split, file in files.items():
         if not file.is_file():
             continue
-        listed = read_list(file)[0]
+        listed = read_list(file, file_name)[0]
         # Many keep only some of the twelve archives: what is there can be used, but is not the official set.
         names = [name for name in listed if name in paths]
         if not names:

@@ -6,13 +6,15 @@ that is not known. A list of names alone is a list for pre-training.
 
 import hashlib
 import os
+import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from medssl.datasets import volumes
 from medssl.datasets.reading import EXTENSIONS
 from medssl.engine.options import InputError
 
@@ -22,8 +24,21 @@ SPLIT_SEED = 0
 HELD_OUT = 0.1  # share of the training patients that validates where a set has no validation list
 
 
-def read_list(path: str | Path) -> tuple[list[str], Tensor | None]:
+def plain_name(written: str) -> str:
+    """A path as a list has it, in the one way that ids are written: no `./`, forward slashes."""
+    return posixpath.normpath(written.replace("\\", "/"))
+
+
+def file_name(written: str) -> str:
+    """What `plain_name` has after its last slash."""
+    return plain_name(written).rsplit("/", 1)[-1]
+
+
+def read_list(path: str | Path, name_of: Callable[[str], str] = plain_name) -> tuple[list[str], Tensor | None]:
     """Read a list file.
+
+    Args:
+        name_of: from what is written to the image's name.
 
     Returns:
         names, and labels (N, L) float32 (whole numbers, −1 or above) or None where the list has names alone.
@@ -36,11 +51,12 @@ def read_list(path: str | Path) -> tuple[list[str], Tensor | None]:
     rows: list[list[int]] = []
     lines: dict[str, int] = {}
     for number, text in _numbered_lines(path):
-        name, fields = _split_line(text)
-        try:
-            row = [int(field) for field in fields]
-        except ValueError:
-            raise InputError(f"{path}, line {number}: labels must be whole numbers, not {text!r}") from None
+        written, fields = _split_line(text)
+        name = name_of(written)
+        # Nine digits at most: float32 and the class count end long before.
+        if not all(re.fullmatch("[+-]?[0-9]{1,9}", field) for field in fields):
+            raise InputError(f"{path}, line {number}: labels must be whole numbers, not {text!r}")
+        row = [int(field) for field in fields]
         if min(row, default=0) < -1:
             raise InputError(f"{path}, line {number}: label {min(row)}; the least is -1 (not known)")
         if rows and len(row) != len(rows[0]):
@@ -55,9 +71,27 @@ def read_list(path: str | Path) -> tuple[list[str], Tensor | None]:
     return names, torch.tensor(rows, dtype=torch.float32) if rows[0] else None
 
 
-def line_of(path: str | Path, name: str) -> int:
+def line_of(path: str | Path, name: str, name_of: Callable[[str], str] = plain_name) -> int:
     """The line on which a list names an image, for messages."""
-    return next((number for number, text in _numbered_lines(path) if _split_line(text)[0] == name), 0)
+    return next(number for number, text in _numbered_lines(path) if name_of(_split_line(text)[0]) == name)
+
+
+def class_count(origin: str | Path, labels: Sequence[Tensor]) -> int:
+    """How many classes the class numbers (N,) int64 of all lists of a set have.
+
+    Raises:
+        InputError: naming `origin`, where all images are of class 0, or a number below the largest has no image, as
+            after a slip of the pen.
+    """
+    present = torch.unique(torch.cat(list(labels))).tolist()
+    if present == [0]:
+        raise InputError(f"{origin}: all labels are 0; two classes are needed")
+    empty = next((number for number, there in enumerate(present) if number != there), None)
+    if empty is not None:
+        raise InputError(
+            f"{origin}: class {present[-1]} is there, but class {empty} has no image; number the classes 0, 1, 2, …"
+        )
+    return len(present)
 
 
 def _numbered_lines(path: str | Path) -> Iterable[tuple[int, str]]:
@@ -73,7 +107,7 @@ def _numbered_lines(path: str | Path) -> Iterable[tuple[int, str]]:
 
 
 # A name ends at the first image extension, so it may hold blanks; without one it ends at the first blank.
-_NAME = re.compile(rf".*?(?:{'|'.join(map(re.escape, EXTENSIONS))})(?=\s|$)", re.IGNORECASE)
+_NAME = re.compile(rf".*?(?:{'|'.join(map(re.escape, (*EXTENSIONS, *volumes.EXTENSIONS)))})(?=\s|$)", re.IGNORECASE)
 
 
 def _split_line(text: str) -> tuple[str, list[str]]:
@@ -85,11 +119,17 @@ def _split_line(text: str) -> tuple[str, list[str]]:
     return fields[0], fields[1:]
 
 
-def known_or_nan(path: str | Path, names: Sequence[str], labels: Tensor, columns: int | None = None) -> Tensor:
+def known_or_nan(
+    path: str | Path,
+    names: Sequence[str],
+    labels: Tensor,
+    columns: int | None = None,
+    name_of: Callable[[str], str] = plain_name,
+) -> Tensor:
     """Check the labels of a multi-label list.
 
     Args:
-        path, names, labels: a list file and what `read_list` gave for it.
+        path, names, labels, name_of: a list file, and what `read_list` gave and was given for it.
         columns: how many labels each line must have, where that is known.
 
     Returns:
@@ -99,13 +139,13 @@ def known_or_nan(path: str | Path, names: Sequence[str], labels: Tensor, columns
         InputError: naming file and line.
     """
     if columns is not None and labels.shape[1] != columns:
-        line = line_of(path, names[0])
+        line = line_of(path, names[0], name_of)
         raise InputError(f"{path}, line {line}: {labels.shape[1]} labels, the data set has {columns}")
     wrong = (labels > 1).nonzero()
     if len(wrong):
         row, column = wrong[0].tolist()
         value = int(labels[row, column])
-        line = line_of(path, names[row])
+        line = line_of(path, names[row], name_of)
         raise InputError(f"{path}, line {line}: label {value} of {names[row]} is not 0 or 1 (-1: not known)")
     return torch.where(labels < 0, torch.nan, labels)
 

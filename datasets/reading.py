@@ -13,6 +13,7 @@ What comes out:
   percentile range; MONOCHROME1 is inverted; padding is black.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -42,6 +43,22 @@ class Files:
 
     def __call__(self, index: int) -> np.ndarray:
         return read_image(self.paths[index])
+
+    def fingerprint(self, index: int, content: bool = True) -> str:
+        """The file's size in bytes and, with `content`, a digest of them; "missing" where it cannot be read."""
+        try:
+            if not content:
+                return str(os.stat(self.paths[index]).st_size)
+            with open(self.paths[index], "rb") as file:
+                everything = file.read()
+        except OSError:
+            return "missing"
+        return f"{len(everything)}:{digest(everything)}"
+
+
+def digest(content: bytes) -> str:
+    """16 hexadecimal digits that tell contents apart."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -124,20 +124,27 @@ def affine(box: Tensor, angle: Tensor | None = None, flip: Tensor | None = None)
 def pyramid_levels(theta: Tensor, side: int, out: int) -> Tensor:
     """The pyramid level from which each view is sampled, (N,) int64.
 
-    Level l is the image shrunk 2^l times. A view that steps over s texture pixels per output pixel uses
-    the level where the step is between 1/√2 and √2 pixels: bilinear sampling there neither skips pixels
-    nor blurs much.
+    Level l is the image shrunk 2^l times, for any side. A view that steps over s texture pixels per output
+    pixel uses the level where the step is between 1/√2 and √2 pixels: bilinear sampling there neither skips
+    pixels nor blurs much.
     """
     step = theta[:, :, :2].norm(dim=1) * side / out  # length in texture pixels of one output pixel, x and y
     level = torch.log2(step.prod(1).sqrt()).round()
     deepest = 0
-    while side % 2 ** (deepest + 1) == 0 and side >> (deepest + 1) >= 4:
+    while level_side(side, deepest + 1) >= 4:
         deepest += 1
     return level.clamp(0, deepest).long()
 
 
+def level_side(side: int, level: int) -> int:
+    """Pixels along a side of a pyramid level; where `side` is not divisible, the last sticks out of the image."""
+    return -(-side // 2**level)
+
+
 class Pyramid:
     """Images at the levels that views need, side by side in one atlas, so that one `grid_sample` reaches all.
+
+    The first level lies at the left, the others in a column beside it.
 
     Args:
         images: (B, C, S, S) uint8 textures, or floats in [0, 1].
@@ -148,22 +155,25 @@ class Pyramid:
         self.side, self.low = images.shape[-1], low
         base = images.float().div_(255) if images.dtype == torch.uint8 else images
         for _ in range(low):
-            base = F.avg_pool2d(base, 2)
-        self.widest = self.side >> low
+            base = self._halve(base)
+        sides = [level_side(self.side, level) for level in range(low, high + 1)]
+        # Left and top of each level, pixels
+        self.places = [(0, 0), *((sides[0], sum(sides[1:i])) for i in range(1, len(sides)))]
         if high > low:
-            atlas = base.new_empty(*base.shape[:2], self.widest, self.widest + self.widest // 2)
-            atlas[..., : self.widest] = base
-            row = 0
-            for _ in range(low, high):
-                base = F.avg_pool2d(base, 2)
-                s = base.shape[-1]
-                atlas[..., row : row + s, self.widest : self.widest + s] = base
-                atlas[..., row : row + s, self.widest + s :] = 0
-                row += s
-            # What lies between the levels is read with weight 0, which NaN in fresh memory would survive.
-            atlas[..., row:, self.widest :] = 0
+            atlas = base.new_empty(*base.shape[:2], max(sides[0], sum(sides[1:])), sides[0] + sides[1])
+            for (left, top), s in zip(self.places, sides):
+                base = self._halve(base) if left else base
+                # The pixels between the levels are read with weight 0, which NaN in fresh memory would survive.
+                atlas[..., top : top + s, left + s :] = 0
+                atlas[..., top + s :, left : left + s] = 0
+                atlas[..., top : top + s, left : left + s] = base
             base = atlas
         self.atlas = base
+
+    @staticmethod
+    def _halve(x: Tensor) -> Tensor:
+        # An odd side's last pixel is averaged with a copy of itself, so that level l is exactly 2^l times smaller.
+        return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 def sample(images: Tensor | Pyramid, theta: Tensor, out: int, black_outside: bool = False) -> Tensor:
@@ -183,16 +193,14 @@ def sample(images: Tensor | Pyramid, theta: Tensor, out: int, black_outside: boo
     level = pyramid_levels(theta.flatten(0, 1), side, out)
     if not isinstance(images, Pyramid):
         images = Pyramid(images, int(level.min()), int(level.max()))
-    base, widest, low, device = images.atlas, images.widest, images.low, images.atlas.device
+    base, low, device = images.atlas, images.low, images.atlas.device
 
     # Where each view's level lies in the atlas, in the coordinates of grid_sample: the map to the atlas and the
     # level's borders become one small table, made on the CPU and moved once.
-    relative = (level - low).view(b, v, 1)
-    extent = (widest / 2.0**relative).float()
-    left = torch.where(relative > 0, float(widest), 0.0)
-    top = torch.where(relative > 0, widest * (1 - 0.5 ** (relative - 1.0)), torch.zeros_like(extent))
+    extent = (side / 2.0**level).view(b, v, 1)  # pixels, not whole where the side is not divisible
+    place = torch.tensor(images.places, dtype=torch.float32)[level - low].view(b, v, 2)
     shape = torch.tensor([base.shape[-1], base.shape[-2]], dtype=torch.float32)  # width and height of the atlas
-    first = 2 * torch.cat([left, top], 2) / shape - 1  # (B, V, 2), as all of these
+    first = 2 * place / shape - 1  # (B, V, 2), as all of these
     last = first + 2 * extent / shape
     to_atlas = theta * (extent / shape)[..., None]
     to_atlas[..., 2] += (first + last) / 2
@@ -341,14 +349,22 @@ def cutout(x: Tensor, draws: Columns, holes: int, side: int) -> Tensor:
     """
     h, w = x.shape[2:]
     corner = (draws.take(2 * holes).view(-1, holes, 2) * torch.tensor([h, w])).floor().int() - side // 2
-    if x.device.type == "cpu":
-        # Few and small: written one by one, they cost a twentieth of a mask over all pixels.
-        for image, holes_of in zip(x, corner.tolist()):
-            for top, left in holes_of:
-                image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = 0
-        return x
+    # Few and small: on a CPU, written one by one, they cost a twentieth of a mask over all pixels.
+    return (erase_slices if x.device.type == "cpu" else erase_mask)(x, corner, side)
+
+
+def erase_slices(x: Tensor, corner: Tensor, side: int) -> Tensor:
+    """Zero squares with (N, holes, 2) top left corners in (N, C, H, W), in place, one after the other."""
+    for image, holes_of in zip(x, corner.tolist()):
+        for top, left in holes_of:
+            image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = 0
+    return x
+
+
+def erase_mask(x: Tensor, corner: Tensor, side: int) -> Tensor:
+    """The same by a mask, in a few operations whatever the number of images and holes."""
     top, left = corner.to(x.device, non_blocking=True)[..., None].unbind(2)  # (N, holes, 1) each
-    rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+    rows, columns = torch.arange(x.shape[2], device=x.device), torch.arange(x.shape[3], device=x.device)
     hidden_rows, hidden_columns = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
     # Outer products of rows and columns, summed over the holes, by one matrix product.
     hidden = hidden_rows.float().transpose(1, 2) @ hidden_columns.float() > 0  # (N, H, W)
@@ -380,13 +396,13 @@ class Views(nn.Module):
         `size` (B, 2) is the images' original height and width. 24 columns per view are taken. Rotation brings in
         what lies beside the crop.
         """
-        thetas = []
+        thetas = [torch.empty(len(size), 0, 2, 3)]
         for _ in range(count):
             box = random_resized_crop(draws, size, scale)
             angle = draws.take(1, -degrees, degrees)[:, 0]
             flip = draws.take(1)[:, 0] < 0.5
-            thetas.append(affine(box, angle if degrees else None, flip))
-        return torch.stack(thetas, 1)
+            thetas.append(affine(box, angle if degrees else None, flip)[:, None])
+        return torch.cat(thetas, 1)
 
 
 class MultiCropViews(Views):
@@ -404,6 +420,11 @@ class MultiCropViews(Views):
     Returns, from `forward`:
         {"view1", "view2" (B, 3, size, size), "locals" (V·B, 3, local_size, local_size), view-major, "target"
         (B, 3, size, size): view 1 before its colours were changed}, all normalised.
+
+    Random columns of an image, by stream of `Draws`:
+        0: 24 for view 1, 24 for view 2, 24 for each local view, as `random_crops` takes them;
+        1: 18 for view 1, 18 for view 2: 12 as `color` takes them, 6 for the holes;
+        2: 12 for each local view, as `color` takes them.
     """
 
     def __init__(
@@ -434,14 +455,12 @@ class MultiCropViews(Views):
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         b, v = len(batch["image"]), self.locals_
         numbers = [draws.uniform(0, 24 * (2 + v)), draws.uniform(1, 18 * 2), draws.uniform(2, 12 * v)]
+        rows = [batch["image"], batch["size"], *numbers]
         # On a CPU few images at a time: what is computed in between then stays in the processor's cache.
         part = CPU_PART if batch["image"].device.type == "cpu" else b
-        parts = [
-            self.crop_and_color(batch["image"][i : i + part], batch["size"][i : i + part], *rows)
-            for i, rows in zip(range(0, b, part), zip(*(n.split(part) for n in numbers)))
-        ]
+        parts = [self.crop_and_color(*some) for some in zip(*(whole.split(part) for whole in rows))]
         # (V, B, C, h, w) → (V·B, C, h, w), view-major
-        large, target, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
+        target, large, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
         views = self.normalise(large)
         if self.hole:
             # (B, 2·K) → (2·B, K), in the views' order
@@ -459,23 +478,26 @@ class MultiCropViews(Views):
         """All views of b images, not yet normalised, from rows of uniform numbers.
 
         Returns:
-            large views (2, b, C, size, size), the first of them before its colours changed (1, b, …), and local
-            views (V, b, C, local_size, local_size).
+            view 1 before its colours changed (1, b, C, size, size), the large views (2, b, C, size, size), and the
+            local views (V, b, C, local_size, local_size).
         """
-        b, v = len(images), self.locals_
-        geometry = Columns(spatial)
-        plans = [(self.random_crops(size, geometry, 2, self.scale, self.degrees), self.size)]
-        if v:
-            plans.append((self.random_crops(size, geometry, v, self.local_scale, self.degrees), self.local_size))
+        columns, side = Columns(spatial), images.shape[-1]
+        large = self.random_crops(size, columns, 2, self.scale, self.degrees)
+        small = self.random_crops(size, columns, self.locals_, self.local_scale, self.degrees)
         # Large and small views read from one pyramid.
-        levels = torch.cat([pyramid_levels(theta.flatten(0, 1), images.shape[-1], out) for theta, out in plans])
+        plans = [(large.flatten(0, 1), self.size), (small.flatten(0, 1), self.local_size)]
+        levels = torch.cat([pyramid_levels(theta, side, out) for theta, out in plans])
         pyramid = Pyramid(images, int(levels.min()), int(levels.max()))
-        large, *small = (sample(pyramid, theta, out, black_outside=self.degrees > 0) for theta, out in plans)
-        colored = []
-        for views, count, numbers in zip([large, *small], (2, v), (color, local_color)):
+
+        def cut(theta: Tensor, out: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+            b, count = theta.shape[:2]
+            views = sample(pyramid, theta, out, black_outside=self.degrees > 0)
             numbers = numbers.view(b, count, -1).transpose(0, 1).flatten(0, 1)
-            colored.append(self.color(views, Columns(numbers)).unflatten(0, (count, b)))
-        return colored[0], large[None, :b], colored[1] if v else large.new_empty(0, b, 1)
+            return tuple(x.unflatten(0, (count, b)) for x in (views, self.color(views, Columns(numbers))))
+
+        before, after = cut(large, self.size, color)
+        locals_ = cut(small, self.local_size, local_color)[1] if self.locals_ else after[:0]
+        return before[:1], after, locals_
 
 
 class ClassificationViews(Views):

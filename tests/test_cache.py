@@ -101,6 +101,7 @@ def test_an_interrupted_build_continues(images, tmp_path):
             raise KeyboardInterrupt
         return decode(position)
 
+    dying.fingerprint = decode.fingerprint
     data.read = dying
     with pytest.raises(KeyboardInterrupt):
         cache.build(data, tmp_path / "cache")
@@ -136,15 +137,142 @@ def test_caches_that_do_not_fit(images, tmp_path):
     (tmp_path / "cache" / "images.u8").write_bytes(b"short")
     with pytest.raises(InputError, match="not of the size of its index"):
         opened(images, cache=folder)
-    (tmp_path / "cache" / "index.json").write_text("no")
-    with pytest.raises(InputError, match="not the index of a cache"):
-        opened(images, cache=folder)
+    for text in ("no", "[1, 2]", "3", '{"version": 2}'):
+        (tmp_path / "cache" / "index.json").write_text(text)
+        with pytest.raises(InputError, match="not the index of a cache"):
+            opened(images, cache=folder)
+        with pytest.raises(InputError, match="not the index of a cache"):
+            cache.build(opened(images), folder)
     volumes = ImageDataset(Info("x", dims=3), None, ["a"])
     with pytest.raises(InputError, match="only 2D images are cached"):
         cache.build(volumes, tmp_path / "other")
     with pytest.raises(InputError, match="--cache .*other: only 2D images are cached, x has 3 dimensions; leave it"):
         cache.attach(volumes, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def noise(path, seed, shape=(20, 40)):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, shape, np.uint8)).save(path, compress_level=0)
+
+
+def test_another_folder_with_the_same_names_is_refused(tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            noise(tmp_path / name / f"{i}.png", 10 * seed + i)  # uncompressed: all files have one size
+    folder = str(tmp_path / "cache")
+    cache.build(opened(tmp_path / "one"), folder)
+    with pytest.raises(InputError, match=r"--cache .*: 0.png is not the image that was cached: it has changed, or"):
+        opened(tmp_path / "two", cache=folder)
+    with pytest.raises(InputError, match="3 images changed after they were cached, such as 0.png; remove the folder"):
+        cache.build(opened(tmp_path / "two"), folder)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert cache.build(opened(tmp_path / "moved"), folder)["finished"]
+    assert len(opened(tmp_path / "moved", cache=folder)) == 3
+
+
+def test_changed_files_are_refused(images, tmp_path, monkeypatch):
+    folder = str(tmp_path / "cache")
+    cache.build(opened(images), folder, workers=2)
+    monkeypatch.setattr(cache, "SAMPLED", 2)  # the first and the last
+    noise(images / "05.png", 5, (26, 40))  # of another size in bytes
+    with pytest.raises(InputError, match="05.png is not the image that was cached"):
+        opened(images, cache=folder)
+    with pytest.raises(InputError, match="1 images changed .* such as 05.png"):
+        cache.build(opened(images), folder, workers=2)
+
+
+@pytest.mark.parametrize("row", [0, 7])
+def test_changes_that_keep_the_size_of_a_file(tmp_path, monkeypatch, row):
+    for i in range(11):
+        noise(tmp_path / f"{i:02d}.png", i)
+    folder = str(tmp_path / "cache")
+    cache.build(opened(tmp_path), folder)
+    noise(tmp_path / f"{row:02d}.png", 99)
+    monkeypatch.setattr(cache, "SAMPLED", 2)
+    if row == 0:  # in the sample
+        with pytest.raises(InputError, match="00.png is not the image that was cached"):
+            opened(tmp_path, cache=folder)
+    else:
+        assert len(opened(tmp_path, cache=folder)) == 11
+    with pytest.raises(InputError, match=f"such as {row:02d}.png"):
+        cache.build(opened(tmp_path), folder)
+
+
+def test_files_that_change_during_an_interruption(images, tmp_path):
+    data = opened(images)
+    decode, reads = data.read, []
+
+    class Dying:
+        fingerprint = decode.fingerprint
+
+        def __call__(self, position):
+            reads.append(position)
+            if len(reads) == 5:
+                raise KeyboardInterrupt
+            return decode(position)
+
+    data.read = Dying()
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(data, tmp_path / "cache")
+    noise(images / "00.png", 50)
+    with pytest.raises(InputError, match="1 images changed after they were cached, such as 00.png"):
+        cache.build(data, tmp_path / "cache")
+
+
+def arrays(pixels, splits=2):
+    """Splits whose pixels are in memory, as MedMNIST's and the phantoms'."""
+    info = Info("pneumoniamnist", native_size=8)
+    rows = np.array_split(pixels, splits)
+    names = ("train", "val")
+    return [
+        ImageDataset(info, part.__getitem__, [f"{name}/{i}" for i in range(len(part))], texture_size=8)
+        for name, part in zip(names, rows)
+    ]
+
+
+def test_replaced_arrays_are_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 8, 8), np.uint8)
+    cache.build(cache.union(arrays(pixels)), tmp_path / "cache")
+    for part in arrays(pixels.copy()):
+        assert torch.equal(cache.attach(part, tmp_path / "cache")[1]["image"], part[1]["image"])
+    other = pixels.copy()
+    other[6, 3, 3] ^= 1
+    train, val = arrays(other)
+    cache.attach(train, tmp_path / "cache")
+    with pytest.raises(InputError, match="val/1 is not the image that was cached"):
+        cache.attach(val, tmp_path / "cache")
+    with pytest.raises(InputError, match="1 images changed .* such as val/1"):
+        cache.build(cache.union(arrays(other)), tmp_path / "cache")
+
+
+def test_caches_of_older_versions_are_refused(images, tmp_path):
+    index = cache.build(opened(images), tmp_path / "cache")
+    old = {key: value for key, value in index.items() if key != "fingerprints"} | {"version": 1}
+    (tmp_path / "cache" / "index.json").write_text(json.dumps(old))
+    with pytest.raises(InputError, match="made by another version; remove it and run: python preprocess/cache_im"):
+        opened(images, cache=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="a cache by another version; remove it and run this again"):
+        cache.build(opened(images), tmp_path / "cache")
+
+
+def test_two_builds_at_once(images, tmp_path):
+    data, messages = opened(images), []
+    decode = data.read
+
+    class Meanwhile:
+        fingerprint = decode.fingerprint
+
+        def __call__(self, position):
+            with pytest.raises(InputError, match="another process is making this cache; wait for it") as caught:
+                cache.build(opened(images), tmp_path / "cache")
+            messages.append(str(caught.value))
+            return decode(position)
+
+    data.read = Meanwhile()
+    cache.build(data, tmp_path / "cache")
+    assert messages == [f"{tmp_path / 'cache'}: another process is making this cache; wait for it"] * 11
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["images.u8", "index.json"]
 
 
 def test_a_full_disk_is_said_before_the_work(images, tmp_path, monkeypatch):

@@ -23,6 +23,9 @@ from medssl.datasets.views import (
     color_jitter,
     cutout,
     denormalise,
+    erase_mask,
+    erase_slices,
+    luminance,
     normalise,
     pyramid_levels,
     random_blur,
@@ -99,6 +102,13 @@ def crops_psnr(image, out, seed=0, count=10):
 @pytest.mark.parametrize("out", [224, 96])
 def test_crops_match_antialiased_resize(fine, out):
     assert min(crops_psnr(fine, out)) >= 40
+
+
+@pytest.mark.parametrize("side", [510, 511, 513, 700])
+def test_any_side_is_antialiased(side):
+    for out in (224, 96):
+        assert min(crops_psnr(phantom(side), out)) >= 40
+    assert min(crops_psnr(phantom(97), 20)) >= 30  # its column of levels is higher than its first level
 
 
 @pytest.mark.skipif(not RADIOGRAPHS, reason="no real radiographs; set MEDSSL_TEST_DATA")
@@ -189,6 +199,17 @@ def test_memory_between_the_levels_is_never_seen():
         torch.use_deterministic_algorithms(False)
     for view in views:
         assert torch.allclose(view, torch.tensor(100 / 255), atol=1e-3)
+
+
+@pytest.mark.parametrize(("box", "level"), [((0.875, -0.5, 0.125, 0.125), 0), ((0.0, 0.625, 0.375, 0.375), 1)])
+def test_borders_of_a_level_keep_its_neighbours_out(box, level):
+    """Crops at white borders that lie, in the atlas, beside the black border of the next level."""
+    image = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    image[(..., slice(32, 64)) if level == 0 else (..., slice(32, 64), slice(None))] = 255
+    theta = affine(torch.tensor([box, (0, 0, 1.0, 1), (0, 0, 0.25, 0.25)]))
+    assert pyramid_levels(theta, 64, 16).tolist() == [level, 2, 0]
+    white = sample(image, theta[None], 16)[0, 0]
+    assert torch.allclose(white if level == 0 else white[8:], torch.ones(()), atol=1e-5)
 
 
 def test_views_are_view_major():
@@ -327,7 +348,10 @@ def test_cutout(side):
     x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) + 1
     centres = [[(0, 0), (10, 20), (31, 47)], [(16, 2), (17, 3), (5, 40)]]  # (row, column)
     numbers = torch.tensor([[v for r, c in image for v in ((r + 0.5) / 32, (c + 0.5) / 48)] for image in centres])
-    ours = cutout(x, Columns(numbers), 3, side)
+    ours = cutout(x.clone(), Columns(numbers), 3, side)
+    corners = torch.tensor(centres) - side // 2
+    assert torch.equal(erase_mask(x.clone(), corners, side), ours)  # what other devices do
+    assert torch.equal(erase_slices(x.clone(), corners, side), ours)
     for i, image in enumerate(centres):
         expected = x[i]
         for r, c in image:
@@ -405,6 +429,95 @@ def test_target_is_view1_before_colour():
     assert torch.equal(changed["target"], out["target"])
     assert ((changed["view1"] - changed["target"]).flatten(1).abs().amax(1) > 0.05).all()
     assert not torch.allclose(out["view2"], out["target"], atol=0.1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_their_documented_operations(channels):
+    """Every view of image 5, made by itself from the unit operations and its columns of the random numbers."""
+    views = MultiCropViews(**IMAGENET, size=64, local_size=32, locals_=3, hole=9, degrees=10.0)
+    batch, draws, i = batch_of(8, channels), Draws((2, 9), 8), 5
+    ours = views(batch, draws)
+    spatial, color, local_color = (draws.uniform(stream, n)[i : i + 1] for stream, n in ((0, 5 * 24), (1, 36), (2, 36)))
+
+    def crop(view, out, scale):
+        columns = Columns(spatial[:, 24 * view : 24 * view + 24])
+        box = random_resized_crop(columns, batch["size"][i : i + 1], scale)
+        angle, flip = columns.take(1, -10, 10)[0], columns.take(1)[0] < 0.5
+        return sample(batch["image"][i : i + 1], affine(box, angle, flip)[None], out, black_outside=True)
+
+    def recolor(x, numbers):
+        columns = Columns(numbers)
+        x = random_blur(random_gray(x, columns, 0.2), columns, 0.5, (0.1, 2.0))
+        return normalise(color_jitter(x, columns, 0.4, 0.4, 0.4, 0.4), **IMAGENET)
+
+    for name, view in (("view1", 0), ("view2", 1)):
+        numbers = color[:, 18 * view : 18 * view + 18]
+        plain = crop(view, 64, (0.3, 1.0))
+        expected = cutout(recolor(plain, numbers[:, :12]), Columns(numbers[:, 12:]), 3, 9)
+        assert torch.allclose(ours[name][i], expected[0], atol=1e-3), name
+        if view == 0:
+            assert torch.allclose(ours["target"][i], normalise(plain, **IMAGENET)[0], atol=1e-3)
+    for view in range(3):
+        expected = recolor(crop(2 + view, 32, (0.05, 0.3)), local_color[:, 12 * view : 12 * view + 12])
+        assert torch.allclose(ours["locals"][8 * view + i], expected[0], atol=1e-3), view
+
+
+@pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.3)])
+def test_frequencies_of_geometry(scale):
+    n, degrees = 500, 10.0
+    size = torch.full((n, 2), 2048.0)
+    columns = Columns(Draws((6,), n).uniform(0, 48))
+    maps = MultiCropViews(**IMAGENET).random_crops(size, columns, 2, scale, degrees)
+    assert columns.used == 48
+    linear = maps[..., :2]
+    area = linear.det().abs()
+    assert (area.min() > scale[0] - 1e-3, area.max() < scale[1] + 1e-3) == (True, True)
+    assert abs(area.mean() - sum(scale) / 2) < 0.1 * (scale[1] - scale[0])  # the largest often do not fit
+    for view in range(2):
+        assert 0.43 < (linear[:, view].det() < 0).float().mean() < 0.57  # mirrored
+    half = linear.norm(dim=3)  # half width and height of the crop
+    angle = torch.rad2deg(torch.asin((linear[..., 1, 0] / half[..., 1]) * linear.det().sign())).abs()
+    assert 9.8 < angle.max() < degrees + 1e-3
+    assert abs(angle.mean() - degrees / 2) < 0.4
+    assert (maps[:, 0] - maps[:, 1]).flatten(1).abs().amax(1).min() > 1e-3  # views of an image differ
+
+
+def test_frequencies_of_colour():
+    """On 512 images: what is grey, what is blurred, and that the rest is jittered."""
+    n = 512
+    image = color_images(8, 16).repeat(n // 8, 1, 1, 1)
+    image[:, :, ::2] *= 0.5  # stripes, which blur weakens
+    views = MultiCropViews(**IMAGENET)
+    still = MultiCropViews(**IMAGENET, jitter=(0, 0, 0, 0), blur_sigma=(1.0, 2.0))
+    numbers = Draws((8,), n).uniform(0, 12)
+    out = still.color(image, Columns(numbers))
+    grey = (out - out.mean(1, keepdim=True)).flatten(1).abs().amax(1) < 1e-5
+    assert 0.14 < grey.float().mean() < 0.26
+
+    def roughness(x):
+        return luminance(x).diff(dim=2).abs().mean((1, 2, 3))
+
+    blurred = roughness(out) < 0.5 * roughness(image)
+    assert 0.43 < blurred.float().mean() < 0.57
+    assert 0.05 < (grey & blurred).float().mean() < 0.15  # independent
+    jittered = (views.color(image, Columns(numbers)) - out).flatten(1).abs().amax(1)
+    assert (jittered > 0.01).float().mean() > 0.97
+
+
+def test_outside_is_black_in_views_that_are_rotated():
+    batch = {"image": torch.full((32, 1, 64, 64), 255, dtype=torch.uint8), "size": torch.full((32, 2), 64.0)}
+    for degrees in (0.0, 30.0):
+        multi = MultiCropViews(**IMAGENET, size=32, local_size=32, locals_=1, scale=(1, 1), degrees=degrees, hole=0)
+        out = multi(batch, Draws((0,), 32))
+        single = ClassificationViews(**IMAGENET, size=32, scale=(1, 1), degrees=degrees).train()
+        for x in (out["target"], single(batch, Draws((0,), 32))["view"]):
+            black = (denormalise(x, **IMAGENET) < 0.02).float().mean()
+            assert black > 0.05 if degrees else black == 0
+
+
+def test_pictures_are_clamped():
+    x = torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    assert denormalise(x, **IMAGENET).flatten(1).unique(dim=1).tolist() == [[0], [1]]
 
 
 # Evaluation ----------------------------------------------------------------------------------------

@@ -25,10 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     started, output = time.perf_counter(), Path(args.output)
     size = ["--dataset", "phantom2d", "--image-size", "64", "--workers", "0"]
-    epochs, percent, trials, tuning = ("1", "5", "1", "1") if args.quick else ("12", "10", "3", "30")
+    epochs, percent, trials, tuning = ("1", "5", "1", "1") if args.quick else ("6", "5", "3", "40")
 
     print("1. pre-train PCRLv2 on 2048 unlabelled phantom radiographs", flush=True)
-    small = ["--b", "64", "--steps", "2"] if args.quick else ["--b", "32"]
+    small = ["--b", "64", "--steps", "2"] if args.quick else ["--b", "16"]
     pretraining = [*size, *small, "--local-size", "32", "--epochs", epochs, "--lr", "0.05"]
     train_pcrlv2.main([*pretraining, "--output", str(output / "pcrlv2")])
 

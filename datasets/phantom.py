@@ -273,13 +273,13 @@ def _expose(draw: _Draws, haze: Tensor, grain: Tensor, present: Tensor) -> tuple
         by = torch.where(place == 1, lungs.bottom + 0.12 + 0.2 * low, -0.55 + 1.1 * low)
         cx, cy = to_picture(bx, by)
         radius = draw(0.08, 0.13)
-        film = film + _ball(px, py, cx, cy, radius, radius * draw(1, 1.2)) * draw(0.3, 0.5) * draw(0, 1).round()
+        film = film + _ball(px, py, cx, cy, radius, radius * draw(1, 1.2)) * draw(0.45, 0.75) * draw(0, 1).round()
 
     # The nodule. Its numbers are drawn for every image, so that nothing else tells the classes apart.
     cx, cy = to_picture(*_lung_point(lungs, draw, 0.2, 0.85, 0.25, 0.85))
     rx = draw(0.08, 0.13)
     ry = rx * draw(1, 1.2).clamp(max=0.14 / rx)
-    film = film + _ball(px, py, cx, cy, rx, ry) * draw(0.35, 0.5) * present
+    film = film + _ball(px, py, cx, cy, rx, ry) * draw(0.55, 0.75) * present
     mask = (((px - cx) / rx) ** 2 + ((py - cy) / ry) ** 2 <= 1) & (present == 1)
 
     # Film: exposure and gamma are the radiographer's, noise grows where little light arrives.

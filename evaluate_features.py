@@ -2,10 +2,12 @@
 
   python evaluate_features.py --init random runs/pcrlv2/encoder.pt --image-size 64 --output OUT      (no data, CPU)
   python evaluate_features.py --data DIR --dataset pneumoniamnist --init random imagenet OURS/encoder.pt --output OUT
+  python evaluate_features.py --d 3 --arch unet3d_quarter --init random --output OUT                (volumes, CPU)
   python evaluate_features.py --data DIR --dataset chest --list train.txt --val-list valid.txt --test-list test.txt
       --init OURS/encoder.pt --gpus 0 --amp --output OUT
 
-Several `--init` of one `--arch` stand side by side. Features are the last map's average over a centre view.
+Several `--init` of one `--arch` stand side by side. Features are the last map's average over a centre view, or
+over a whole volume.
 The neighbours and the probe learn from the training split, the probe's C is chosen on the validation split, and
 both are scored on the test split. Writes `features.json` and `embedding.png` (test images, t-SNE) to `--output`.
 """
@@ -28,9 +30,10 @@ from torch import nn
 from medssl.datasets import registry
 from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.views import ClassificationViews
+from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import options
 from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import autocast, describe, versions
+from medssl.engine.loop import CHANNELS_LAST, autocast, describe, versions
 from medssl.engine.metrics import score, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, setup
@@ -38,12 +41,13 @@ from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Averaged
 
 SPLITS = ("train", "val", "test")
+BY_DIMS = {2: {"arch": "resnet18", "b": 256}, 3: {"arch": "unet3d", "b": 16}}
 STRENGTHS = [10.0**e for e in range(-5, 3)]  # the probe's C, from strong to weak regularisation
 
 
 @torch.inference_mode()
 def extract(
-    networks: Sequence[tuple[nn.Module, ClassificationViews]],
+    networks: Sequence[tuple[nn.Module, ClassificationViews | VolumeClassificationViews]],
     data: ImageDataset,
     args: argparse.Namespace,
     devices: Devices,
@@ -193,7 +197,12 @@ def get_parser() -> options.Parser:
     options.add_evaluation_lists(data)
     options.add_runtime(parser)
     group = parser.add_argument_group("features")
-    group.add_argument("--arch", "--model", default="resnet18", help="encoder: any name of segmentation-models-pytorch")
+    group.add_argument(
+        "--arch",
+        "--model",
+        help="encoder: in 2D any name of segmentation-models-pytorch, by default resnet18; in 3D unet3d (the default), "
+        "unet3d_half or unet3d_quarter",
+    )
     group.add_argument(
         "--init",
         nargs="+",
@@ -201,7 +210,7 @@ def get_parser() -> options.Parser:
         metavar="{random,imagenet,FILE}",
         help="encoder weights to judge; several stand side by side",
     )
-    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the view, pixels")
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of an image's view, pixels")
     group.add_argument(
         "--margin",
         type=options.bounded_float(0.1, 1.0),
@@ -213,7 +222,7 @@ def get_parser() -> options.Parser:
         "--tsne-limit", type=options.non_negative_int, default=5000, help="above as many test images, PCA draws them"
     )
     group.add_argument(
-        "--b", "--batch-size", "--batch_size", type=options.positive_int, default=256, help="images at a time"
+        "--b", "--batch-size", "--batch_size", type=options.positive_int, help="images at a time: 256, volumes 16"
     )
     group.add_argument("--seed", type=options.non_negative_int, default=0, help="seed of random weights and of t-SNE")
     group.add_argument("--output", metavar="DIR", default="runs/features", help="where the results go")
@@ -228,20 +237,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
-    if info.dims != 2:
-        raise InputError(f"--dataset {info.name}: has {info.dims} dimensions, 2 are needed")
+    for option, value in BY_DIMS[info.dims].items():
+        setattr(args, option, getattr(args, option) or value)
     if args.k > len(data["train"]):
         raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 
     networks, reports = [], []
     for init in args.init:
         torch.manual_seed(args.seed)
-        encoder = make_encoder(args.arch)
+        encoder = make_encoder(args.arch, dims=info.dims)
         reports.append(initialise(encoder, args.arch, init))
         if args.compile:
             encoder.compile()
-        network = Averaged(encoder).to(devices.device, memory_format=torch.channels_last).eval()
-        views = ClassificationViews(**reports[-1]["normalization"], size=args.image_size, margin=args.margin)
+        network = Averaged(encoder).to(devices.device, memory_format=CHANNELS_LAST[info.dims]).eval()
+        if info.dims == 3:
+            views = VolumeClassificationViews()
+        else:
+            views = ClassificationViews(**reports[-1]["normalization"], size=args.image_size, margin=args.margin)
         networks.append((network, views.to(devices.device).eval()))
 
     output = Path(args.output)
@@ -273,8 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "images": {split: len(targets[split]) for split in SPLITS},
         "arch": args.arch,
         "features": int(extracted["test"][0].shape[1]),
-        "image_size": args.image_size,
-        "margin": args.margin,
+        **({"image_size": args.image_size, "margin": args.margin} if info.dims == 2 else {}),
         "k": args.k,
         "seed": args.seed,
         "results": results,

@@ -1,8 +1,13 @@
-"""Any folder of 2D images: the way to pre-train and fine-tune on one's own data."""
+"""Any folder of images or of volumes: the way to pre-train and fine-tune on one's own data.
+
+Volumes (`.mhd .mha .nii .nii.gz .nrrd`, folders of DICOM slices) are decoded whole every time. CTs of hundreds of
+slices are cut once with `preprocess/luna.py`, which takes any folder, and the cubes are given as `--data`.
+"""
 
 import os
 import posixpath
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,17 +15,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets.lists import SPLIT_SEED, known_or_nan, line_of, patient_of, read_list, split_by_patient
-from medssl.datasets.reading import Files, find_images, read_image
-from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
+from medssl.datasets import luna
+from medssl.datasets.lists import (
+    SPLIT_SEED,
+    class_count,
+    known_or_nan,
+    line_of,
+    patient_of,
+    read_list,
+    split_by_patient,
+)
+from medssl.datasets.reading import DICOM_EXTENSIONS, Files, find_images, read_image
+from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, volume_item
+from medssl.datasets.views3d import resize
+from medssl.datasets.volumes import find_volumes, read_volume, to_unit, use_one_thread, without_extension
 from medssl.engine.options import InputError
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"
 
 
+class VolumeFiles(ImageDataset):
+    """Volumes of any shape, each resampled to one grid; items as `registry.volume_item` says.
+
+    Args:
+        paths: a file or folder of DICOM slices for each of `ids`.
+        grid: voxels along x, y, z. A volume's own proportions go with it as "size" in mm.
+        more: as for `ImageDataset`.
+    """
+
+    def __init__(self, info: Info, paths: Sequence[Path], ids: Sequence[str], grid: Sequence[int], **more) -> None:
+        super().__init__(info, list(paths).__getitem__, ids, **more)
+        self.grid = tuple(grid)
+
+    def load(self, i: int) -> dict[str, Tensor]:
+        """Volume i, scaled to [0, 1] as `volumes.to_unit` does, anti-aliased where the grid is coarser."""
+        if torch.utils.data.get_worker_info():
+            use_one_thread()
+        volume = read_volume(self.read(self.positions[i]))
+        resampled = resize([torch.from_numpy(to_unit(volume.array))], self.grid)[0, 0]
+        return volume_item(resampled, [n * step for n, step in zip(volume.array.shape, volume.spacing)])
+
+
 def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
-    """Open splits of a folder; ids are paths relative to it, with forward slashes.
+    """Open splits of a folder; ids are paths relative to it, with forward slashes, volumes' without extension.
+
+    The folder has images or volumes; where it has both, `--d` chooses. DICOM slices are volumes where more than two
+    in a folder are of one series. Cubes that `preprocess/luna.py` made are opened as `luna` does.
 
     Which images and labels:
         * lists where given, with names relative to the folder: one column of 0 and 1 is a binary task, of
@@ -34,26 +75,24 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         InputError: for a folder without images, a list that cannot be used, or a split that is not there.
     """
     root = _root(request)
-    found = {path.relative_to(root).as_posix(): path for path in find_images(root)}
-    if not found:
-        raise InputError(f"--data {root}: no images in this folder or below it")
+    if request.dims != 2 and (luna.find_pairs(root) or (root / "nodules.csv").is_file()):
+        return luna.open_splits(request, splits)
+    found, dims = _find(root, request.dims)
     if request.list or request.val_list or request.test_list:
-        chosen, info = _from_lists(request, splits, root, found)
+        chosen, info = _from_lists(request, splits, root, found, dims)
     else:
         chosen, info = _from_folders(root, list(found), splits)
     # Of the whole folder, not of what is asked: pre-training, fine-tuning and a cache must agree.
-    channels = _channels(list(found.values()))
-    info = Info("folder", channels=channels, task=info.task, classes=info.classes)
+    channels = _channels(list(found.values())) if dims == 2 else 1
+    info = Info("folder", dims, channels, info.task, info.classes)
     return {split: _dataset(info, request, root, found, names, labels) for split, (names, labels) in chosen.items()}
 
 
 def open_all(request: Request) -> ImageDataset:
     """Every image of the folder, unlabelled, whatever its splits: what a cache holds."""
     root = _root(request)
-    found = {path.relative_to(root).as_posix(): path for path in find_images(root)}
-    if not found:
-        raise InputError(f"--data {root}: no images in this folder or below it")
-    info = Info("folder", channels=_channels(list(found.values())))
+    found, dims = _find(root, request.dims)
+    info = Info("folder", dims, _channels(list(found.values())) if dims == 2 else 1)
     return _dataset(info, request, root, found, list(found), None)
 
 
@@ -68,17 +107,65 @@ def _root(request: Request) -> Path:
     return root
 
 
+def sort_out(root: Path) -> tuple[list[Path], list[tuple[str, Path]]]:
+    """The images of a folder, and its volumes with their ids; slices of a DICOM series are no images."""
+    volumes = [(name, path) for name, path in find_volumes(root) if path.is_file() or _is_series(path)]
+    series = {path for _, path in volumes if path.is_dir()}
+    return [path for path in find_images(root) if path.parent not in series], volumes
+
+
+def _is_series(folder: Path) -> bool:
+    """Whether more than two of a folder's DICOM files share a series: two may be views of a radiograph."""
+    import pydicom
+
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    uids: Counter = Counter()
+    for path in files[:16]:
+        old = path.suffix.lower() in DICOM_EXTENSIONS  # may lack the magic
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
+        except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read
+            continue
+        uids[header.get("SeriesInstanceUID")] += 1
+    del uids[None]
+    return max(uids.values(), default=0) > 2
+
+
+def _find(root: Path, dims: int | None) -> tuple[dict[str, Path], int]:
+    """What the folder holds of a dimension, or of the only one there is: id → path, and the dimension."""
+    if dims == 2:
+        images, volumes = find_images(root), []
+    elif dims == 3:
+        images, volumes = [], find_volumes(root)
+    else:
+        images, volumes = sort_out(root)
+    if images and volumes:
+        raise InputError(
+            f"--data {root}: holds images such as {images[0].relative_to(root)} and volumes such as {volumes[0][0]}; "
+            "choose with --d 2 or --d 3"
+        )
+    if volumes:
+        return dict(volumes), 3
+    if not images:
+        kind = "volumes" if dims == 3 else "images"
+        raise InputError(f"--data {root}: no {kind} in this folder or below it{'' if dims else ', and no volumes'}")
+    return {path.relative_to(root).as_posix(): path for path in images}, 2
+
+
 def _dataset(
     info: Info, request: Request, root: Path, found: dict[str, Path], names: list[str], labels: Tensor | None
 ) -> ImageDataset:
-    paths = [os.fspath(found.get(name, root / name)) for name in names]
     patients = [patient_of(name) for name in names]
     known = None if None in patients else patients
+    if info.dims == 3:
+        paths = [found[name] for name in names]
+        return VolumeFiles(info, paths, names, request.resolve_grid(), labels=labels, patients=known)
+    paths = [os.fspath(found.get(name, root / name)) for name in names]
     return ImageDataset(info, Files(paths), names, labels, known, request.resolve_texture(info))
 
 
 def _from_lists(
-    request: Request, splits: Sequence[str], root: Path, found: dict[str, Path]
+    request: Request, splits: Sequence[str], root: Path, found: dict[str, Path], dims: int
 ) -> tuple[dict[str, Chosen], Info]:
     files = {"train": request.list, "val": request.val_list, "test": request.test_list}
     files = {split: path for split, path in files.items() if path}
@@ -87,8 +174,10 @@ def _from_lists(
     for split, path in files.items():
         listed, labels = read_list(path)
         names = [posixpath.normpath(name.replace("\\", "/")) for name in listed]
+        if dims == 3:  # ids have no extension, lists may
+            names = [name if name in found else without_extension(name) for name in names]
         for name, written in zip(names, listed):
-            if name not in found and not (root / name).is_file():
+            if name not in found and not (dims == 2 and (root / name).is_file()):
                 raise InputError(f"{path}, line {line_of(path, written)}: {written} is not in {root}")
         width = 0 if labels is None else labels.shape[1]
         if columns is not None and width != columns:
@@ -115,9 +204,7 @@ def _task_of(chosen: dict[str, Chosen]) -> Info:
         return Info("folder")
     if labels[0].ndim == 2:
         return Info("folder", task="multi-label", classes=tuple(map(str, range(labels[0].shape[1]))))
-    count = 1 + max(int(one.max()) for one in labels)
-    if count < 2:
-        raise InputError("data set folder: all labels of the list are 0; two classes are needed")
+    count = class_count("data set folder", labels)
     return Info("folder", task="binary" if count == 2 else "multi-class", classes=tuple(map(str, range(count))))
 
 

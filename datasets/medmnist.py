@@ -1,6 +1,9 @@
-"""MedMNIST: 2D sets of small labelled images, read from `<flag>.npz` with the splits they come with.
+"""MedMNIST: sets of small labelled images and volumes, read from `<flag>.npz` with the splits they come with.
 
 Names, tasks and classes are those of the `medmnist` package, which is imported only here.
+
+Volumes are stored slice by slice: the first stored axis is z, the last x. Which end of an axis is the patient's left,
+back or head is not recorded, nor is the spacing: axes are kept as they run, and a voxel counts as 1 mm.
 """
 
 import re
@@ -14,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets.registry import ImageDataset, Info, Request
+from medssl.datasets.registry import ImageDataset, Info, Request, volume_item
 from medssl.engine.options import InputError
 
-SIZES = (28, 64, 128, 224)
+SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}
 SPLITS = ("train", "val", "test")
 TASKS = {
     "multi-label, binary-class": "multi-label",
@@ -25,6 +28,15 @@ TASKS = {
     "multi-class": "multi-class",
     "ordinal-regression": "multi-class",  # grades, scored as classes by MedMNIST too
 }
+
+
+class MedMnistVolumes(ImageDataset):
+    """Volumes; items as `registry.volume_item` says."""
+
+    def load(self, i: int) -> dict[str, Tensor]:
+        """Volume i without its label."""
+        volume = torch.from_numpy(self.read(self.positions[i]).transpose(2, 1, 0) / np.float32(255))
+        return volume_item(volume, volume.shape)
 
 
 def _package():
@@ -46,7 +58,7 @@ def flag_of(name: str) -> str | None:
         The flag in lower case, with `_64`, `_128` or `_224` where the name has one, or None for other names.
 
     Raises:
-        InputError: for a 3D flag, a size that MedMNIST does not have, or without the medmnist package.
+        InputError: for a size that MedMNIST does not have, or without the medmnist package.
     """
     match = re.fullmatch(r"([a-z]+mnist(?:3d)?)(?:_(\d+))?", name.lower())
     if match is None:  # spares other names the import
@@ -54,12 +66,15 @@ def flag_of(name: str) -> str | None:
     flag, size = match[1], int(match[2] or 28)
     if flag not in _package().INFO:
         return None
-    if flag.endswith("3d"):
-        raise InputError(f"--dataset {name}: 3D MedMNIST sets are not readable yet; choose a 2D one")
-    if size not in SIZES:
-        raise InputError(f"--dataset {name}: MedMNIST has the sizes {', '.join(map(str, SIZES))}")
+    sizes = SIZES[_dims(flag)]
+    if size not in sizes:
+        raise InputError(f"--dataset {name}: MedMNIST has the sizes {', '.join(map(str, sizes))}")
     # `pathmnist_28` keeps its size too: a bare flag takes what the folder has.
     return f"{flag}_{size}" if match[2] else flag
+
+
+def _dims(flag: str) -> int:
+    return 3 if flag.endswith("3d") else 2
 
 
 def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
@@ -92,10 +107,11 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         side = images.shape[1]
         if size and side != int(size):
             raise InputError(f"{path}: images of {side} pixels, but --dataset {request.name} asks for {size}")
-        if images.shape[1:] != ((side, side, 3) if channels == 3 else (side, side)):
+        dims = _dims(flag)
+        if images.shape[1:] != (*[side] * dims, *([3] if channels == 3 else [])):
             raise InputError(f"{path}: {split}_images has shape {images.shape}, which is not {flag}'s")
-        info = Info(request.name, 2, channels, task, classes, side)
-        opened[split] = ImageDataset(
+        info = Info(request.name, dims, channels, task, classes, side)
+        opened[split] = (ImageDataset if dims == 2 else MedMnistVolumes)(
             info,
             images.__getitem__,
             [f"{split}/{i:05d}" for i in range(len(images))],
@@ -147,7 +163,7 @@ def _file_name(flag: str, size: int) -> str:
 
 def _locate(request: Request, flag: str, size: int | None) -> Path:
     """The .npz file of a request, downloaded where there is no `--data` and MedMNIST's folder lacks it."""
-    sizes = SIZES if size is None else (size,)
+    sizes = SIZES[_dims(flag)] if size is None else (size,)
     names = [_file_name(flag, each) for each in sizes]
     if request.data:
         path = request.folder()

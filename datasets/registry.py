@@ -2,7 +2,7 @@
 
 A data set is an `ImageDataset`: a *source* that decodes image number i to uint8, with ids, labels and
 patients beside it. Files, MedMNIST arrays and phantoms differ in their source alone; sets whose items are
-something else than a picture override `load`.
+something else than a picture, such as volumes, override `load`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch import Tensor
 from medssl.engine.options import InputError
 
 TASKS = ("multi-label", "binary", "multi-class")
+CUBE_SIZE = (64, 64, 32)  # voxels of a view of a volume: PCRLv2's
 
 
 class UnreadableImage(Exception):
@@ -66,8 +67,14 @@ class ImageDataset(torch.utils.data.Dataset):
     "label". An image that cannot be read is replaced by the next readable one, and named in "bad".
 
     A subclass overrides `load`. What else it holds for each image is looked up at `positions[i]`, which a
-    subset shares with the whole set.
+    subset shares with the whole set. Items of three dimensions are described in `volume_item` and `luna`.
+
+    Attributes:
+        weights: where the images are candidates for a finding in `patients`' scans, how many candidates of the
+            scan each stands for, (whole set's images,) float; FROC curves count by it. None for other images.
     """
+
+    weights: np.ndarray | None = None
 
     def __init__(
         self,
@@ -98,6 +105,10 @@ class ImageDataset(torch.utils.data.Dataset):
         new.labels = None if self.labels is None else self.labels[torch.as_tensor(chosen, dtype=torch.long)]
         new.patients = None if self.patients is None else [self.patients[i] for i in chosen]
         return new
+
+    def leading(self, ratio: float) -> int:
+        """How many images from the first on are the first `ratio` of the list."""
+        return round(ratio * len(self))
 
     def load(self, i: int) -> dict[str, Tensor]:
         """Image i: "image", its texture (C, S, S) uint8, and "size", its original height and width (2,) float32.
@@ -147,17 +158,36 @@ def to_texture(pixels: np.ndarray, size: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
+def volume_item(volume: Tensor, size: Sequence[float]) -> dict[str, Tensor]:
+    """The item of a volume: "image" (1, X, Y, Z) float16 and "size" (3,) float32.
+
+    Args:
+        volume: (X, Y, Z) in [0, 1], x to the patient's left, y to the back, z to the head.
+        size: its extent along them, mm.
+    """
+    return {"image": volume[None].half(), "size": torch.tensor(size, dtype=torch.float32)}
+
+
 def collate(samples: list[dict]) -> dict:
-    """Stack samples into a batch; `bad` becomes one list."""
+    """Stack samples into a batch; tensors of differing shapes and `bad` become lists."""
     bad = [name for sample in samples for name in sample.pop("bad")]
-    batch = torch.utils.data.default_collate(samples)
-    batch["bad"] = bad
+    batch: dict = {"bad": bad}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        ragged = isinstance(values[0], Tensor) and len({value.shape for value in values}) > 1
+        batch[key] = values if ragged else torch.utils.data.default_collate(values)
     return batch
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a script asks of a data set: the options of the data group, and the image size in pixels."""
+    """What a script asks of a data set: the options of the data group, and the size of its views.
+
+    Attributes:
+        image_size: side of the views of images, pixels.
+        cube_size: shape of the views of volumes, voxels; None for a script without a wish.
+        dims: what `--d` says.
+    """
 
     name: str | None = None
     data: str | None = None
@@ -167,7 +197,9 @@ class Request:
     cache: str | None = None
     texture_size: int = 0
     image_size: int = 224
+    cube_size: Sequence[int] | None = None
     seed: int = 0
+    dims: int | None = None
 
     def resolve_texture(self, info: Info) -> int:
         """The texture's side: asked for, the set's own, or the power of two from 2 × image size on."""
@@ -176,6 +208,11 @@ class Request:
         if info.native_size:
             return info.native_size
         return 1 << (2 * self.image_size - 1).bit_length()
+
+    def resolve_grid(self) -> tuple[int, int, int]:
+        """Voxels to which volumes of many shapes are resampled: twice the views' shape, so that crops keep detail."""
+        x, y, z = self.cube_size or CUBE_SIZE
+        return 2 * x, 2 * y, 2 * z
 
     def folder(self) -> Path:
         """`--data` as an existing path."""
@@ -188,21 +225,25 @@ class Request:
 
 
 # name -> module with `open_splits(request, splits) -> dict[str, ImageDataset]`
-FAMILIES = {"chest": "chest", "folder": "folder", "phantom2d": "phantom"}
+FAMILIES = {
+    "brats": "segmentation3d", "chest": "chest", "folder": "folder", "lits": "segmentation3d", "luna": "luna",
+    "phantom2d": "phantom", "phantom3d": "phantom_ct",
+}  # fmt: skip
 
 
 def open_splits(request: Request, splits: Sequence[str], dims: int | None = None) -> dict[str, ImageDataset]:
     """Open splits of a data set.
 
     Args:
-        request: which data set, and where it is. Without a name: `phantom2d`, or `folder` with `--data`.
+        request: which data set, and where it is. Without a name: `folder` with `--data`, else the phantom of
+            the dimension asked for, `phantom2d` where none is.
         splits: names among "train", "val" and "test".
-        dims: what `--d` says, only checked.
+        dims: what `--d` says. It chooses the phantom, and in a folder with images and volumes; the rest is checked.
 
     Raises:
         InputError: for an unknown name, a missing path, an empty or overlapping list, a wrong dimension.
     """
-    name = request.name or ("folder" if request.data else "phantom2d")
+    name = request.name or ("folder" if request.data else f"phantom{dims or 2}d")
     if name.lower() in FAMILIES:
         name = name.lower()
         family = FAMILIES[name]
@@ -215,11 +256,11 @@ def open_splits(request: Request, splits: Sequence[str], dims: int | None = None
             raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
         name, family = flag, "medmnist"
     module = import_module(f"medssl.datasets.{family}")
-    opened = module.open_splits(replace(request, name=name), splits)
+    opened = module.open_splits(replace(request, name=name, dims=dims), splits)
     for data in opened.values():
         if dims is not None and data.info.dims != dims:
             raise InputError(f"--d {dims}: data set {name} has {data.info.dims} dimensions")
-    if request.cache:
+    if request.cache and family != "segmentation3d":  # which keeps its volumes there itself
         from medssl.datasets import cache
 
         opened = {split: cache.attach(data, request.cache) for split, data in opened.items()}
@@ -236,7 +277,7 @@ def request_of(args: argparse.Namespace) -> Request:
 def open_pretraining(args: argparse.Namespace) -> ImageDataset:
     """The training images that pre-training uses: the first `--ratio` of the list, without labels."""
     data = open_splits(request_of(args), ["train"], args.d)["train"]
-    count = round(args.ratio * len(data))
+    count = data.leading(args.ratio)
     if count == 0:
         raise InputError(f"--ratio {args.ratio:g}: leaves none of {len(data)} images")
     return data.subset(range(count)) if count < len(data) else data
@@ -254,7 +295,7 @@ def open_labelled(args: argparse.Namespace) -> dict[str, ImageDataset]:
         raise InputError(f"--dataset {info.name}: has no labels, which this script needs; give --list")
     if info.task != "multi-label" and len(splits["train"].labels.unique()) < 2:
         raise InputError(f"--dataset {info.name}: all training images are of one class")
-    first = round(getattr(args, "ratio", 0.0) * len(splits["train"]))
+    first = splits["train"].leading(getattr(args, "ratio", 0.0))
     if first >= len(splits["train"]):
         raise InputError(f"--ratio {args.ratio:g}: leaves no image to fine-tune on")
     if first:

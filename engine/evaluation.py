@@ -3,7 +3,7 @@
 import argparse
 import csv
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from medssl.datasets.registry import ImageDataset, Info, collate
 from medssl.datasets.views import ClassificationViews
+from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import plots
 from medssl.engine.loop import BadFiles, autocast, ignore_signals, to_device
 from medssl.engine.metrics import targets_of
@@ -46,7 +47,7 @@ def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, dev
 @torch.inference_mode()
 def predict_classes(
     network: nn.Module,
-    views: ClassificationViews,
+    views: ClassificationViews | VolumeClassificationViews,
     data: ImageDataset,
     args: argparse.Namespace,
     devices: Devices,
@@ -56,7 +57,7 @@ def predict_classes(
 
     Args:
         network: an `EncoderClassifier`.
-        tta: "tencrop" averages the probabilities of ten crops.
+        tta: "tencrop" averages the probabilities of ten crops of an image; volumes have none.
 
     Returns:
         probabilities (N, L), targets (N, L) with NaN for unknown, the images' positions in the split, and the
@@ -81,14 +82,25 @@ def predict_classes(
 
 
 def write_predictions(
-    path: Path, trial: int, ids: Sequence[str], probabilities: np.ndarray, targets: np.ndarray, info: Info
+    path: Path,
+    trial: int,
+    ids: Sequence[str],
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    info: Info,
+    more: Mapping[str, Sequence] | None = None,
 ) -> None:
-    """Write a trial's predictions.csv: a row an image, with truth and probability (N, L) of every class."""
+    """Write a trial's predictions.csv: a row an image, with truth and probability (N, L) of every class.
+
+    `more` has further columns, a value for each image: for candidates, their "scan" and "weight".
+    """
+    columns = more or {}
     rows = [
         {"trial": trial, "id": name}
+        | {key: values[i] for key, values in columns.items()}
         | {f"true {each}": t for each, t in zip(info.classes, target)}
         | {f"probability {each}": f"{q:.6f}" for each, q in zip(info.classes, probability)}
-        for name, probability, target in zip(ids, probabilities, targets)
+        for i, (name, probability, target) in enumerate(zip(ids, probabilities, targets))
     ]
     _write_csv(path, rows)
 
@@ -103,6 +115,8 @@ def join_trials(output: Path, trials: int, chosen: int, info: Info) -> None:
     shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
     plots.roc(rows, info, output / "roc.png")
     plots.calibration(rows, info, output / "calibration.png")
+    if "weight" in rows[0]:
+        plots.froc(rows, info, output / "froc.png")
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:

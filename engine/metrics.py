@@ -1,12 +1,14 @@
 """Scores of predicted probabilities, for every kind of labels. scikit-learn does the counting."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
 
 from medssl.datasets.registry import Info
+
+RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)  # false positives per scan at which LUNA16 asks for the sensitivity
 
 
 def targets_of(labels: np.ndarray, info: Info) -> np.ndarray:
@@ -94,18 +96,90 @@ def auroc_interval(
     if len(np.unique(t)) < 2:
         return None
     names = np.arange(len(t)) if groups is None else np.asarray(groups)[known]
-    _, group = np.unique(names, return_inverse=True)
-    patients = group.max() + 1
     _, tie = np.unique(p, return_inverse=True)  # equal scores share a group, groups ascend
     ties = tie.max() + 1
-    rng = np.random.default_rng(seed)
     values = []
-    for _ in range(resamples):
-        counts = np.bincount(rng.integers(patients, size=patients), minlength=patients)[group]
+    for counts in _bootstrap(names, resamples, seed):
         positive = np.bincount(tie, counts * t, ties)
         negative = np.bincount(tie, counts * (1 - t), ties)
         if positive.sum() and negative.sum():
             below = np.cumsum(negative) - negative / 2  # a tie counts half
             values.append(float(positive @ below / (positive.sum() * negative.sum())))
+    return _interval(values, level)
+
+
+def _bootstrap(groups: Sequence[str] | np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image is in a resample, (N,), where whole groups are drawn."""
+    _, group = np.unique(groups, return_inverse=True)
+    count = group.max() + 1
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(count, size=count), minlength=count)[group]
+
+
+def _interval(values: Sequence[float], level: float) -> list[float]:
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return [float(low), float(high)]
+
+
+def froc_curve(
+    probabilities: np.ndarray, targets: np.ndarray, weights: np.ndarray, scans: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """False positives per scan and sensitivity, from the highest threshold to the lowest, beginning at (0, 0).
+
+    Args:
+        probabilities, targets: (N,) of candidates; 1 is a finding.
+        weights: (N,) how many candidates each stands for.
+        scans: number of scans, also those without a finding.
+
+    Returns:
+        (K,) and (K,), ascending; nothing but zeros for the sensitivity where there is no finding.
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    p, found = probabilities[order], weights[order] * targets[order]
+    false = weights[order] - found
+    last = np.append(p[1:] != p[:-1], True)  # candidates of one score are above a threshold together
+    x, y = (np.append(0.0, np.cumsum(part)[last]) for part in (false, found))
+    return x / scans, y / max(y[-1], 1e-30)
+
+
+def froc(
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    scans: Sequence[str],
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict:
+    """LUNA16's score of detected candidates: the mean sensitivity at `RATES` (Setio et al., arXiv 1612.08012).
+
+    Between the points of the curve it is interpolated linearly, as the challenge does. Unlike there, each candidate
+    of class 1 counts as a finding of its own, and findings without a candidate do not count.
+
+    Args:
+        probabilities, targets, weights: (N,), as for `froc_curve`.
+        scans: the scan of each candidate. A scan without candidates is not known of, and not counted.
+
+    Returns:
+        "cpm": the mean, with "cpm_interval", a percentile bootstrap interval over the scans.
+        "sensitivity": rate → sensitivity.
+        "scans", "findings": numbers. "largest_weight": above 1, the false positives are an estimate from a sample.
+        cpm, its interval and sensitivities are None where there is no finding.
+    """
+    names, count = np.asarray(scans), len(set(scans))
+    counts = {"scans": count, "findings": int(targets.sum()), "largest_weight": float(weights.max())}
+    if not targets.any():
+        empty = dict.fromkeys(f"{rate:g}" for rate in RATES)
+        return {"cpm": None, "cpm_interval": None, "sensitivity": empty, **counts}
+    order = np.argsort(-probabilities, kind="stable")  # sorted once: every resample changes weights alone
+    p, t, w, names = (part[order] for part in (probabilities, targets, weights, names))
+    sensitivity = np.interp(RATES, *froc_curve(p, t, w, count))
+    draws = _bootstrap(names, resamples, seed)
+    means = [np.interp(RATES, *froc_curve(p, t, w * n, count)).mean() for n in draws if (t * n).any()]
+    return {
+        "cpm": float(sensitivity.mean()),
+        "cpm_interval": _interval(means, level),
+        "sensitivity": {f"{rate:g}": float(value) for rate, value in zip(RATES, sensitivity)},
+        **counts,
+    }

@@ -123,11 +123,18 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--data", metavar="DIR", help="the data set's folder or file; without it, generated phantom images"
     )
     group.add_argument(
-        "--dataset", "--n", "--data_set", metavar="NAME", help="chest, folder, phantom2d or a MedMNIST name"
+        "--dataset",
+        "--n",
+        "--data_set",
+        metavar="NAME",
+        help="chest, folder, luna, phantom2d, phantom3d or a MedMNIST name; with masks: lits, brats, folder, phantom3d",
     )
     group.add_argument("--list", metavar="FILE", help="image list: a name, then labels, separated by blanks")
     group.add_argument(
-        "--d", type=int, choices=(2, 3), help="dimension; only checked against the data set, which knows it"
+        "--d",
+        type=int,
+        choices=(2, 3),
+        help="dimension; checked against the data set, and chooses where --data is missing or holds both kinds",
     )
     group.add_argument(
         "--texture-size",
@@ -144,7 +151,11 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         default=4,
         help="decoding processes",
     )
-    group.add_argument("--cache", metavar="DIR", help="decoded images made by preprocess/cache_images.py")
+    group.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="decoded images made by preprocess/cache_images.py; segmentation keeps its volumes there",
+    )
     group.add_argument(
         "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the reads fail"
     )

@@ -8,6 +8,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from medssl.datasets.registry import Info
+from medssl.engine.metrics import RATES, froc_curve
 
 
 def _curves(rows: list[dict], info: Info) -> list[tuple[str, list[tuple[np.ndarray, np.ndarray]]]]:
@@ -60,4 +61,34 @@ def calibration(rows: list[dict], info: Info, path: Path) -> None:
     axes.set_aspect("equal")
     if len(axes.lines) > 1:
         axes.legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def froc(rows: list[dict], info: Info, path: Path) -> None:
+    """Sensitivity over false positives per scan, from LUNA16's lowest rate to its highest; one line a trial."""
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    trials = sorted({row["trial"] for row in rows}, key=int)
+    means = []
+    for trial in trials:
+        chosen = [row for row in rows if row["trial"] == trial]
+        p, t, w = (
+            np.array([float(row[key]) for row in chosen])
+            for key in (f"probability {info.classes[1]}", f"true {info.classes[1]}", "weight")
+        )
+        x, y = froc_curve(p, t, w, len({row["scan"] for row in chosen}))
+        at = np.interp(RATES, x, y)
+        means.append(at.mean())
+        # Linear in the rate between its points, which a logarithmic axis bends.
+        fine = np.geomspace(RATES[0], RATES[-1], 400)
+        alpha = 0.8 / len(trials) ** 0.5
+        axes.plot(fine, np.interp(fine, x, y), color="C0", alpha=alpha, linewidth=1.2)
+        axes.plot(RATES, at, "o", color="C0", alpha=alpha, markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(RATES, ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+    sampled = max(float(row["weight"]) for row in rows) > 1
+    note = ", estimated: negatives are a sample" if sampled else ""
+    axes.set(xlabel=f"false positives per scan{note}", ylabel="sensitivity to the candidates that are nodules")
+    axes.set(title=f"FROC, test split (mean of the seven points {np.mean(means):.3f})", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)

@@ -1,10 +1,11 @@
-"""Look through a folder of images before training on it.
+"""Look through a folder of images or volumes before training on it.
 
     python preprocess/check_data.py DIR
     python preprocess/check_data.py DIR --list train.txt valid.txt test.txt --json report.json
 
-Reports file types, pixel types and sizes, files that cannot be read, exact duplicates, and for lists: images that are
-not there, and images, patients or identical files that two lists share. Exit code 0: nothing wrong; 1: problems were
+Reports file types, pixel types and sizes (of volumes: voxels along x, y, z, their spacing, and the range of values),
+files that cannot be read, exact duplicates, and for lists: images that are not there, and images, patients or identical
+files that two lists share. DICOM slices of a series count as one volume. Exit code 0: nothing wrong; 1: problems were
 found; 2: the input could not be used.
 """
 
@@ -20,9 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from medssl.datasets.folder import sort_out
 from medssl.datasets.lists import patient_of, read_list, write_text
-from medssl.datasets.reading import describe, find_images, read_image
+from medssl.datasets.reading import describe, read_image
 from medssl.datasets.registry import UnreadableImage
+from medssl.datasets.volumes import CT_BELOW, EXTENSIONS, read_volume, use_one_thread, without_extension
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
 
@@ -42,7 +45,12 @@ def get_parser() -> Parser:
 
 
 def examine(path: Path) -> dict:
-    """What one file is: `format`, `pixels`, `size` "WxH", `hash` of its bytes, `error` or None."""
+    """What one file is: `format`, `pixels`, `size` "WxH", `hash` of its bytes, `error` or None.
+
+    A volume has `spacing` in mm and `values`, its range, besides, "XxYxZ" as size, and the hash of its voxels.
+    """
+    if path.is_dir() or path.name.lower().endswith(EXTENSIONS):
+        return examine_volume(path)
     kind, pixels = describe(path)
     found = {"format": kind, "pixels": pixels, "size": None, "hash": None, "error": None}
     try:
@@ -54,12 +62,34 @@ def examine(path: Path) -> dict:
     return found
 
 
+def examine_volume(path: Path) -> dict:
+    """`examine` for a file with a volume, or a folder with a DICOM series."""
+    name = path.name.lower()
+    kind = "DICOM series" if path.is_dir() else next(end for end in EXTENSIONS if name.endswith(end))
+    found = {"format": kind, "pixels": None, "size": None, "spacing": None, "values": None, "hash": None, "error": None}
+    try:
+        volume = read_volume(path, dtype=None)
+    except UnreadableImage as error:
+        return {**found, "error": str(error)}
+    low, high = volume.array.min(), volume.array.max()
+    return {
+        **found,
+        "pixels": "CT" if low < CT_BELOW else "volume",
+        "size": "x".join(map(str, volume.array.shape)),
+        "spacing": " x ".join(f"{step:.2f}" for step in volume.spacing),
+        "values": f"{low:g} to {high:g}" if low < high else f"constant {low:g}",
+        "hash": hashlib.blake2b(volume.array.tobytes(), digest_size=16).hexdigest(),
+    }
+
+
 def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
     """`examine` every file, in order, in `workers` processes (0: in this one)."""
     with contextlib.ExitStack() as stack:
         if workers:
-            pool = stack.enter_context(multiprocessing.Pool(min(workers, len(paths))))
-            results: Iterable[dict] = pool.imap(examine, paths, chunksize=8)
+            volumes = any(path.is_dir() or path.name.lower().endswith(EXTENSIONS) for path in paths)
+            start = use_one_thread if volumes else None  # processes share the cores
+            pool = stack.enter_context(multiprocessing.Pool(min(workers, len(paths)), start))
+            results: Iterable[dict] = pool.imap(examine, paths, chunksize=1 if volumes else 8)
         else:
             results = map(examine, paths)
         return list(tqdm(results, total=len(paths), desc="check", disable=None))
@@ -77,7 +107,9 @@ def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str
     contents = {}
     for path in lists:
         names = read_list(path)[0]
-        paths = [name if name in hashes else by_name.get(name) for name in names]
+        # Volumes go by their names without extension.
+        known = ((name, without_extension(name), by_name.get(name)) for name in names)
+        paths = [next((one for one in each if one in hashes), None) for each in known]
         missing += [f"{path}: {name}" for name, there in zip(names, paths) if there is None]
         contents[path] = {
             "images": {there or name for name, there in zip(names, paths)},
@@ -95,14 +127,13 @@ def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str
 
 def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
     """The report of a folder as a dictionary of plain values."""
-    paths = find_images(folder)
-    if not paths:
-        raise InputError(f"{folder}: no images in this folder or below it")
+    images, volumes = sort_out(folder)
+    names = {**dict(volumes), **{path.relative_to(folder).as_posix(): path for path in images}}
+    if not names:
+        raise InputError(f"{folder}: no images in this folder or below it, and no volumes")
     for path in lists:
         read_list(path)  # a bad list is said at once, not after an hour of decoding
-    found = {
-        path.relative_to(folder).as_posix(): one for path, one in zip(paths, examine_all(paths, workers), strict=True)
-    }
+    found = dict(zip(names, examine_all(list(names.values()), workers), strict=True))
     same = defaultdict(list)
     for name, one in found.items():
         if one["hash"]:
@@ -114,6 +145,11 @@ def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
         "formats": dict(Counter(one["format"] for one in found.values()).most_common()),
         "pixels": dict(Counter(one["pixels"] for one in good).most_common()),
         "sizes": dict(Counter(one["size"] for one in good).most_common()),
+        **{
+            part: dict(Counter(one[key] for one in good if key in one).most_common())
+            for part, key in (("spacing, mm", "spacing"), ("values", "values"))
+            if volumes
+        },
         "unreadable": {name: one["error"] for name, one in found.items() if one["error"] is not None},
         "duplicates": [names for names in same.values() if len(names) > 1],
         **check_lists(lists, {name: one["hash"] for name, one in found.items()}),
@@ -123,7 +159,9 @@ def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
 def table(report: dict, rows: int = 12) -> Iterator[str]:
     """The report as lines to read, at most `rows` for each part."""
     yield f"{report['folder']}: {report['images']} images"
-    for part in ("formats", "pixels", "sizes"):
+    for part in ("formats", "pixels", "sizes", "spacing, mm", "values"):
+        if part not in report:
+            continue
         counts = list(report[part].items())
         yield part
         yield from (f"  {value:24} {count:8}" for value, count in counts[:rows])

@@ -227,7 +227,7 @@ def test_folder_is_unlabelled_and_grey_where_all_is_grey(tmp_path):
 
 @pytest.mark.parametrize(
     ("columns", "task", "classes", "kind"),
-    [(["0", "1"], "binary", 2, torch.int64), (["0", "1", "4"], "multi-class", 5, torch.int64),
+    [(["0", "1"], "binary", 2, torch.int64), (["0", "1", "2"], "multi-class", 3, torch.int64),
      (["0 1 1", "1 0 -1"], "multi-label", 3, torch.float32)],
 )  # fmt: skip
 def test_folder_tasks(tmp_path, columns, task, classes, kind):
@@ -290,7 +290,7 @@ def test_split_folders(tmp_path):
         (["a.png 0", "b.png 1"], "line 2: b.png is not in"),
         (["a.png -1"], "line 1: class -1; classes count from 0"),
         (["a.png 0 2"], "line 1: label 2 of a.png is not 0 or 1"),
-        (["a.png 0"], "all labels of the list are 0"),
+        (["a.png 0"], "all labels are 0"),
     ],
 )
 def test_bad_folder_lists(tmp_path, lines, message):

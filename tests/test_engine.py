@@ -314,7 +314,7 @@ def test_empty_and_missing_folders(tmp_path, capsys):
 
 def test_ratio_and_dimension(images, tmp_path, capsys):
     assert "--ratio 0.01: leaves none of 10 images" in refused(capsys, images, tmp_path / "run", "--ratio", 0.01)
-    assert "--d 3: data set folder has 2 dimensions" in refused(capsys, images, tmp_path / "run", "--d", 3)
+    assert "no volumes in this folder" in refused(capsys, images, tmp_path / "run", "--d", 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from medssl import compare, demo, evaluate_features, finetune_classification, train_pcrlv2
+from medssl import compare, demo, evaluate_features, finetune_classification, finetune_segmentation, train_pcrlv2
 from medssl.datasets.registry import Info
 from medssl.engine.metrics import auroc_interval, score
 from medssl.engine.options import InputError
@@ -209,6 +209,7 @@ def test_demo_runs(tmp_path, capsys):
 SCRIPTS = {
     "train_pcrlv2.py": train_pcrlv2,
     "finetune_classification.py": finetune_classification,
+    "finetune_segmentation.py": finetune_segmentation,
     "evaluate_features.py": evaluate_features,
     "preprocess/check_data.py": check_data,
     "preprocess/cache_images.py": cache_images,

@@ -40,6 +40,8 @@ def open_one(name, data, split="train", **more):
         ("pathMNIST", "pathmnist"),
         ("pathmnist_64", "pathmnist_64"),
         ("OrganAMNIST_224", "organamnist_224"),
+        ("NoduleMNIST3D", "nodulemnist3d"),
+        ("organmnist3d_64", "organmnist3d_64"),
         ("chest", None),
         ("mnist", None),
         ("xmnist", None),
@@ -51,8 +53,8 @@ def test_flag_of(name, flag):
 
 
 def test_flag_of_refuses():
-    with pytest.raises(InputError, match="organmnist3d: 3D MedMNIST sets are not readable yet"):
-        family.flag_of("organmnist3d")
+    with pytest.raises(InputError, match="organmnist3d_128: MedMNIST has the sizes 28, 64$"):
+        family.flag_of("organmnist3d_128")
     with pytest.raises(InputError, match="sizes 28, 64, 128, 224"):
         family.flag_of("pathmnist_65")
 
@@ -93,6 +95,29 @@ def test_colour_and_multi_label(tmp_path):
 
     write(tmp_path / "retinamnist.npz", channels=3, classes=5)
     assert open_one("retinamnist", tmp_path).info.task == "multi-class"
+
+
+def test_volumes(tmp_path):
+    volumes = np.random.default_rng(0).integers(0, 256, (6, 28, 28, 28), dtype=np.uint8)
+    arrays = write(tmp_path / "nodulemnist3d.npz", train_images=volumes)
+    opened = registry.open_splits(Request(name="NoduleMNIST3D", data=str(tmp_path)), ["train"], dims=3)
+    data = opened["train"]
+    assert (data.info.dims, data.info.channels, data.info.task, data.info.native_size) == (3, 1, "binary", 28)
+    assert data.info.classes == ("benign", "malignant")
+    assert data.labels.tolist() == arrays["train_labels"][:, 0].tolist()
+    sample = pickle.loads(pickle.dumps(data))[3]
+    assert sample["image"].shape == (1, 28, 28, 28)
+    assert sample["image"].dtype == torch.float16
+    assert sample["size"].tolist() == [28, 28, 28]
+    # Stored slice by slice (z, y, x); 8 bits are exact in half precision.
+    assert np.array_equal((sample["image"][0].float() * 255).round(), volumes[3].transpose(2, 1, 0))
+    with pytest.raises(InputError, match="--d 2: data set nodulemnist3d has 3 dimensions"):
+        registry.open_splits(Request(name="nodulemnist3d", data=str(tmp_path)), ["train"], dims=2)
+    write(tmp_path / "flat.npz")
+    with pytest.raises(InputError, match="train_images has shape .6, 28, 28., which is not nodulemnist3d's"):
+        open_one("nodulemnist3d", tmp_path / "flat.npz")
+    with pytest.raises(InputError, match="no organmnist3d.npz or organmnist3d_64.npz in it"):
+        open_one("organmnist3d", tmp_path)
 
 
 def test_sizes(tmp_path):

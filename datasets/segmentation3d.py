@@ -1,0 +1,512 @@
+"""Volumes with masks: LiTS, BraTS, and any folder of image and mask files. A case is a scan and its mask.
+
+  lits    `volume-N.nii[.gz]` and `segmentation-N.nii[.gz]`, anywhere in the folder: 0, 1 liver, 2 tumour
+  brats   a folder a case: `*_t1`, `*_t1ce`, `*_t2`, `*_flair` and `*_seg`, `.nii[.gz]`: 0, 1, 2, 4
+  folder  `images/` with `masks/` or `labels/` (`imagesTr/` with `labelsTr/`), where a mask has the name of its
+          image; or a mask beside each image, whose name goes on with `_seg`, `_mask` or `_label`. Any format of
+          `volumes.find_volumes`. Masks hold whole numbers from 0, the background, to 255.
+
+Cases are split by `--list`, `--val-list` and `--test-list`: a case's name a line, which is its file's name relative
+to the folder (for brats its folder's) with or without extension. `--list` alone, or no list, is split 70/10/20 at
+random, always in the same way, whatever `--seed`: every trial and every pre-training must hold out the same cases.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medssl.datasets import registry, volumes
+from medssl.datasets.lists import SPLIT_SEED, read_list, split_by_patient
+from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
+from medssl.datasets.volumes import AXES, Volume, find_volumes, read_volume, without_extension
+from medssl.engine.options import InputError
+
+MASK_FOLDERS = {"images": ("masks", "labels"), "imagesTr": ("labelsTr",)}
+MASK_ENDS = ("_seg", "_mask", "_label")
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+LISTS_HELP = "give --list, --val-list and --test-list"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the numbers in masks mean.
+
+    Attributes:
+        names: of each label; the first is the background.
+        values: the number in the files of each label.
+        regions: name → the labels that are judged as one: evaluation counts their union. By default, each alone.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    regions: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, names: Sequence[str], values: Sequence[int] | None = None) -> "Labels":
+        """Labels that are judged one by one, numbered as in the files unless said otherwise."""
+        regions = {name: (i,) for i, name in enumerate(names) if i > 0}
+        return cls(tuple(names), tuple(values or range(len(names))), regions)
+
+    def encode(self, array: np.ndarray) -> np.ndarray:
+        """Values of a file → label numbers, uint8; an UnreadableImage for a value that is none of them."""
+        table = np.full(256, 255, np.uint8)
+        table[list(self.values)] = range(len(self.values))
+        encoded = table[array]
+        if encoded.max() == 255:
+            values = ", ".join(map(str, self.values))
+            raise UnreadableImage(f"its mask has the value {array[encoded == 255].min()}, and labels are {values}")
+        return encoded
+
+    def decode(self, labels: np.ndarray) -> np.ndarray:
+        """Label numbers → values of a file, uint8."""
+        return np.array(self.values, np.uint8)[labels]
+
+
+# The liver of the challenge includes its tumours. Labels of BraTS: necrosis, oedema, enhancing tumour.
+LITS = Labels(("background", "liver", "tumour"), (0, 1, 2), {"liver": (1, 2), "tumour": (2,)})
+BRATS = Labels(
+    ("background", "necrosis", "oedema", "enhancing"), (0, 1, 2, 4), {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Files of a case: a scan of one or several channels, and the mask on their voxels."""
+
+    id: str
+    images: tuple[Path, ...]
+    mask: Path
+
+
+class SegmentationVolumes(ImageDataset):
+    """Cases with masks.
+
+    An item is {"image": (C, X, Y, Z) float16 in [0, 1]; "mask": (X, Y, Z) uint8 label numbers; "size": (3,) extent
+    in mm; "index"; "bad"}, on the voxels of the files, in the patient's axes, unless `spacing` says otherwise.
+
+    Args:
+        cases: of the split.
+        labels: what masks hold; other values are refused, or belong to the background where `ignore_others`.
+
+    Attributes:
+        spacing: mm between voxels; 0 leaves an axis as it is.
+        window: HU that become 0 and 1; None chooses by `volumes.to_unit`, each channel by itself.
+        cache: folder where items are kept between reads, or None.
+    """
+
+    def __init__(self, info: Info, cases: Sequence[Case], labels: Labels, ignore_others: bool = False) -> None:
+        super().__init__(info, list(cases).__getitem__, [case.id for case in cases])
+        self.mask_labels, self.regions = labels.names, labels.regions
+        self.labels_in_files, self.ignore_others = labels, ignore_others
+        self.spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self.window: tuple[float, float] | None = None
+        self.cache: Path | None = None
+
+    def load(self, i: int) -> dict[str, Tensor]:
+        """Case i.
+
+        Raises:
+            UnreadableImage: for a file that cannot be decoded, or a mask with values that it should not have.
+        """
+        if torch.utils.data.get_worker_info():
+            volumes.use_one_thread()
+        case = self.read(self.positions[i])
+        kept = None if self.cache is None else self.cache / f"{self._key(case)}.npz"
+        if kept is not None and kept.exists():
+            with np.load(kept) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in ("image", "mask", "size")}
+        scans = [read_volume(path) for path in case.images]
+        mask = self.read_mask(case, scans[0])
+        grid = scans[0]
+        size = [n * step for n, step in zip(grid.array.shape, grid.spacing)]
+        spacing = self.spacing_of(grid)
+        if spacing != grid.spacing:
+            # The one layer that rounding can add repeats what is the volume's lowest value, or background.
+            scans = [volumes.resample(scan, spacing, outside=float(scan.array.min())) for scan in scans]
+            mask = volumes.resample(replace(grid, array=mask), spacing, nearest=True).array
+        scale = volumes.to_unit if self.window is None else lambda array: volumes.scale(array, *self.window)
+        item = {
+            "image": np.stack([scale(scan.array).astype(np.float16) for scan in scans]),
+            "mask": np.ascontiguousarray(mask),
+            "size": np.array(size, np.float32),
+        }
+        if kept is not None:
+            _save(kept, item)
+        return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in item.items()}
+
+    def read_mask(self, case: Case, grid: Volume) -> np.ndarray:
+        """The mask of a case on the voxels of its scan, (X, Y, Z) uint8 label numbers."""
+        array = read_labels(case.mask, grid)
+        if self.ignore_others:
+            array = np.where(np.isin(array, self.labels_in_files.values), array, 0)
+        return self.labels_in_files.encode(array)
+
+    def spacing_of(self, grid: Volume) -> tuple[float, ...]:
+        """mm between the voxels of an item whose scan is `grid`."""
+        return tuple(new or old for new, old in zip(self.spacing, grid.spacing))
+
+    def restore(self, i: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+        """Bring labels on an item's voxels back to the voxels of its scan: what is compared there.
+
+        Args:
+            labels: (X, Y, Z) uint8 label numbers.
+
+        Returns:
+            the labels, the true ones, and the spacing in mm.
+        """
+        case = self.read(self.positions[i])
+        grid = read_volume(case.images[0], None)
+        labels = Volume(labels, self.spacing_of(grid), grid.origin)
+        if labels.spacing != grid.spacing:
+            labels = replace(
+                labels, array=volumes.sample(labels, grid.origin, grid.array.shape, grid.spacing, nearest=True)
+            )
+        return labels.array, self.read_mask(case, grid), grid.spacing
+
+    def write(self, path: Path, i: int, labels: np.ndarray) -> None:
+        """Write labels on the voxels of a scan, with the values of the masks, in the geometry of the scan's file."""
+        reference = self.read(self.positions[i]).images[0]
+        volumes.write_labels(path, self.labels_in_files.decode(labels), reference)
+
+    def _key(self, case: Case) -> str:
+        """A name that changes with the files, or with how they are read."""
+        files = [(os.fspath(path.resolve()), path.stat().st_mtime_ns) for path in (*case.images, case.mask)]
+        made_by = [files, self.spacing, self.window, self.labels_in_files.values, self.ignore_others]
+        return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays so that `path` is complete or not there; several processes may write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_labels(path: Path, grid: Volume) -> np.ndarray:
+    """Read a mask on the voxels of its scan, each voxel the nearest of the mask's: the inverse of `write_labels`.
+
+    Args:
+        path: the mask's file.
+        grid: the scan, as `read_volume` gives it; oblique scans are on other voxels than their files.
+
+    Returns:
+        (X, Y, Z) uint8.
+
+    Raises:
+        UnreadableImage: for a file that cannot be decoded, and values that are no whole numbers from 0 to 255.
+    """
+    import SimpleITK as sitk
+
+    try:
+        image = volumes._load(path, None)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"its mask {path.name}: {error}") from None
+    made = sitk.Resample(
+        image, grid.array.shape, sitk.Transform(), sitk.sitkNearestNeighbor, grid.origin, grid.spacing, AXES, 0.0
+    )
+    array = sitk.GetArrayFromImage(made).transpose(2, 1, 0)
+    wrong = array[(array < 0) | (array > 255) | (array != np.floor(array))]
+    if wrong.size:
+        raise UnreadableImage(f"its mask {path.name} has the value {wrong[0]:g}; labels are whole numbers to 255")
+    return array.astype(np.uint8)
+
+
+# Finding cases -------------------------------------------------------------------------------------
+
+
+def find_lits(root: Path) -> list[Case]:
+    """Cases of LiTS; an InputError where a volume has no segmentation."""
+    found: dict[str, dict[str, Path]] = {"volume": {}, "segmentation": {}}
+    for name, path in find_volumes(root):
+        match = re.fullmatch(r"(volume|segmentation)-(\d+)", without_extension(name.rpartition("/")[2]))
+        if match:
+            found[match[1]][match[2]] = path
+    if not found["volume"]:
+        raise InputError(f"--data {root}: no volume-N.nii or volume-N.nii.gz in this folder or below it")
+    for number, path in found["volume"].items():
+        if number not in found["segmentation"]:
+            raise InputError(f"{path}: has no mask segmentation-{number}.nii[.gz]; add it, or move the volume away")
+    return [
+        Case(f"volume-{number}", (found["volume"][number],), found["segmentation"][number])
+        for number in sorted(found["volume"], key=int)
+    ]
+
+
+def find_brats(root: Path) -> list[Case]:
+    """Cases of BraTS; an InputError where a modality or the mask is not there."""
+    cases: dict[str, dict[str, Path]] = {}
+    for name, path in find_volumes(root):
+        match = re.fullmatch(rf"(.*)_({'|'.join((*MODALITIES, 'seg'))})", name)
+        if match:
+            cases.setdefault(match[1], {})[match[2]] = path
+    if not cases:
+        raise InputError(f"--data {root}: no case with {', '.join(f'*_{each}.nii.gz' for each in MODALITIES)}")
+    for prefix, files in cases.items():
+        for each in (*MODALITIES, "seg"):
+            if each not in files:
+                raise InputError(f"{root / prefix}_{each}.nii[.gz]: missing; add it, or move the case away")
+    folders = Counter(prefix.rpartition("/")[0] for prefix in cases)
+    found = []
+    for prefix, files in sorted(cases.items()):
+        folder = prefix.rpartition("/")[0]
+        own = folder if folder and folders[folder] == 1 else prefix
+        found.append(Case(own, tuple(files[each] for each in MODALITIES), files["seg"]))
+    return found
+
+
+def find_pairs(root: Path) -> list[Case]:
+    """Cases of a folder of image and mask files, as the top of this page says; an InputError for one alone."""
+    for images, choices in MASK_FOLDERS.items():
+        masks = next((folder for folder in choices if (root / folder).is_dir()), None)
+        if (root / images).is_dir() and masks:
+            found = dict(find_volumes(root / images))
+            known = {without_extension(name): path for name, path in find_volumes(root / masks)}
+            known |= {name.removesuffix(end): path for name, path in known.items() for end in MASK_ENDS}
+            names = {without_extension(name): path for name, path in found.items()}
+            where = f"in {root / masks}"
+            break
+    else:
+        if (root / "images").is_dir() or (root / "masks").is_dir():
+            there, absent = ("images", "masks") if (root / "images").is_dir() else ("masks", "images")
+            raise InputError(f"--data {root}: has the folder {there}, and no folder {absent} beside it")
+        found = {without_extension(name): path for name, path in find_volumes(root)}
+        known = {
+            name.removesuffix(end): path for name, path in found.items() for end in MASK_ENDS if name.endswith(end)
+        }
+        names = {name: path for name, path in found.items() if not name.endswith(MASK_ENDS)}
+        where = f"beside it (*{', *'.join(MASK_ENDS)})"
+    if not names:
+        raise InputError(
+            f"--data {root}: no volumes with masks; wanted are the folders images and masks, or NAME.nii.gz and "
+            "NAME_seg.nii.gz side by side"
+        )
+    for name, path in names.items():
+        if name not in known:
+            raise InputError(f"{path}: no mask of that name {where}; add it, or move the image away")
+    alone = [path for name, path in known.items() if path not in {known[n] for n in names}]
+    if alone:
+        raise InputError(f"{alone[0]}: a mask without an image; add the image, or move the mask away")
+    return [Case(name, (path,), known[name]) for name, path in sorted(names.items())]
+
+
+def check_headers(cases: Sequence[Case]) -> None:
+    """Look at the headers of all files: a mask lies on the voxels of its images.
+
+    Raises:
+        InputError: for another shape or place. Files whose header cannot be read are left to the reading.
+    """
+    for case in cases:
+        first = _box(case.images[0])
+        for path in (*case.images[1:], case.mask):
+            own = _box(path)
+            if first is None or own is None:
+                continue
+            # Sorted: files may order their axes differently.
+            if sorted(own[0]) != sorted(first[0]):
+                raise InputError(
+                    f"{path}: {volumes._by(own[0])} voxels, and its image {case.images[0].name} has "
+                    f"{volumes._by(first[0])}; one of them is another scan, or was resampled"
+                )
+            apart = float(np.linalg.norm(np.subtract(own[1], first[1])))
+            if apart > max(first[2]):
+                raise InputError(
+                    f"{path}: its header places it {apart:.0f} mm from its image {case.images[0].name}; "
+                    "copy the image's origin, spacing and direction to it"
+                )
+
+
+def _box(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]] | None:
+    """Voxels, centre and spacing that a file's header gives; None for DICOM series and headers that are damaged."""
+    if path.is_dir():
+        return None
+    reader = volumes._sitk().ImageFileReader()
+    reader.SetFileName(os.fspath(path))
+    try:
+        with volumes._quiet():
+            reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    if reader.GetDimension() != 3:
+        return None
+    size, spacing = reader.GetSize(), reader.GetSpacing()
+    half = np.array([(n - 1) / 2 * step for n, step in zip(size, spacing)])
+    centre = np.array(reader.GetDirection()).reshape(3, 3) @ half + reader.GetOrigin()
+    return size, tuple(centre), spacing
+
+
+def discover(splits: dict[str, list[Case]], wanted: Sequence[int] | None = None) -> Labels:
+    """Read all masks of a folder for the labels they hold.
+
+    Args:
+        splits: cases of each split.
+        wanted: values to segment; all others are background. By default all that occur.
+
+    Raises:
+        InputError: for a mask with values that are no labels, a label that training never sees, and no label.
+    """
+    cases = [case for part in splits.values() for case in part]
+    if len(cases) > 20:
+        print(f"reading {len(cases)} masks for their labels", file=sys.stderr)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        found = dict(zip((case.id for case in cases), pool.map(_values, cases)))
+    seen = {split: set().union(*(found[case.id] for case in part)) for split, part in splits.items()}
+    for value in wanted or ():
+        if value not in seen["train"]:
+            raise InputError(f"--labels {value}: no training mask has it; there are {_listed(seen['train'])}")
+    for split in ("val", "test"):
+        new = seen[split] - seen["train"] if wanted is None else set()
+        if new:
+            case = next(case for case in splits[split] if found[case.id] & new)
+            raise InputError(
+                f"{case.mask}: label {min(new)} is in no training mask; move a case with it to training, or choose "
+                f"labels with --labels {' '.join(map(str, sorted(seen['train'])))}"
+            )
+    values = sorted(seen["train"] if wanted is None else set(wanted))
+    if not values:
+        raise InputError(f"{splits['train'][0].mask}: neither this nor any other training mask has a label above 0")
+    return Labels.of(("background", *(f"label {value}" for value in values)), (0, *values))
+
+
+def _values(case: Case) -> set[int]:
+    """The labels above 0 in a mask. A mask that cannot be decoded has none here: reading it says why."""
+    try:
+        array = volumes._array_of(volumes._load(case.mask, None))
+    except UnreadableImage:
+        return set()
+    values = np.unique(array)
+    for value in values:
+        if not (0 <= value <= 255 and float(value).is_integer()):
+            raise InputError(f"{case.mask}: has the value {value:g}; the labels of masks are whole numbers to 255")
+    return {int(value) for value in values if value > 0}
+
+
+def _listed(values: set[int]) -> str:
+    return ", ".join(map(str, sorted(values))) or "none"
+
+
+# Splits --------------------------------------------------------------------------------------------
+
+SETS: dict[str, Callable[[Path], list[Case]]] = {"lits": find_lits, "brats": find_brats, "folder": find_pairs}
+SPLITS = ("train", "val", "test")
+
+
+def open_splits(
+    request: Request, splits: Sequence[str] = SPLITS, labels: Sequence[int] | None = None
+) -> dict[str, ImageDataset]:
+    """Open splits of `lits`, `brats` or a `folder` of pairs.
+
+    Args:
+        labels: for `folder`, the values to segment; all by default.
+
+    Raises:
+        InputError: for files that do not belong together, and lists that cannot be used.
+    """
+    root = request.folder()
+    if not root.is_dir():
+        raise InputError(f"--data {root}: not a folder")
+    cases = SETS[request.name](root)
+    check_headers(cases)
+    chosen = split_cases(cases, request)
+    info = Info(request.name, dims=3, channels=len(cases[0].images))
+    known = {"lits": LITS, "brats": BRATS}.get(request.name)
+    if known is not None and labels:
+        raise InputError(f"--labels: {request.name} has its own; leave it out")
+    known = known or discover(chosen, labels)
+    opened = {}
+    for split in splits:
+        data = SegmentationVolumes(info, chosen[split], known, ignore_others=labels is not None)
+        data.cache = None if request.cache is None else Path(request.cache)
+        if request.name == "lits":
+            data.window, data.spacing = (-200.0, 200.0), (0.0, 0.0, 1.0)
+        opened[split] = data
+    return opened
+
+
+def split_cases(cases: Sequence[Case], request: Request) -> dict[str, list[Case]]:
+    """Cases of the three splits, as the top of this page says; an InputError for fewer than three, or bad lists."""
+    lists = {"train": request.list, "val": request.val_list, "test": request.test_list}
+    given = [split for split in SPLITS if lists[split]]
+    known = {case.id: case for case in cases}
+    if len(cases[0].images) == 1:
+        known |= {case.id + _extension(case.images[0]): case for case in cases}
+    listed: dict[str, list[Case]] = {}
+    for split in given:
+        names, _ = read_list(lists[split])
+        for name in names:
+            if name not in known:
+                raise InputError(f"{lists[split]}: {name} is no case of --data {request.data}, such as {cases[0].id}")
+        listed[split] = list({known[name].id: known[name] for name in names}.values())
+    if len(given) == 3:
+        return listed
+    if given not in ([], ["train"]):
+        absent = next(split for split in SPLITS if split not in given)
+        option = "--list" if absent == "train" else f"--{absent}-list"
+        raise InputError(f"data set {request.name}: nothing says which cases are for {absent}; give {option}")
+    cases = listed.get("train", list(cases))
+    names = [case.id for case in cases]
+    if len(names) < 3:
+        raise InputError(
+            f"data set {request.name}: {len(names)} case{'s' * (len(names) != 1)} cannot be split into training, "
+            f"validation and test; at least 3 are needed, or cut a large scan into several files"
+        )
+    rest, test = split_by_patient(names, 0.2, SPLIT_SEED)
+    train, val = split_by_patient([names[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
+    print(
+        f"note: {len(names)} cases split 70/10/20 at random; where a patient has several, {LISTS_HELP}",
+        file=sys.stderr,
+    )
+    return {
+        "train": [cases[rest[i]] for i in train],
+        "val": [cases[rest[i]] for i in val],
+        "test": [cases[i] for i in test],
+    }
+
+
+def _extension(path: Path) -> str:
+    return path.name[len(without_extension(path.name)) :]
+
+
+def open_segmented(
+    request: Request, dims: int | None = None, labels: Sequence[int] | None = None
+) -> dict[str, ImageDataset]:
+    """The train, val and test splits of a data set with masks.
+
+    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names.
+
+    Args:
+        request: as for `registry.open_splits`; without a name, a `folder` with data and `phantom3d` without.
+        dims: what `--d` says, only checked.
+        labels: as for `open_splits`.
+
+    Raises:
+        InputError: as `registry.open_splits`, or for a data set without masks.
+    """
+    name = request.name or ("folder" if request.data else "phantom3d")
+    if name.lower() in SETS:
+        if dims not in (None, 3):
+            raise InputError(f"--d {dims}: data set {name} has 3 dimensions")
+        opened = open_splits(replace(request, name=name.lower()), SPLITS, labels)
+        registry.refuse_overlap(opened)
+        return opened
+    if labels:
+        raise InputError(f"--labels: {name} has its own; leave it out")
+    opened = registry.open_splits(replace(request, name=name), SPLITS, dims)
+    if not all(hasattr(data, "mask_labels") for data in opened.values()):
+        raise InputError(f"--dataset {name}: has no masks; known are {', '.join(SETS)} and phantom3d")
+    return opened

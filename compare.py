@@ -3,11 +3,12 @@
   python compare.py --data FILE --dataset pneumoniamnist --init random OURS/encoder.pt --annotation-percent 1 10 100
       --trials 5 --image-size 64 --output OUT
   python compare.py --init random OURS/encoder.pt --annotation-percent 10 --trials 3 --image-size 64 --output OUT
+  python compare.py --task segmentation --init random OURS/encoder.pt --annotation-percent 2 --output OUT
 
-Every other option goes to finetune_classification.py as it is. Trial k draws the same labelled images, order and
-head for every init, so that the gain over the first `--init` is a mean of paired differences, with its standard
-error. Finished trials are kept: the same command continues. Writes `comparison.json`, `comparison.md` and
-`comparison.png` to `--output`.
+Every other option goes to finetune_classification.py, or finetune_segmentation.py, as it is. Trial k draws the same
+labelled images, order and head for every init, so that the gain over the first `--init` is a mean of paired
+differences, with its standard error. Finished trials are kept: the same command continues. Writes `comparison.json`,
+`comparison.md` and `comparison.png` to `--output`.
 """
 
 import json
@@ -18,10 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl import finetune_classification
+from medssl import finetune_classification, finetune_segmentation
 from medssl.engine import options
 from medssl.engine.loop import write_json
 from medssl.engine.options import InputError
+
+# task -> the script that fine-tunes, the number of a trial that is compared, and its name
+TASKS = {
+    "classification": (finetune_classification, "auroc", "test AUROC"),
+    "segmentation": (finetune_segmentation, "dice", "test Dice"),
+}
 
 
 def label_of(init: str, inits: Sequence[str]) -> str:
@@ -49,10 +56,10 @@ def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> tuple[flo
     return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
 
 
-def table(rows: list[dict], inits: Sequence[str]) -> str:
+def table(rows: list[dict], inits: Sequence[str], metric: str) -> str:
     """Markdown: one row per label fraction and init."""
     lines = [
-        "| labels | images | init | test AUROC (mean ± std) | paired gain over "
+        f"| labels | images | init | {metric} (mean ± std) | paired gain over "
         f"{inits[0]} (± standard error) | trials better |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -67,8 +74,8 @@ def table(rows: list[dict], inits: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Test AUROC over the share of labels; a point per trial, a line through the means."""
+def draw(rows: list[dict], metric: str, path: Path) -> None:
+    """The metric over the share of labels; a point per trial, a line through the means."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4.2), layout="constrained")
@@ -88,7 +95,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes.minorticks_off()
     if len(percents) == 1:
         axes.set_xlim(percents[0] / 2, percents[0] * 2)
-    axes.set(xlabel="share of the training labels", ylabel="test AUROC")
+    axes.set(xlabel="share of the training labels", ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -97,6 +104,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     group = parser.add_argument_group("comparison")
+    group.add_argument("--task", choices=tuple(TASKS), default="classification", help="what is fine-tuned")
     group.add_argument(
         "--init",
         nargs="+",
@@ -132,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         )
     epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
     output, rows = Path(args.output), []
+    script, key, metric = TASKS[args.task]
     names = [label_of(init, args.init) for init in args.init]
     for percent, passes in zip(args.annotation_percent, epochs):
         baseline = None
@@ -139,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
             folder = output / f"{percent:g}_percent" / name
             own = ["--init", init, "--annotation-percent", f"{percent:g}", "--trials", str(args.trials)]
             own += [] if passes is None else ["--epochs", str(passes)]
-            finetune_classification.main([*rest, *own, "--output", str(folder)])
+            script.main([*rest, *own, "--output", str(folder)])
             results = json.loads((folder / "results.json").read_text())
-            values = [trial["auroc"] for trial in results["trials"]]
+            values = [trial[key] for trial in results["trials"]]
             if None in values:
-                raise InputError(f"{folder}: AUROC is undefined, the test split has one class only")
+                raise InputError(f"{folder}: {metric} is undefined: the test split has one class, or no structure")
             if baseline is None:
                 baseline, gain, error, better = values, None, None, None
             else:
@@ -153,16 +162,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
                 {
                     "percent": percent, "images": results["trials"][0]["train_images"], "init": name, "file": init,
                     "mean": results["mean"], "std": results["std"], "values": values, "gain": gain,
-                    "standard_error": error, "better": better, "trials": args.trials, "accuracy": results["accuracy"],
+                    "standard_error": error, "better": better, "trials": args.trials, "metric": key,
                     "seconds": sum(trial["seconds"] for trial in results["trials"]), "versions": results["versions"],
                     "device": results["device"],
                 }
             )  # fmt: skip
             # Written after every cell: a study that is stopped shows what it has.
             write_json(output / "comparison.json", rows)
-    text = table(rows, names)
+    text = table(rows, names, metric)
     (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    draw(rows, output / "comparison.png")
+    draw(rows, metric, output / "comparison.png")
     print(f"\n{text}\n\nwritten: {output}/comparison.md, .json and .png", flush=True)
     return rows
 

@@ -22,7 +22,7 @@ from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
 from medssl.models.heads import EncoderClassifier
-from medssl.preprocess import cache_images, check_data, make_lists
+from medssl.preprocess import cache_images, check_data, luna, make_lists, make_phantom_ct
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
@@ -213,7 +213,9 @@ SCRIPTS = {
     "evaluate_features.py": evaluate_features,
     "preprocess/check_data.py": check_data,
     "preprocess/cache_images.py": cache_images,
+    "preprocess/luna.py": luna,
     "preprocess/make_lists.py": make_lists,
+    "preprocess/make_phantom_ct.py": make_phantom_ct,
 }
 
 
@@ -226,7 +228,7 @@ def commands() -> list[str]:
 def test_documented_commands_parse(command):
     script, *words = shlex.split(command)
     if script == "compare.py":
-        _, rest = compare.get_parser().parse_known_args(words)
-        finetune_classification.get_parser().parse_args(rest)
+        args, rest = compare.get_parser().parse_known_args(words)
+        compare.TASKS[args.task][0].get_parser().parse_args(rest)
     else:
         SCRIPTS[script].get_parser().parse_args(words)

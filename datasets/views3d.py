@@ -10,6 +10,7 @@ volume's minimum), `RandomBlur` (σ 0–2 voxels per axis, truncated at 4σ, mir
 8×4×4). Their ranges are the defaults here. One difference: what an affine map brings in is 0, air in CT.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl.datasets.registry import CUBE_SIZE
 from medssl.datasets.views import Columns, Draws, Views
 from medssl.engine.options import InputError
 
@@ -446,7 +448,8 @@ class CubeViews(VolumeViews):
         blur: largest deviation of the blur in voxels.
         noise: largest deviation of the noise.
         log_gamma: largest logarithm of the gamma curve's exponent.
-        swaps: exchanges of 8 × 4 × 4 patches in large views.
+        swaps: exchanges of 8 × 4 × 4 patches in large views of 64 × 64 × 32 voxels, as published; as many per voxel
+            in others, which so many would leave nothing of.
 
     Returns, from `forward`:
         {"view1", "view2" (B, 1, *size), "locals" (V·B, 1, *local_size), view-major: all normalised;
@@ -455,7 +458,7 @@ class CubeViews(VolumeViews):
 
     def __init__(
         self,
-        size: Shape = (64, 64, 32),
+        size: Shape = CUBE_SIZE,
         local_size: Shape = (16, 16, 16),
         locals_: int = 6,
         flips: Sequence[int] = (0,),
@@ -469,7 +472,8 @@ class CubeViews(VolumeViews):
         super().__init__()
         self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
         self.flips, self.scale, self.degrees = tuple(flips), scale, degrees
-        self.blur, self.noise, self.log_gamma, self.swaps = blur, noise, log_gamma, swaps
+        self.blur, self.noise, self.log_gamma = blur, noise, log_gamma
+        self.swaps = round(swaps * math.prod(self.size) / math.prod(CUBE_SIZE))
 
     def cut(self, batch: dict, draws: Draws) -> list[Tensor]:
         """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]."""

@@ -482,3 +482,9 @@ def test_segmentation_evaluation_keeps_the_volume():
     out = VolumeSegmentationViews().eval()(batch)
     assert torch.equal(out["view"], batch["image"].float())
     assert torch.equal(out["target"], batch["mask"].long())
+
+
+def test_small_cubes_are_not_swapped_to_pieces():
+    assert CubeViews().swaps == 100
+    assert CubeViews(size=(32, 32, 16)).swaps == 12  # as many per voxel
+    assert CubeViews(size=(128, 128, 32)).swaps == 400

@@ -37,11 +37,11 @@ from medssl.engine.loop import CHANNELS_LAST, autocast, describe, versions
 from medssl.engine.metrics import score, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, setup
-from medssl.models.encoders import initialise, make_encoder
+from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import Averaged
 
 SPLITS = ("train", "val", "test")
-BY_DIMS = {2: {"arch": "resnet18", "b": 256}, 3: {"arch": "unet3d", "b": 16}}
+B = {2: 256, 3: 16}  # images at a time
 STRENGTHS = [10.0**e for e in range(-5, 3)]  # the probe's C, from strong to weak regularisation
 
 
@@ -138,14 +138,20 @@ def linear_probe(features: dict[str, np.ndarray], targets: dict[str, np.ndarray]
         on_val, on_test = probe(train, targets["train"], (val, test), strength, info)
         validation = score(on_val, targets["val"], info)
         value = validation["accuracy"] if validation["auroc"] is None else validation["auroc"]
+        value = -math.inf if value is None else value  # no label is known
         if best is None or value > best[0]:  # of equals, the most regularised
             best = (value, strength, validation, on_test)
     return {**score(best[3], targets["test"], info), "C": best[1], "validation": best[2]}
 
 
 def embed(features: np.ndarray, limit: int, seed: int) -> tuple[np.ndarray, str]:
-    """Two coordinates (N, 2) for features (N, C) and the way they were found: t-SNE, or PCA above `limit` images."""
+    """Two coordinates (N, 2) for features (N, C) and the way they were found: t-SNE, or PCA above `limit` images.
+
+    Features that are all equal, as of a collapsed network, are all at 0.
+    """
     n = len(features)
+    if np.ptp(features, axis=0).max() <= 1e-5 * np.abs(features).max():  # t-SNE divides by their deviation
+        return np.zeros((n, 2)), "all equal"
     reduced = PCA(min(50, n, features.shape[1]), random_state=seed).fit_transform(features)
     if n > limit or n < 5:
         return reduced[:, :2], "PCA"
@@ -225,7 +231,9 @@ def get_parser() -> options.Parser:
         "--b", "--batch-size", "--batch_size", type=options.positive_int, help="images at a time: 256, volumes 16"
     )
     group.add_argument("--seed", type=options.non_negative_int, default=0, help="seed of random weights and of t-SNE")
-    group.add_argument("--output", metavar="DIR", default="runs/features", help="where the results go")
+    group.add_argument(
+        "--output", type=options.filled, metavar="DIR", default="runs/features", help="where the results go"
+    )
     return parser
 
 
@@ -237,8 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
-    for option, value in BY_DIMS[info.dims].items():
-        setattr(args, option, getattr(args, option) or value)
+    args.arch, args.b = args.arch or DEFAULT_ARCH[info.dims], args.b or B[info.dims]
     if args.k > len(data["train"]):
         raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 
@@ -275,9 +282,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         row = [math.nan if s[m] is None else s[m] for s in (near, linear) for m in ("accuracy", "auroc")]
         print("{:40} {:8.4f} {:7.4f} {:10.4f} {:7.4f}".format(shorten(init, args.init)[-40:], *row), flush=True)
 
-    titles = [shorten(init, args.init) for init in args.init]
-    panels = dict(zip(titles, extracted["test"]))
-    draw_embedding(panels, names_of(targets["test"], info), info, args.tsne_limit, args.seed, output / "embedding.png")
     content = {
         "dataset": info.name,
         "task": info.task,
@@ -293,6 +297,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": describe(devices),
     }
     (output / "features.json").write_text(json.dumps(content, indent=1) + "\n")
+    titles = [shorten(init, args.init) for init in args.init]
+    panels = dict(zip(titles, extracted["test"]))
+    draw_embedding(panels, names_of(targets["test"], info), info, args.tsne_limit, args.seed, output / "embedding.png")
     print(f"written: {output}/features.json, {output}/embedding.png")
 
 

@@ -44,7 +44,7 @@ from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, setup
 from medssl.engine.trials import check_start, deviation, labelled_subset, run_trials
 from medssl.losses.classification import classification_loss
-from medssl.models.encoders import initialise, make_encoder
+from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import EncoderClassifier
 
 PROTOCOLS = {
@@ -67,7 +67,7 @@ PROTOCOLS |= {  # for volumes, which are not cropped
         "b": 32, "epochs": 100, "patience": 30, "select": "auroc", "positive_share": 1 / 3,
     },
 }  # fmt: skip
-BY_DIMS = {2: {"arch": "resnet18", "eval_b": 128}, 3: {"arch": "unet3d", "eval_b": 16}}
+EVAL_B = {2: 128, 3: 16}
 
 
 class Classifier(Method):
@@ -233,7 +233,10 @@ def get_parser() -> options.Parser:
     group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
     options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")
     group.add_argument("--rotation", type=options.non_negative, default=10.0, help="largest rotation, degrees")
-    group.add_argument("--tta", choices=("none", "tencrop"), default="none", help="test-time views of images")
+    group.add_argument(
+        "--tta", choices=("none", "tencrop"), default="none",
+        help="test-time views of images; tencrop needs a --margin below 1, as the protocol chest has",
+    )  # fmt: skip
     group.add_argument("--eval-b", type=options.positive_int, help="images at a time in evaluation: 128, volumes 16")
     options.flag(group, "--tensorboard", True, "write TensorBoard events")
     by_protocol = parser.add_argument_group("set by the protocol unless given")
@@ -243,8 +246,12 @@ def get_parser() -> options.Parser:
         "--positive-share", type=options.bounded_float(0.0, 0.9),
         help="repeat images of class 1 until they are this share of an epoch; 0 leaves them as they are",
     )  # fmt: skip
-    by_protocol.add_argument("--crop-scale", type=options.fraction, nargs=2, help="area share of the training crops")
-    by_protocol.add_argument("--margin", type=options.fraction, help="centre square seen in tests, share of the side")
+    by_protocol.add_argument(
+        "--crop-scale", type=options.bounded_float(0.01, 1.0), nargs=2, help="area share of the training crops"
+    )
+    by_protocol.add_argument(
+        "--margin", type=options.bounded_float(0.1, 1.0), help="centre square seen in tests, share of the side"
+    )
     # None: the protocol or the dimension decides.
     parser.set_defaults(weight_decay=0.0, arch=None, **dict.fromkeys(PROTOCOLS["chest"]))
     return parser
@@ -272,11 +279,13 @@ def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
         name = "chest" if info.name in ("chest", "chexpert") else "medmnist"
     if info.dims == 2 and name in ("volumes", "luna"):
         raise InputError(f"--protocol {name}: is for volumes, and {info.name} has 2 dimensions")
-    defaults = {**PROTOCOLS[name], **BY_DIMS[info.dims]}
+    defaults = {**PROTOCOLS[name], "arch": DEFAULT_ARCH[info.dims], "eval_b": EVAL_B[info.dims]}
     given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
     completed = argparse.Namespace(**{**defaults, **given, "protocol": name})
     if completed.positive_share and info.task != "binary":
         raise InputError(f"--positive-share: needs two classes, and {info.name} is {info.task}; set it to 0")
+    if completed.tta == "tencrop" and completed.margin == 1:
+        raise InputError("--tta tencrop: with --margin 1 its crops are all the same; give --margin 0.875")
     return completed
 
 

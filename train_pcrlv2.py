@@ -27,14 +27,14 @@ from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import negative_cosine
-from medssl.models.encoders import initialise, make_encoder, width_of
+from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder, width_of
 from medssl.models.heads import ScaleHead, global_average
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
-    2: {"arch": "resnet18", "b": 64, "lr": 1e-2},
-    3: {"arch": "unet3d", "b": 32, "lr": 1e-3},
+    2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-2},
+    3: {"arch": DEFAULT_ARCH[3], "b": 32, "lr": 1e-3},
 }
 
 

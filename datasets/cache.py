@@ -30,7 +30,7 @@ from medssl.datasets.reading import digest
 from medssl.datasets.registry import ImageDataset, UnreadableImage
 from medssl.engine.options import InputError
 
-VERSION = 2  # 1 had no fingerprints
+VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone
 KEYS = {"version", "finished", "set", "size", "channels", "block", "ids"}  # of every index
 SAMPLED = 64  # images of a split whose digests training compares: whole sets of the same names and sizes differ there
 BLOCK_BYTES = 2**24  # decoded between two notes of progress: what a killed build loses, per process

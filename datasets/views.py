@@ -378,8 +378,11 @@ class Views(nn.Module):
     """Base of all views: what a batch of textures becomes before the method sees it.
 
     `forward(batch, draws)` takes {"image" (B, C, S, S) uint8, "size" (B, 2) original height and width, on the
-    CPU, …} and returns the method's batch. `mean` and `std` are the normalisation of each channel.
+    CPU, …} and returns the method's batch. `mean` and `std` are the normalisation of each channel, `patches` how many
+    views of an image go through the network together.
     """
+
+    patches = 1
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

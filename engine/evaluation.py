@@ -17,6 +17,7 @@ from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import plots
 from medssl.engine.loop import BadFiles, autocast, ignore_signals, to_device
 from medssl.engine.metrics import targets_of
+from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run
 from medssl.losses.classification import classification_loss, probabilities
 
@@ -62,6 +63,9 @@ def predict_classes(
     Returns:
         probabilities (N, L), targets (N, L) with NaN for unknown, the images' positions in the split, and the
         mean loss.
+
+    Raises:
+        InputError: when the network gives a probability that is not finite.
     """
     network.eval()
     views.eval()
@@ -78,6 +82,13 @@ def predict_classes(
         labels.append(batch["label"].cpu().numpy())
         indices += batch["index"].tolist()
     loss = float(torch.stack(losses).sum()) / len(indices)
+    bad = [data.ids[i] for i, row in zip(indices, np.concatenate(rows)) if not np.isfinite(row).all()]
+    if bad:
+        hint = "with --amp, try --amp-dtype bf16 or leave it out; else " if args.amp else ""
+        raise InputError(
+            f"{len(bad)} of {len(indices)} predictions are not finite, such as of {bad[0]}: the weights have diverged, "
+            f"or half precision overflows; {hint}lower --lr or use --clip-grad"
+        )
     return np.concatenate(rows), targets_of(np.concatenate(labels), data.info), indices, loss
 
 

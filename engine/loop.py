@@ -31,10 +31,11 @@ LONGEST_UNSAVED = 300
 # Memory layout of networks, by spatial dimensions: what convolutions are fastest in.
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
-# Options that may differ between a run and its continuation: none of them changes a result.
+# Options that may differ between a run and its continuation: none of them changes a result. Data may move, but not
+# change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
-    "data", "compile",
+    "data", "data_digest", "compile",
 }  # fmt: skip
 
 
@@ -254,7 +255,13 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
 
 
 def refuse_changes(before: dict, args: argparse.Namespace, where: Path, allowed: Collection[str] = ()) -> None:
-    """Raise InputError when an option that changes results differs from what a run was started with."""
+    """Raise InputError when an option that changes results, or the data, differ from what a run was started with."""
+    # Runs without a digest are older than digests.
+    if before.get("data_digest") not in (None, getattr(args, "data_digest", None)):
+        raise InputError(
+            f"{where}: was started with other data: images, their order, lists or labels differ; use the same data, "
+            "another --output, or --resume never"
+        )
     for key, value in plain(args).items():
         if key not in FREE_OPTIONS and key not in allowed and before.get(key) != value:
             raise InputError(
@@ -320,7 +327,7 @@ def fit(
     """
     device, n = devices.device, len(data)
     name = type(method).__name__
-    share = devices.share(args.b)
+    share = devices.share(args.b, views.patches)
     total = max(1, round(args.epochs * n / args.b))
     if args.compile and len(devices.device_ids) > 1:
         raise InputError("--compile and several --gpus in one process exclude each other; use torchrun")

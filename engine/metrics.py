@@ -89,13 +89,15 @@ def auroc_interval(
         groups: the patient of each image, where known: patients are drawn, for images of one are no two opinions.
 
     Returns:
-        [low, high], or None where only one kind of image is there.
+        [low, high], or None where only one kind of image is there, or one group, of which nothing can be drawn.
     """
     known = np.isfinite(targets)
     p, t = probabilities[known], targets[known]
     if len(np.unique(t)) < 2:
         return None
     names = np.arange(len(t)) if groups is None else np.asarray(groups)[known]
+    if len(np.unique(names)) < 2:
+        return None
     _, tie = np.unique(p, return_inverse=True)  # equal scores share a group, groups ascend
     ties = tie.max() + 1
     values = []
@@ -165,7 +167,7 @@ def froc(
         "cpm": the mean, with "cpm_interval", a percentile bootstrap interval over the scans.
         "sensitivity": rate → sensitivity.
         "scans", "findings": numbers. "largest_weight": above 1, the false positives are an estimate from a sample.
-        cpm, its interval and sensitivities are None where there is no finding.
+        cpm, its interval and sensitivities are None where there is no finding; the interval also for one scan.
     """
     names, count = np.asarray(scans), len(set(scans))
     counts = {"scans": count, "findings": int(targets.sum()), "largest_weight": float(weights.max())}
@@ -179,7 +181,7 @@ def froc(
     means = [np.interp(RATES, *froc_curve(p, t, w * n, count)).mean() for n in draws if (t * n).any()]
     return {
         "cpm": float(sensitivity.mean()),
-        "cpm_interval": _interval(means, level),
+        "cpm_interval": _interval(means, level) if count > 1 else None,
         "sensitivity": {f"{rate:g}": float(value) for rate, value in zip(RATES, sensitivity)},
         **counts,
     }

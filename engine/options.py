@@ -4,6 +4,7 @@ Groups are functions, not argparse parents: a shared parent leaks one script's d
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,15 +91,16 @@ def non_negative_int(text: str) -> int:
 
 
 def bounded_float(low: float, high: float) -> Callable[[str], float]:
-    """Make an argparse type for floats in [low, high]."""
+    """Make an argparse type for finite floats in [low, high]."""
+    wanted = f"number from {low:g} to {high:g}" if math.isfinite(high) else f"finite number of at least {low:g}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
         return value
 
     return parse
@@ -106,6 +108,13 @@ def bounded_float(low: float, high: float) -> Callable[[str], float]:
 
 fraction = bounded_float(0.0, 1.0)
 non_negative = bounded_float(0.0, float("inf"))
+
+
+def filled(text: str) -> str:
+    """Parse a path or name, which "" is not: it would mean the default."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
+    return text
 
 
 def gpu_list(text: str) -> list[int]:
@@ -120,16 +129,19 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
     """Which images, and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", metavar="DIR", help="the data set's folder or file; without it, generated phantom images"
+        "--data", type=filled, metavar="DIR", help="the data set's folder or file; without it, generated phantom images"
     )
     group.add_argument(
         "--dataset",
         "--n",
         "--data_set",
+        type=filled,
         metavar="NAME",
         help="chest, folder, luna, phantom2d, phantom3d or a MedMNIST name; with masks: lits, brats, folder, phantom3d",
     )
-    group.add_argument("--list", metavar="FILE", help="image list: a name, then labels, separated by blanks")
+    group.add_argument(
+        "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"
+    )
     group.add_argument(
         "--d",
         type=int,
@@ -153,6 +165,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--cache",
+        type=filled,
         metavar="DIR",
         help="decoded images made by preprocess/cache_images.py; segmentation keeps its volumes there",
     )
@@ -164,8 +177,8 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
 
 def add_evaluation_lists(group: argparse._ArgumentGroup) -> None:
     """Lists of the splits that choose and judge a model."""
-    group.add_argument("--val-list", metavar="FILE", help="image list of the validation split")
-    group.add_argument("--test-list", metavar="FILE", help="image list of the test split")
+    group.add_argument("--val-list", type=filled, metavar="FILE", help="image list of the validation split")
+    group.add_argument("--test-list", type=filled, metavar="FILE", help="image list of the test split")
 
 
 def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
@@ -247,7 +260,7 @@ def add_runtime(parser: Parser) -> argparse._ArgumentGroup:
 def add_output(parser: Parser, default: str) -> argparse._ArgumentGroup:
     """What a run leaves behind, and how it continues."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output", metavar="DIR", default=default, help="where the run's files go")
+    group.add_argument("--output", type=filled, metavar="DIR", default=default, help="where the run's files go")
     group.add_argument(
         "--resume",
         default="auto",

@@ -36,12 +36,12 @@ class Devices:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def share(self, batch_size: int) -> slice:
-        """This process's rows of a batch over all processes."""
+    def share(self, batch_size: int, views: int = 1) -> slice:
+        """This process's rows of a batch over all processes; `views` of each row go through the network together."""
         parts = max(self.world, len(self.device_ids))
         if batch_size % parts:
             raise InputError(f"--b {batch_size}: not a multiple of the {parts} devices; choose another batch size")
-        if batch_size == parts:
+        if batch_size * views == parts:
             raise InputError(f"--b {batch_size}: batch norm needs at least 2 images on each of {parts} device(s)")
         count = batch_size // self.world
         return slice(self.rank * count, (self.rank + 1) * count)
@@ -112,7 +112,7 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
     """Choose devices from `--gpus` and `--device`, and join the other processes under torchrun.
 
     Raises:
-        InputError: for GPUs that are not there.
+        InputError: for GPUs that are not there, or an environment that torchrun did not make.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and device == "cpu":
@@ -129,7 +129,7 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
     use_cuda = bool(available) and device != "cpu"
     make_deterministic(deterministic and use_cuda)
 
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE") or 1)
     if world == 1:
         if not use_cuda:
             return Devices(torch.device("cpu"))
@@ -137,6 +137,9 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
         torch.cuda.set_device(ids[0])
         return Devices(torch.device("cuda", ids[0]), ids)
 
+    unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if unset:
+        raise InputError(f"WORLD_SIZE is {world}, but {unset[0]} is not set; start with torchrun, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device("cpu")
     if use_cuda:

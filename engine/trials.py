@@ -14,6 +14,12 @@ from medssl.engine.loop import plain, refuse_changes, versions, write_json
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices
 
+# What scripts leave beside the trials, made of them.
+RESULTS = (
+    "config.json", "results.json", "best.pt", "predictions.csv", "roc.png", "calibration.png", "froc.png",
+    "predictions", "overlays",
+)  # fmt: skip
+
 
 def check_start(args: argparse.Namespace) -> None:
     """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`.
@@ -56,6 +62,8 @@ def run_trials(
         if args.resume == "never":
             for old in output.glob("trial_*"):
                 shutil.rmtree(old)
+            for name in RESULTS:  # which, beside a new config.json, would pass for its results if it fails
+                shutil.rmtree(output / name) if (output / name).is_dir() else (output / name).unlink(missing_ok=True)
         elif (output / "config.json").exists():
             refuse_changes(json.loads((output / "config.json").read_text()), args, output, allowed={"trials"})
         write_json(output / "config.json", {**plain(args), "versions": versions()})

@@ -12,6 +12,7 @@ from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.options import InputError
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
+DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 # Where published checkpoints keep an encoder, longest first so that `module.` does not win by accident.

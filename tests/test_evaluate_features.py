@@ -105,6 +105,9 @@ def test_probe_with_unknown_labels_and_missing_classes():
     assert result["per_class"]["c"] is None
     assert result["auroc"] > 0.98
 
+    targets["val"] = np.full((120, 3), np.nan)  # which unreadable images may have left
+    assert script.linear_probe(features, targets, LABELS)["C"] == script.STRENGTHS[0]
+
     x, labels = clusters(90, 5, classes=2)
     (p,) = script.probe(x, script.targets_of(labels, CLASSES), (features["test"],), 1.0, CLASSES)
     assert p.shape == (120, 3)
@@ -118,6 +121,13 @@ def test_embedding():
     assert np.isfinite(points).all()
     points, way = script.embed(features, limit=59, seed=0)
     assert (points.shape, way) == ((60, 2), "PCA")
+    # A collapsed network's, also but for rounding; t-SNE dies of them.
+    for equal in (np.ones((60, 8), "f4"), np.ones((60, 8), "f4") + 1e-7 * features, np.zeros((60, 8), "f4")):
+        points, way = script.embed(equal.astype(np.float32), limit=100, seed=0)
+        assert (points == 0).all()
+        assert (points.shape, way) == ((60, 2), "all equal")
+    for n in (1, 2, 3):
+        assert script.embed(features[:n], limit=100, seed=0)[0].shape == (n, 2)
     targets = np.array([[0, 0, 0], [1, 0, 1], [0, 1, 0], [np.nan, 0, 1]])
     assert script.names_of(targets, LABELS).tolist() == ["none", "several", "b", "c"]
 
@@ -151,6 +161,17 @@ def test_script_side_by_side(tmp_path, capsys):
     first = content["results"]
     script.main(argv)
     assert json.loads((out / "features.json").read_text())["results"] == first
+
+
+def test_results_are_written_before_the_picture(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(script, "draw_embedding", fails)
+    argv = ["--data", str(make_npz(tmp_path)), "--dataset", "bloodmnist", "--image-size", "32", "--workers", "0"]
+    with pytest.raises(RuntimeError, match="no picture"):
+        script.main([*argv, "--device", "cpu", "--k", "5", "--output", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "features.json").read_text())["results"]
 
 
 def test_script_multi_label(tmp_path):

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from medssl import compare, demo, evaluate_features, finetune_classification, finetune_segmentation, train_pcrlv2
 from medssl.datasets.registry import Info
-from medssl.engine.metrics import auroc_interval, score
+from medssl.engine.metrics import auroc_interval, score, score_with_intervals
 from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
@@ -84,6 +84,106 @@ def test_new_weights_under_an_old_name_are_noticed(encoder, tmp_path):
     torch.save(content, weights)
     with pytest.raises(InputError, match="was started with init_digest"):
         finetune_classification.main(command)
+
+
+def pairs(path, flip=False, shift=0):
+    """A BreastMNIST file of dark and bright images."""
+    arrays = {}
+    for split in ("train", "val", "test"):
+        labels = np.arange(8) % 2
+        arrays[f"{split}_images"] = np.full((8, 28, 28), 60, np.uint8) + (90 * labels + shift)[:, None, None].astype(
+            "u1"
+        )
+        arrays[f"{split}_labels"] = (1 - labels if flip else labels)[:, None].astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    return path.parent
+
+
+BREAST = ["--dataset", "breastmnist", "--image-size", "28", "--workers", "0", "--no-tensorboard", "--steps", "1"]
+BREAST += ["--b", "4", "--device", "cpu"]
+
+
+def test_results_of_other_data_are_not_kept(tmp_path):
+    command = [*BREAST, "--output", str(tmp_path / "o"), "--data"]
+    finetune_classification.main([*command, str(pairs(tmp_path / "a" / "breastmnist.npz"))])
+    finetune_classification.main([*command, str(pairs(tmp_path / "moved" / "breastmnist.npz"))])  # the same
+    for name, change in (("labels", {"flip": True}), ("pixels", {"shift": 3})):
+        data = pairs(tmp_path / name / "breastmnist.npz", **change)
+        with pytest.raises(InputError, match="was started with other data: images, their order, lists or labels diff"):
+            finetune_classification.main([*command, str(data)])
+
+
+def test_a_new_run_leaves_no_old_results_when_it_fails(tmp_path, monkeypatch):
+    command = [*BREAST, "--output", str(tmp_path / "o"), "--data", str(pairs(tmp_path / "d" / "breastmnist.npz"))]
+    finetune_classification.main(command)
+    assert (tmp_path / "o" / "results.json").exists()
+
+    def fails(*_, **__):
+        raise InputError("fails")
+
+    monkeypatch.setattr(finetune_classification, "fit", fails)
+    with pytest.raises(InputError, match="^fails$"):
+        finetune_classification.main([*command, "--resume", "never"])
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["config.json"]
+
+
+def test_predictions_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    command = [*BREAST, "--output", str(tmp_path / "o"), "--data", str(pairs(tmp_path / "d" / "breastmnist.npz"))]
+    broken = EncoderClassifier.forward
+    monkeypatch.setattr(
+        EncoderClassifier,
+        "forward",
+        lambda self, x: tuple(y * (1 if self.training else float("nan")) for y in broken(self, x)),
+    )
+    with pytest.raises(InputError, match="8 of 8 predictions are not finite, such as of .*lower --lr or use --clip-gr"):
+        finetune_classification.main(command)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--crop-scale", "0", "0"], "argument --crop-scale: '0' is not a number from 0.01 to 1"),
+        (["--margin", "0"], "argument --margin: '0' is not a number from 0.1 to 1"),
+        (["--data", ""], "argument --data: is empty; is a shell variable not set?"),
+        (["--test-list", " "], "argument --test-list: is empty"),
+        (["--output", ""], "argument --output: is empty"),
+    ],
+)
+def test_bad_values(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        finetune_classification.get_parser().parse_args(argv)
+    assert message in capsys.readouterr().err
+
+
+def test_ten_crops_need_a_margin(tmp_path):
+    with pytest.raises(
+        InputError, match="--tta tencrop: with --margin 1 its crops are all the same; give --margin 0.8"
+    ):
+        finetune_classification.main([*SMALL, "--tta", "tencrop", "--output", str(tmp_path / "o")])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_splits_without_a_known_label_are_refused(split, tmp_path):
+    from PIL import Image
+
+    argv = []
+    for name in ("train", "val", "test"):
+        lines = []
+        for i in range(4):
+            Image.new("L", (32, 32), 9 * i).save(tmp_path / f"{name}{i}.png")
+            lines.append(f"{name}{i}.png {'-1 -1' if name == split else f'{i % 2} 0'}\n")
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+        argv += ["--list" if name == "train" else f"--{name}-list", str(tmp_path / f"{name}.txt")]
+    with pytest.raises(InputError, match=f"none of the labels of the {split} split is known; see --{split}-list"):
+        finetune_classification.main(["--data", str(tmp_path), *argv, "--output", str(tmp_path / "o")])
+
+
+def test_processes_without_a_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 2, but RANK is not set; start with torchrun, or unset WORLD_S"):
+        finetune_classification.main([*SMALL, "--output", str(tmp_path)])
 
 
 def test_trials_are_paired(encoder, tmp_path, monkeypatch):
@@ -165,6 +265,12 @@ def test_bootstrap_interval():
     assert tenfold == pytest.approx([low, high], abs=0.02)
     assert np.diff(auroc_interval(scores.repeat(10), truth.repeat(10), 400)) < (high - low) / 2
     assert auroc_interval(scores, np.ones(300)) is None
+    # Of one patient nothing can be drawn.
+    assert auroc_interval(scores, truth, groups=["p"] * 300) is None
+    info = Info("x", task="binary", classes=("a", "b"))
+    both = np.stack([1 - truth, truth], 1)
+    values = score_with_intervals(np.stack([-scores, scores], 1), both, info, ["p"] * 300)
+    assert values["per_class"]["b"] == {"auroc": roc_auc_score(truth, scores), "interval": None}
 
 
 def test_scores_by_hand():
@@ -185,7 +291,8 @@ def test_unknown_labels_do_not_count():
 
 @pytest.mark.parametrize("tta", ["none", "tencrop"])
 def test_freeze_trains_the_head_alone(tta, encoder, tmp_path):
-    finetune_classification.main([*SMALL, "--freeze", "--tta", tta, "--init", str(encoder), "--output", str(tmp_path)])
+    views = ["--tta", tta, "--margin", "0.875"]
+    finetune_classification.main([*SMALL, "--freeze", *views, "--init", str(encoder), "--output", str(tmp_path)])
     before = torch.load(encoder, weights_only=True)["state_dict"]
     after = torch.load(tmp_path / "best.pt", weights_only=True)["state_dict"]
     assert all(torch.equal(after[f"encoder.{key}"], value) for key, value in before.items())

@@ -24,6 +24,7 @@ compared in pairs. Validation and test cases never shrink.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, request_of
+from medssl.datasets.registry import ImageDataset, data_digest, request_of
 from medssl.datasets.segmentation3d import SegmentationVolumes, open_segmented
 from medssl.engine import options
 from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic
@@ -216,6 +217,10 @@ def complete(args: argparse.Namespace, splits: dict[str, ImageDataset]) -> argpa
     args = argparse.Namespace(**{**defaults, **given})
     if min(args.patch) < 8:
         raise InputError(f"--patch {' '.join(map(str, args.patch))}: the network halves each side 3 times; at least 8")
+    if args.norm == "instance" and max(args.patch) < 16:
+        raise InputError(
+            "--norm instance: one voxel is left of this --patch in the deepest level; make a side 16 or more"
+        )
     for option in ("spacing", "window"):
         value = getattr(args, option)
         if value is None:
@@ -225,7 +230,7 @@ def complete(args: argparse.Namespace, splits: dict[str, ImageDataset]) -> argpa
             raise InputError(f"--{option}: the volumes of {info.name} are generated; leave it out")
         for data in splits.values():
             setattr(data, option, tuple(value))
-    if args.window is not None and args.window[0] >= args.window[1]:
+    if args.window is not None and not -math.inf < args.window[0] < args.window[1] < math.inf:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: the first number must be below the second")
     return args
 
@@ -236,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     width_of(args.arch)
     devices = setup(args.gpus, args.device, args.deterministic)
     splits = open_segmented(request_of(args), args.d, args.labels)
+    args.data_digest = data_digest(splits)
     args = complete(args, splits)
     entries, best = run_trials(
         args,

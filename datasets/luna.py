@@ -11,6 +11,7 @@ nodules, which are other files of the same scans, part it in the same place.
 
 import csv
 import hashlib
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -194,23 +195,24 @@ def read_nodules(path: Path) -> list[dict]:
     Raises:
         InputError: naming file and line.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
-        if missing:
-            raise InputError(f"{path}, line 1: no column {missing[0]!r}; run preprocess/luna.py --nodules again")
-        rows = []
-        for line in lines:
-            try:
-                row = {"uid": line["uid"], "class": int(line["class"]), "fold": int(line["fold"])}
-                row |= {"weight": float(line["weight"]), "file": line["file"]}
-            except (TypeError, ValueError):
-                raise InputError(f"{path}, line {lines.line_num}: class, fold and weight must be numbers") from None
-            if row["class"] not in (0, 1) or not 1 <= row["weight"] < float("inf") or not row["file"]:
-                raise InputError(
-                    f"{path}, line {lines.line_num}: class must be 0 or 1, weight at least 1, and file a name"
-                )
-            rows.append(row)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file; run preprocess/luna.py --nodules again") from None
+    lines = csv.DictReader(io.StringIO(text, newline=""))
+    missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+    if missing:
+        raise InputError(f"{path}, line 1: no column {missing[0]!r}; run preprocess/luna.py --nodules again")
+    rows = []
+    for line in lines:
+        try:
+            row = {"uid": line["uid"], "class": int(line["class"]), "fold": int(line["fold"])}
+            row |= {"weight": float(line["weight"]), "file": line["file"]}
+        except (TypeError, ValueError):
+            raise InputError(f"{path}, line {lines.line_num}: class, fold and weight must be numbers") from None
+        if row["class"] not in (0, 1) or not 1 <= row["weight"] < float("inf") or not row["file"]:
+            raise InputError(f"{path}, line {lines.line_num}: class must be 0 or 1, weight at least 1, and file a name")
+        rows.append(row)
     if not rows:
         raise InputError(f"{path}: no candidates in it; run preprocess/luna.py --nodules again")
     return rows

@@ -309,7 +309,7 @@ def check_headers(cases: Sequence[Case]) -> None:
     """Look at the headers of all files: a mask lies on the voxels of its images.
 
     Raises:
-        InputError: for another shape or place. Files whose header cannot be read are left to the reading.
+        InputError: for another shape, spacing or place. Files whose header cannot be read are left to the reading.
     """
     for case in cases:
         first = _box(case.images[0])
@@ -322,6 +322,12 @@ def check_headers(cases: Sequence[Case]) -> None:
                 raise InputError(
                     f"{path}: {volumes._by(own[0])} voxels, and its image {case.images[0].name} has "
                     f"{volumes._by(first[0])}; one of them is another scan, or was resampled"
+                )
+            extents = [sorted(n * step for n, step in zip(box[0], box[2])) for box in (first, own)]
+            if np.abs(np.subtract(*extents)).max() > max(first[2]):
+                raise InputError(
+                    f"{path}: voxels of {volumes._by(own[2])} mm, and those of its image {case.images[0].name} have "
+                    f"{volumes._by(first[2])} mm; copy the image's origin, spacing and direction to it"
                 )
             apart = float(np.linalg.norm(np.subtract(own[1], first[1])))
             if apart > max(first[2]):

@@ -89,7 +89,7 @@ def find_volumes(folder: str | Path) -> list[tuple[str, Path]]:
         dicom = (name for name in files if _is_dicom(Path(current, name)))
         if next(dicom, None) and next(dicom, None):  # one alone is a radiograph
             paths.append(Path(current))
-    names = {path: path.relative_to(folder).as_posix() if path != folder else folder.name for path in paths}
+    names = {path: path.relative_to(folder).as_posix() if path != folder else folder.resolve().name for path in paths}
     short = {path: without_extension(name) for path, name in names.items()}
     taken = list(short.values())
     return sorted((short[path] if taken.count(short[path]) == 1 else names[path], path) for path in paths)

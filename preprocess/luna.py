@@ -372,8 +372,8 @@ def make_nodules(scan: Scan, made: Nodules, save: Callable[[Path, Cubes], object
     return {"cubes": len(rows), "outside": outside, "rows": rows}
 
 
-def save_cubes(path: Path, cubes: Cubes) -> None:
-    """Write an array as float16 so that `path` always holds a complete file.
+def save_cubes(path: Path, cubes: Cubes) -> str:
+    """Write an array as float16 so that `path` always holds a complete file; returns its name.
 
     The temporary name has no process number: what a killed run left is overwritten by the one that redoes its scan.
     """
@@ -383,6 +383,18 @@ def save_cubes(path: Path, cubes: Cubes) -> None:
         file.flush()
         os.fsync(file.fileno())  # the record, written last, must not be older than the cubes
     os.replace(unfinished, path)
+    return path.name
+
+
+def remove_others(scan: Scan, made: Pairs | Nodules, written: set[str]) -> None:
+    """Remove a scan's cubes that are not those `written` now: training would take what a killed run with other
+    options left for this one's."""
+    parts = "global|local|img" if isinstance(made, Pairs) else "nodule"
+    own = re.compile(rf"\.?{re.escape(scan.uid)}_({parts})_\d+\.npy(\.tmp)?")
+    folder = scan.file("").parent
+    for name in os.listdir(folder):
+        if own.fullmatch(name) and name not in written:
+            (folder / name).unlink()
 
 
 def process(scan: Scan, made: Pairs | Nodules) -> None:
@@ -397,8 +409,8 @@ def process(scan: Scan, made: Pairs | Nodules) -> None:
             result = make(scan, made, lambda path, cubes: saves.append(writers.submit(save_cubes, path, cubes)))
         except (UnreadableImage, Unusable) as error:
             result = {"failed": str(error)}
-        for one in saves:
-            one.result()
+        written = {one.result() for one in saves}
+    remove_others(scan, made, written)
     result["seconds"] = round(time.perf_counter() - started, 2)
     write_text(scan.file(f".{made.kind}.json"), json.dumps({"settings": settings_of(made), **result}))
 
@@ -414,7 +426,7 @@ def read_record(path: Path) -> dict | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return record if isinstance(record, dict) and "settings" in record else None
+    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
 
 
 def is_finished(scan: Scan, made: Pairs | Nodules) -> bool:
@@ -452,6 +464,9 @@ def find_scans(data: Path, folds: Sequence[int] | None, save: Path) -> list[Scan
                 there = ", ".join(map(str, sorted(folders))) or "no subset folders at all"
                 raise InputError(f"--fold {fold}: no folder {data / f'subset{fold}'}; there are {there}")
         folders = {fold: folders[fold] for fold in folds}
+    if not folders and save.resolve() == data.resolve():
+        # Its subset folders would be taken for LUNA16's when the run is continued, and the volumes not be found.
+        raise InputError(f"--save {save}: holds the volumes themselves; choose another folder for the cubes")
     scans = []
     for fold, folder in sorted((folders or {0: data}).items()):
         paths: dict[str, Path] = {}
@@ -475,24 +490,25 @@ def read_candidates(path: Path) -> dict[str, list[Candidate]]:
     if not path.is_file():
         raise InputError(f"--nodules {path}: no such file")
     found: dict[str, list[Candidate]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file)
-        columns = {name: number for number, name in enumerate(next(lines, []))}
-        for name in TABLE_COLUMNS:
-            if name not in columns:
-                raise InputError(f"{path}, line 1: no column {name!r}; is this LUNA16's table of candidates?")
-        uid, *position, label = (columns[name] for name in TABLE_COLUMNS)
-        for row, line in enumerate(line for line in lines if line):
-            try:
-                place = tuple(float(line[column]) for column in position)
-                one = Candidate(row, ("0", "1").index(line[label].strip()), place)
-            except (ValueError, IndexError):
-                raise InputError(
-                    f"{path}, line {lines.line_num}: not a uid, three coordinates and class 0 or 1"
-                ) from None
-            if not np.isfinite(place).all():
-                raise InputError(f"{path}, line {lines.line_num}: coordinates must be numbers of mm")
-            found.setdefault(line[uid], []).append(one)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"--nodules {path}: not a text file, so not a table of candidates") from None
+    lines = csv.reader(io.StringIO(text, newline=""))
+    columns = {name: number for number, name in enumerate(next(lines, []))}
+    for name in TABLE_COLUMNS:
+        if name not in columns:
+            raise InputError(f"{path}, line 1: no column {name!r}; is this LUNA16's table of candidates?")
+    uid, *position, label = (columns[name] for name in TABLE_COLUMNS)
+    for row, line in enumerate(line for line in lines if line):
+        try:
+            place = tuple(float(line[column]) for column in position)
+            one = Candidate(row, ("0", "1").index(line[label].strip()), place)
+        except (ValueError, IndexError):
+            raise InputError(f"{path}, line {lines.line_num}: not a uid, three coordinates and class 0 or 1") from None
+        if not np.isfinite(place).all():
+            raise InputError(f"{path}, line {lines.line_num}: coordinates must be numbers of mm")
+        found.setdefault(line[uid], []).append(one)
     return found
 
 

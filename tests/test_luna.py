@@ -251,6 +251,29 @@ def test_finished_scans_are_left_alone_and_others_redone(scans, made, tmp_path):
     assert cubes(tmp_path) == cubes(made[0])
 
 
+def test_what_a_killed_run_with_other_options_left_is_removed(scans, made, tmp_path):
+    run(scans, tmp_path, "--scale", 4)
+    for record in tmp_path.rglob("*.pairs.json"):
+        record.unlink()  # as if it had been killed in all scans
+    folder = tmp_path / "subset0"
+    (folder / ".1.2.3.100_global_9.npy.tmp").write_bytes(b"half")
+    for other in ("1.2.3.1001_global_3.npy", "x1.2.3.100_global_3.npy", "1.2.3.100_nodule_3.npy"):
+        (folder / other).write_bytes(b"of another scan or run")
+    run(scans, tmp_path)
+    assert {Path(name).name for name in set(cubes(tmp_path)) - set(cubes(made[0]))} == {
+        "1.2.3.1001_global_3.npy", "x1.2.3.100_global_3.npy", "1.2.3.100_nodule_3.npy",
+    }  # fmt: skip
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_damaged_records_are_redone(scans, made, tmp_path):
+    run(scans, tmp_path)
+    for text in ("", "[]", '{"settings": 5}', '{"settings": null}'):
+        (tmp_path / "subset0" / "1.2.3.100.pairs.json").write_text(text)
+        run(scans, tmp_path)
+        assert cubes(tmp_path) == cubes(made[0])
+
+
 def children_of(pid):
     path = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(child) for child in path.read_text().split()] if path.is_file() else []
@@ -399,6 +422,8 @@ def test_input_that_cannot_be_used(scans, tmp_path):
     write(tmp_path / "same" / "a_ct.mha", chest())
     with pytest.raises(InputError, match="rename one"):
         run(tmp_path / "same", tmp_path / "x")
+    with pytest.raises(InputError, match="holds the volumes themselves; choose another folder"):
+        run(tmp_path / "same" / "a", tmp_path / "same" / "x" / ".." / "a")
     write(tmp_path / "bad" / "ct.mha", np.full(SIZE, 5, np.int16))
     with pytest.raises(InputError, match="no scan gave cubes; subset0/ct: constant"):
         run(tmp_path / "bad", tmp_path / "y")
@@ -514,6 +539,9 @@ def test_bad_tables(nodules, rows, reason):
 def test_table_without_columns_or_file(nodules):
     (nodules / "candidates.csv").write_text("a,b\n")
     with pytest.raises(InputError, match="line 1: no column 'seriesuid'"):
+        run_nodules(nodules, nodules / "cubes")
+    (nodules / "candidates.csv").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(InputError, match="candidates.csv: not a text file"):
         run_nodules(nodules, nodules / "cubes")
     (nodules / "candidates.csv").unlink()
     with pytest.raises(InputError, match="no such file"):

@@ -259,6 +259,12 @@ def test_bad_tables(tmp_path, text, message):
         all_splits(tmp_path)
 
 
+def test_table_that_is_no_text(tmp_path):
+    (tmp_path / "nodules.csv").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(InputError, match="nodules.csv: not a text file"):
+        all_splits(tmp_path)
+
+
 def test_no_cache_for_volumes(tmp_path):
     with pytest.raises(InputError, match="only 2D images are cached, luna has 3 dimensions"):
         open_train(make_pairs(tmp_path, scans=1), cache=str(tmp_path / "cache"))

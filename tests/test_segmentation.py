@@ -218,6 +218,9 @@ def test_bad_cases_in_one_line(tmp_path):
         "16 x 16 x 15 voxels, and its image case1.nii.gz has 16 x 16 x 16": lambda: write(
             root / "masks" / "case1.nii.gz", mask[:, :, :15]
         ),
+        "voxels of 0.5 x 0.5 x 0.5 mm, and those of its image case1.nii.gz have 1 x 1 x 1": lambda: write(
+            root / "masks" / "case1.nii.gz", mask, spacing=(0.5, 0.5, 0.5), origin=(8.75, -3.25, 14.75)
+        ),
         "places it 40 mm from its image": lambda: write(root / "masks" / "case1.nii.gz", mask, origin=(45, -7, 11)),
         "has the value 0.5; the labels of masks are whole": lambda: write(
             root / "masks" / "case1.nii.gz", mask.astype(np.float32) / 2
@@ -535,6 +538,8 @@ def test_bad_options(tmp_path, monkeypatch):
         ("--init", str(tmp_path / "none.pt")): "no such checkpoint file",
         ("--patch", "16", "16", "4"): "--patch 16 16 4: the network halves each side 3 times",
         ("--window", "200", "-200"): "--window 200 -200: the first number must be below the second",
+        ("--window", "nan", "1"): "--window nan 1: the first number must be below the second",
+        ("--patch", "8", "8", "8", "--norm", "instance"): "--norm instance: one voxel is left",
         ("--resume", "last.pt"): "use auto or never",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -239,6 +239,12 @@ def test_dicom_series_that_cannot_be_used(tmp_path):
 # Finding -------------------------------------------------------------------------------------------
 
 
+def test_a_series_in_the_working_folder_has_its_name(tmp_path, monkeypatch):
+    write_series(tmp_path / "dcm")
+    monkeypatch.chdir(tmp_path / "dcm")
+    assert find_volumes(".") == [("dcm", Path("."))]
+
+
 def test_find_volumes(tmp_path):
     for name in (
         "b.mhd",

@@ -270,22 +270,32 @@ def find_brats(root: Path) -> list[Case]:
     return found
 
 
+def by_stem(found: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    """Volumes by their names without extension; an InputError for two of one name."""
+    named: dict[str, Path] = {}
+    for name, path in found:
+        stem = without_extension(name)
+        if stem in named:
+            raise InputError(f"{path}: the same name as {named[stem].name}; keep one of them, or rename it")
+        named[stem] = path
+    return named
+
+
 def find_pairs(root: Path) -> list[Case]:
     """Cases of a folder of image and mask files, as the top of this page says; an InputError for one alone."""
     for images, choices in MASK_FOLDERS.items():
         masks = next((folder for folder in choices if (root / folder).is_dir()), None)
         if (root / images).is_dir() and masks:
-            found = dict(find_volumes(root / images))
-            known = {without_extension(name): path for name, path in find_volumes(root / masks)}
+            known = by_stem(find_volumes(root / masks))
             known |= {name.removesuffix(end): path for name, path in known.items() for end in MASK_ENDS}
-            names = {without_extension(name): path for name, path in found.items()}
+            names = by_stem(find_volumes(root / images))
             where = f"in {root / masks}"
             break
     else:
         if (root / "images").is_dir() or (root / "masks").is_dir():
             there, absent = ("images", "masks") if (root / "images").is_dir() else ("masks", "images")
             raise InputError(f"--data {root}: has the folder {there}, and no folder {absent} beside it")
-        found = {without_extension(name): path for name, path in find_volumes(root)}
+        found = by_stem(find_volumes(root))
         known = {
             name.removesuffix(end): path for name, path in found.items() for end in MASK_ENDS if name.endswith(end)
         }

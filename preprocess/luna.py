@@ -504,11 +504,12 @@ def read_candidates(path: Path) -> dict[str, list[Candidate]]:
         try:
             place = tuple(float(line[column]) for column in position)
             one = Candidate(row, ("0", "1").index(line[label].strip()), place)
+            scan = line[uid]
         except (ValueError, IndexError):
             raise InputError(f"{path}, line {lines.line_num}: not a uid, three coordinates and class 0 or 1") from None
         if not np.isfinite(place).all():
             raise InputError(f"{path}, line {lines.line_num}: coordinates must be numbers of mm")
-        found.setdefault(line[uid], []).append(one)
+        found.setdefault(scan, []).append(one)
     return found
 
 

@@ -570,3 +570,10 @@ def test_benchmarks_baseline_computes_the_same():
     assert benchmark.plain_score(crop) == luna.tissue_score(crop, 32)
     for case in PARITY["iou"]:
         assert benchmark.plain_iou(*case["boxes"]) == pytest.approx(case["value"])
+
+
+def test_a_short_row_of_a_table_that_ends_with_the_uid(tmp_path):
+    table = tmp_path / "candidates.csv"
+    table.write_text("coordX,coordY,coordZ,class,seriesuid\n1,2,3,1\n")
+    with pytest.raises(InputError, match="line 2: not a uid"):
+        luna.read_candidates(table)

@@ -11,7 +11,7 @@ import torch
 from medssl import finetune_segmentation
 from medssl.datasets import phantom_ct, registry
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
-from medssl.datasets.segmentation3d import open_segmented
+from medssl.datasets.segmentation3d import find_pairs, open_segmented
 from medssl.datasets.views import Draws
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
@@ -548,3 +548,11 @@ def test_bad_options(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "open_splits", lambda *_: {"train": ImageDataset(Info("phantom2d"), None, ["a"])})
     with pytest.raises(InputError, match="--dataset phantom2d: has no masks"):
         open_segmented(Request("phantom2d"))
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    root = write_pairs(tmp_path / "pairs", 3)
+    image, _ = ball((16, 16, 16), 1)
+    write(root / "images" / "case1.nrrd", image)
+    with pytest.raises(InputError, match=r"case1.n.*the same name as case1.n.*rename"):
+        find_pairs(root)

@@ -19,6 +19,7 @@ from medssl.datasets.views import (
     Columns,
     Draws,
     MultiCropViews,
+    Pyramid,
     affine,
     color_jitter,
     cutout,
@@ -545,3 +546,10 @@ def test_training_view_is_random_and_keeps_the_batch():
     assert torch.equal(one["view"], same["view"])
     assert not torch.allclose(one["view"], other["view"], atol=0.1)
     assert torch.equal(one["label"], batch["label"])
+
+
+def test_levels_of_an_odd_side_fit_into_the_atlas():
+    # 17 + 9 + 5 + 3 rows of smaller levels stand higher than the 33 of the first.
+    pyramid = Pyramid(torch.rand(2, 1, 33, 33), 0, 4)
+    assert pyramid.atlas.shape[-2:] == (34, 50)
+    assert torch.isfinite(pyramid.atlas).all()

@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
-    args.arch, args.b = args.arch or DEFAULT_ARCH[info.dims], args.b or B[info.dims]
+    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], "b": B[info.dims]})
     if args.k > len(data["train"]):
         raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 

@@ -25,7 +25,6 @@ compared in pairs. Validation and test splits never shrink.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,14 +34,11 @@ from torch import Tensor, nn
 from medssl.datasets.registry import ImageDataset, Info, open_labelled
 from medssl.datasets.views import ClassificationViews
 from medssl.datasets.views3d import VolumeClassificationViews
-from medssl.engine import options
-from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic
-from medssl.engine.evaluation import join_trials, predict_classes, write_predictions
-from medssl.engine.loop import Method, describe, fit, plain, versions, write_json
-from medssl.engine.metrics import froc, mean_of, score, score_with_intervals
+from medssl.engine import options, trials
+from medssl.engine.evaluation import join_trials, summarise_classes, test_classes, validate_classes
+from medssl.engine.loop import Method
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, setup
-from medssl.engine.trials import check_start, deviation, labelled_subset, run_trials
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import EncoderClassifier
@@ -67,6 +63,7 @@ PROTOCOLS |= {  # for volumes, which are not cropped
         "b": 32, "epochs": 100, "patience": 30, "select": "auroc", "positive_share": 1 / 3,
     },
 }  # fmt: skip
+PROTOCOL_OF = {"chest": "chest", "luna": "luna", 2: "medmnist", 3: "volumes"}  # of a data set, or of its dimension
 EVAL_B = {2: 128, 3: 16}
 
 
@@ -92,19 +89,6 @@ class Classifier(Method):
         return [self.network.encoder]
 
 
-def oversample(train: ImageDataset, share: float) -> ImageDataset:
-    """The training images with those of class 1 repeated, so that about `share` of an epoch's images are of it.
-
-    Every image of class 0 still comes once an epoch, and class 1 is not thinned out where it is frequent enough.
-    """
-    positive = [i for i, label in enumerate(train.labels) if share and label == 1]
-    if not positive:
-        return train
-    others = len(train) - len(positive)
-    times = max(1, round(others * share / (1 - share) / len(positive)))
-    return train.subset([*range(len(train)), *positive * (times - 1)])
-
-
 def make_views(
     args: argparse.Namespace, dims: int, normalization: dict
 ) -> ClassificationViews | VolumeClassificationViews:
@@ -116,88 +100,29 @@ def make_views(
     )
 
 
-def run_trial(k: int, splits: dict[str, ImageDataset], args: argparse.Namespace, devices: Devices) -> dict:
-    """Fine-tune once; leaves best.pt and predictions.csv in `trial_k`, and returns its entry of results.json."""
-    info, train = splits["train"].info, splits["train"]
-    seed, folder = args.seed + k, Path(args.output) / f"trial_{k}"
-    train = labelled_subset(train, args.annotation_percent, seed)
-    shown = oversample(train, args.positive_share or 0)
-    own = argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed})
-    parts = max(devices.world, len(devices.device_ids))
-    fewer = len(shown) < args.b  # few labels: a smaller batch
-    own.b = max(2, min(args.b, len(shown)) // parts) * parts if fewer else args.b
+def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices: Devices) -> dict:
+    """Fine-tune once; leaves best.pt and predictions.csv in `--output`, and returns the trial's entry."""
+    info = splits["train"].info
+    train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
+    shown = trials.oversample(train, args.positive_share or 0)
+    args.b = trials.batch_size(args.b, len(shown), devices)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     encoder = make_encoder(args.arch, dims=info.dims)
     network = EncoderClassifier(encoder, len(info.classes), args.dropout, args.freeze)
     start = initialise(network.encoder, args.arch, args.init)
-    normalization = start.pop("normalization")
-    views = make_views(args, info.dims, normalization)
+    views = make_views(args, info.dims, start["normalization"])
 
     def evaluate() -> dict[str, float]:
-        p, targets, _, loss = predict_classes(network, views, splits["val"], own, devices)
-        auroc = score(p, targets, info)["auroc"]
-        by_loss = args.select == "loss" or auroc is None
-        return {"score": -loss if by_loss else auroc, "val_loss": loss, "val_auroc": auroc}
+        return validate_classes(network, views, splits["val"], args, devices)
 
-    since = time.perf_counter()
-    method = Classifier(network)
-    report = fit(method, shown, views, own, devices, evaluate, tensorboard=args.tensorboard)
-    best = report["best"]
-    method.load_state_dict(best["state"])
-    test = splits["test"]
-    p, targets, indices, _ = predict_classes(network, views, test, own, devices, args.tta)
-    patients = None if test.patients is None else [test.patients[i] for i in indices]
-    more, detection = None, {}
-    if test.weights is not None:
-        weight = test.weights[[test.positions[i] for i in indices]]
-        more = {"scan": patients, "weight": weight.tolist()}
-        detection = froc(p[:, 1], targets[:, 1], weight, patients)
+    report = trials.fit_best(Classifier(network), shown, views, args, devices, evaluate)
+    values = test_classes(network, views, splits["test"], args, devices)
     if devices.main:
-        weights = {
-            "state_dict": {key: value.cpu() for key, value in network.state_dict().items()}, "arch": args.arch,
-            "dims": info.dims, "channels": 3 if info.dims == 2 else 1, "task": info.task,
-            "classes": list(info.classes), "normalization": normalization, "version": FORMAT_VERSION,
-            **({"image_size": args.image_size} if info.dims == 2 else {"cube_size": args.cube_size}),
-        }  # fmt: skip
-        save_atomic(weights, folder / "best.pt")
-        write_predictions(folder / "predictions.csv", k, [test.ids[i] for i in indices], p, targets, info, more)
-    return {
-        "trial": k, "seed": seed, **score_with_intervals(p, targets, info, patients), **detection,
-        "val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"],
-        "train_images": len(train), "seconds": round(time.perf_counter() - since, 1), "start": start,
-    }  # fmt: skip
-
-
-def summarise(entries: list[dict], args: argparse.Namespace, info: Info, devices: Devices) -> dict:
-    """results.json: every trial, and the mean and standard deviation over trials."""
-    values = [entry["auroc"] for entry in entries if entry["auroc"] is not None]
-    per_class = {
-        name: {
-            "mean": mean_of(entry["per_class"][name]["auroc"] for entry in entries),
-            "interval_of_trial_0": entries[0]["per_class"][name]["interval"],
-        }
-        for name in info.classes
-    }
-    detection = {}
-    if "cpm" in entries[0]:
-        sampled = entries[0]["largest_weight"] > 1
-        detection = {
-            "cpm": mean_of(entry["cpm"] for entry in entries),
-            "sensitivity": {
-                rate: mean_of(entry["sensitivity"][rate] for entry in entries) for rate in entries[0]["sensitivity"]
-            },
-            "false_positives": "of sampled negatives, each counted as the candidates it stands for" if sampled
-            else "of all candidates",
-        }  # fmt: skip
-    return {
-        "metric": "auroc", "dataset": info.name, "task": info.task, "init": args.init, "arch": args.arch,
-        "annotation_percent": args.annotation_percent, "mean": mean_of(values),
-        "std": deviation(values),
-        **{key: mean_of(entry[key] for entry in entries) for key in ("accuracy", "f1")},
-        **detection, "per_class": per_class, "matched_keys": entries[0]["start"]["matched"], "trials": entries,
-        "config": plain(args), "versions": versions(), "device": describe(devices),
-    }  # fmt: skip
+        side = {"image_size": args.image_size} if info.dims == 2 else {"cube_size": args.cube_size}
+        described = {"task": info.task, "classes": list(info.classes), "normalization": start["normalization"], **side}
+        trials.save_network(network, args, info, channels=3 if info.dims == 2 else 1, **described)
+    return {**values, **report, "train_images": len(train), "start": start}
 
 
 def get_parser() -> options.Parser:
@@ -214,7 +139,7 @@ def get_parser() -> options.Parser:
     options.add_network(parser)
     options.add_runtime(parser)
     options.add_output(parser, default="runs/classification")
-    group = parser.add_argument_group("fine-tuning")
+    group = options.add_trials(parser)
     group.add_argument(
         "--protocol", choices=("auto", *PROTOCOLS), default="auto", help="defaults of the options; auto: the data set's"
     )
@@ -225,11 +150,6 @@ def get_parser() -> options.Parser:
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"),
         help="resize volumes to as many voxels; by default they stay as the data set has them",
     )  # fmt: skip
-    group.add_argument(
-        "--annotation-percent", "--annotation_percent", type=options.bounded_float(1e-6, 100), default=100.0,
-        help="use this percentage of the training labels",
-    )  # fmt: skip
-    group.add_argument("--trials", "--trial", type=options.positive_int, default=1, help="repeat with seeds 0, 1, …")
     group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
     options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")
     group.add_argument("--rotation", type=options.non_negative, default=10.0, help="largest rotation, degrees")
@@ -238,7 +158,6 @@ def get_parser() -> options.Parser:
         help="test-time views of images; tencrop needs a --margin below 1, as the protocol chest has",
     )  # fmt: skip
     group.add_argument("--eval-b", type=options.positive_int, help="images at a time in evaluation: 128, volumes 16")
-    options.flag(group, "--tensorboard", True, "write TensorBoard events")
     by_protocol = parser.add_argument_group("set by the protocol unless given")
     by_protocol.add_argument("--patience", type=options.non_negative_int, help="epochs without gain; 0 never stops")
     by_protocol.add_argument("--select", choices=("auroc", "loss"), help="validation number that chooses the epoch")
@@ -261,66 +180,52 @@ def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
     """The options with the protocol's and the dimension's values where the user gave none.
 
     Raises:
-        InputError: for an option that images or volumes do not have.
+        InputError: for an option or a protocol that images, or volumes, do not have.
     """
-    refused = ("crop_scale", "margin") if info.dims == 3 else ("cube_size",)
-    for option in refused:
-        if getattr(args, option) is not None:
-            kind = "images" if info.dims == 3 else "volumes"
-            raise InputError(f"--{option.replace('_', '-')}: is for {kind}, and {info.name} has {info.dims} dimensions")
-    if info.dims == 3 and args.tta == "tencrop":
-        raise InputError(f"--tta tencrop: is for images, and {info.name} has 3 dimensions; leave it out")
-    if info.dims == 3 and args.cube_size and min(args.cube_size) < 8:
-        raise InputError("--cube-size: the 3D U-Net needs sides of at least 8 voxels")
-    name = args.protocol
-    if name == "auto" and info.dims == 3:
-        name = "luna" if info.name == "luna" else "volumes"
-    elif name == "auto":
-        name = "chest" if info.name in ("chest", "chexpert") else "medmnist"
-    if info.dims == 2 and name in ("volumes", "luna"):
-        raise InputError(f"--protocol {name}: is for volumes, and {info.name} has 2 dimensions")
-    defaults = {**PROTOCOLS[name], "arch": DEFAULT_ARCH[info.dims], "eval_b": EVAL_B[info.dims]}
-    given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
-    completed = argparse.Namespace(**{**defaults, **given, "protocol": name})
-    if completed.positive_share and info.task != "binary":
+    of_images = {"--crop-scale": args.crop_scale, "--margin": args.margin, "--tta tencrop": args.tta == "tencrop"}
+    of_images |= {f"--protocol {name}": args.protocol == name for name in ("chest", "medmnist")}
+    of_volumes = {"--cube-size": args.cube_size}
+    of_volumes |= {f"--protocol {name}": args.protocol == name for name in ("luna", "volumes")}
+    for kind, dims, given in (("images", 2, of_images), ("volumes", 3, of_volumes)):
+        wrong = [option for option, value in given.items() if value and info.dims != dims]
+        if wrong:
+            raise InputError(f"{wrong[0]}: is for {kind}, and {info.name} has {info.dims} dimensions; leave it out")
+    name = PROTOCOL_OF.get(info.name, PROTOCOL_OF[info.dims]) if args.protocol == "auto" else args.protocol
+    by_dims = {"arch": DEFAULT_ARCH[info.dims], "eval_b": EVAL_B[info.dims]}
+    args = options.complete(args, {**PROTOCOLS[name], **by_dims})
+    args.protocol = name
+    if args.positive_share and info.task != "binary":
         raise InputError(f"--positive-share: needs two classes, and {info.name} is {info.task}; set it to 0")
-    if completed.tta == "tencrop" and completed.margin == 1:
+    if args.tta == "tencrop" and args.margin == 1:
         raise InputError("--tta tencrop: with --margin 1 its crops are all the same; give --margin 0.875")
-    return completed
+    if info.dims == 2:
+        options.check_range("--crop-scale", *args.crop_scale)
+    elif args.cube_size:
+        options.check_sides("--cube-size", args.cube_size)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    check_start(args)
+    trials.check_start(args)
     devices = setup(args.gpus, args.device, args.deterministic)
     splits = open_labelled(args)
     info = splits["train"].info
     args = complete(args, info)
-    if info.dims == 2:
-        options.check_range("--crop-scale", *args.crop_scale)
-    entries, best = run_trials(args, devices, lambda k: run_trial(k, splits, args, devices), say)
+    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
     if devices.main:
         output = Path(args.output)
-        summary = summarise(entries, args, info, devices)
-        write_json(output / "results.json", summary)
+        summary = trials.summarise_trials(entries, "auroc", args, info, devices)
         join_trials(output, args.trials, best, info)
-        spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
-        mean = said(summary["mean"]) + spread
-        where = output / "results.json"
-        print(f"{args.init}, {args.annotation_percent:g} % of the labels: test AUROC {mean}; see {where}", flush=True)
+        trials.write_results(output, {**summary, **summarise_classes(entries, info)}, "AUROC")
     devices.wait()
     finish()
 
 
-def say(entry: dict) -> str:
-    """A trial in a line."""
-    cpm = "" if entry.get("cpm") is None else f", CPM {said(entry['cpm'])}"
-    return f"AUROC {said(entry['auroc'])}{cpm}, accuracy {said(entry['accuracy'])}"
-
-
-def said(value: float | None) -> str:
-    """A number as text; "undefined" where the labels do not say."""
-    return "undefined" if value is None else f"{value:.4f}"
+def in_a_line(entry: dict) -> str:
+    """A finished trial."""
+    cpm = f", CPM {trials.said(entry['cpm'])}" if "cpm" in entry else ""
+    return f"AUROC {trials.said(entry['auroc'])}{cpm}, accuracy {trials.said(entry['accuracy'])}"
 
 
 def cli() -> None:

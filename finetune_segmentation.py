@@ -24,27 +24,22 @@ compared in pairs. Validation and test cases never shrink.
 """
 
 import argparse
-import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, data_digest, request_of
-from medssl.datasets.segmentation3d import SegmentationVolumes, open_segmented
-from medssl.engine import options
-from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic
-from medssl.engine.loop import Method, describe, fit, plain, versions, write_json
-from medssl.engine.metrics import mean_of
+from medssl.datasets.registry import ImageDataset, Info
+from medssl.datasets.segmentation3d import open_segmented
+from medssl.datasets.views3d import VolumeSegmentationViews
+from medssl.engine import options, trials
+from medssl.engine.loop import Method
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, finish, setup
-from medssl.engine.segmentation import PatchViews, join_cases, regions_of, test_and_write, validate
-from medssl.engine.trials import check_start, deviation, labelled_subset, run_trials
+from medssl.engine.segmentation import join_cases, summarise_segmentation, test_and_write, validate
 from medssl.losses.segmentation import dice_cross_entropy
-from medssl.models.encoders import initialise, width_of
+from medssl.models.encoders import initialise_unet, width_of
 from medssl.models.unet3d import UNet3d
 
 PROTOCOLS = {
@@ -75,90 +70,30 @@ class Segmenter(Method):
         return {"view": batch["view"][:, :1]} | {k: v[:, None] / (self.labels - 1) for k, v in shades.items()}
 
 
-def load_start(network: UNet3d, args: argparse.Namespace) -> dict:
-    """Set the starting weights of a segmentation network, as `--init` and `--load` say; `initialise`'s report.
+def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices: Devices) -> dict:
+    """Fine-tune once; leaves best.pt, predictions/ and overlays/ in `--output`, and returns the trial's entry, with the
+    rows of cases.csv as "cases"."""
+    info, labels = splits["train"].info, splits["train"].mask_labels
+    train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
+    passes = -(-args.epoch_steps * args.b // len(train))  # of the volumes, in an epoch of that many steps
+    shown = train.subset([*range(len(train))] * max(1, passes))
 
-    Raises:
-        InputError: as `initialise`, or when the decoder is asked for and the weights have none that fits.
-    """
-    if args.load == "encoder" or args.init == "random":
-        return initialise(network.encoder, args.arch, args.init)
-    body = nn.Module()  # all but the last layer, whose labels are this task's
-    for name, part in network.named_children():
-        if name != "out_tr":
-            body.add_module(name, part)
-    try:
-        start = initialise(body, args.arch, args.init)
-    except InputError as error:
-        if "up_tr" not in str(error):
-            raise
-        raise InputError(
-            f"--init {args.init}: its decoder has other shapes, as those without skips have (PCRLv2's); "
-            "use --load encoder"
-        ) from None
-    if start["missing"]:
-        raise InputError(f"--init {args.init}: holds no whole decoder; use --load encoder")
-    return start
-
-
-def run_trial(k: int, splits: dict[str, ImageDataset], args: argparse.Namespace, devices: Devices) -> dict:
-    """Fine-tune once; leaves best.pt, predictions/ and overlays/ in `trial_k`, and returns its entry of results.json
-    with the rows of cases.csv as "cases"."""
-    info, names = splits["train"].info, splits["train"].mask_labels
-    seed, folder = args.seed + k, Path(args.output) / f"trial_{k}"
-    own = argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed})
-    train = labelled_subset(splits["train"], args.annotation_percent, seed)
-    count = len(train)
-    train = train.subset(list(range(count)) * max(1, -(-args.epoch_steps * args.b // count)))
-
-    torch.manual_seed(seed)
-    network = UNet3d(len(names), channels=info.channels, width=width_of(args.arch), norm=args.norm)
-    start = load_start(network, args)
-    normalization = start.pop("normalization")
-    views = PatchViews(args.patches, patch=args.patch, foreground=args.foreground)
+    torch.manual_seed(args.seed)
+    network = UNet3d(len(labels), channels=info.channels, width=width_of(args.arch), norm=args.norm)
+    start = initialise_unet(network, args.arch, args.init, args.load)
+    views = VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches)
 
     def evaluate() -> dict[str, float]:
-        values = validate(network, views, splits["val"], own, devices)
-        return {"score": values["dice"] or 0.0, "val_dice": values["dice"]}
+        return validate(network, views, splits["val"], args, devices)
 
-    since = time.perf_counter()
-    method = Segmenter(network, len(names))
-    report = fit(method, train, views, own, devices, evaluate, tensorboard=args.tensorboard)
-    best = report["best"]
-    method.load_state_dict(best["state"])
-    values, rows = {}, []
+    report = trials.fit_best(Segmenter(network, len(labels)), shown, views, args, devices, evaluate)
+    values = {}
     if devices.main:
-        values, rows = test_and_write(network, views, splits["test"], own, devices, folder)
-        weights = {
-            "state_dict": {key: value.cpu() for key, value in network.state_dict().items()}, "arch": args.arch,
-            "dims": info.dims, "channels": info.channels, "task": "segmentation", "labels": list(names),
-            "normalization": normalization, "patch": list(args.patch), "spacing": args.spacing,
-            "window": args.window, "norm": args.norm, "version": FORMAT_VERSION,
-        }  # fmt: skip
-        save_atomic(weights, folder / "best.pt")
-    return {
-        "trial": k, "seed": seed, **values, "val_score": best["score"], "best_epoch": round(best["epoch"], 2),
-        "steps": report["step"], "train_images": count, "seconds": round(time.perf_counter() - since, 1),
-        "start": start, "cases": rows,
-    }  # fmt: skip
-
-
-def summarise(entries: list[dict], args: argparse.Namespace, data: ImageDataset, devices: Devices) -> dict:
-    """results.json: every trial, and the mean and standard deviation over trials."""
-    values = [entry["dice"] for entry in entries if entry["dice"] is not None]
-    keys = ("dice", "pooled_dice", "hd95")
-    return {
-        "metric": "dice", "dataset": data.info.name, "task": "segmentation", "init": args.init, "arch": args.arch,
-        "load": args.load, "annotation_percent": args.annotation_percent, "mean": mean_of(values),
-        "std": deviation(values), **{key: mean_of(entry[key] for entry in entries) for key in keys[1:]},
-        "per_class": {
-            name: {key: mean_of(entry["per_class"][name][key] for entry in entries) for key in keys}
-            for name in regions_of(data)
-        },
-        "matched_keys": entries[0]["start"]["matched"],
-        "trials": [{key: value for key, value in entry.items() if key != "cases"} for entry in entries],
-        "config": plain(args), "versions": versions(), "device": describe(devices),
-    }  # fmt: skip
+        values = test_and_write(network, views, splits["test"], args, devices)
+        described = {"labels": list(labels), "normalization": start["normalization"], "norm": args.norm}
+        described |= {"patch": args.patch} | {key: getattr(splits["train"], key, None) for key in ("spacing", "window")}
+        trials.save_network(network, args, info, channels=info.channels, task="segmentation", **described)
+    return {**values, **report, "train_images": len(train), "start": start}
 
 
 def get_parser() -> options.Parser:
@@ -171,7 +106,7 @@ def get_parser() -> options.Parser:
         help="mm between voxels, to which volumes are resampled; 0 leaves an axis as it is",
     )  # fmt: skip
     data.add_argument(
-        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="stored values (HU) that become 0 and 1"
+        "--window", type=options.finite, nargs=2, metavar=("LOW", "HIGH"), help="stored values (HU) that become 0 and 1"
     )
     options.add_training(parser)
     network = options.add_network(parser)
@@ -181,12 +116,7 @@ def get_parser() -> options.Parser:
     network.add_argument("--norm", choices=("batch", "group", "instance"), default="batch", help="normalisation layers")
     options.add_runtime(parser)
     options.add_output(parser, default="runs/segmentation")
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument(
-        "--annotation-percent", "--annotation_percent", type=options.bounded_float(1e-6, 100), default=100.0,
-        help="use this percentage of the training cases",
-    )  # fmt: skip
-    group.add_argument("--trials", "--trial", type=options.positive_int, default=1, help="repeat with seeds 0, 1, …")
+    group = options.add_trials(parser)
     group.add_argument("--patience", type=options.non_negative_int, default=30, help="epochs without gain; 0: never")
     group.add_argument("--epoch-steps", type=options.positive_int, default=50, help="fewest steps of an epoch")
     group.add_argument("--foreground", type=options.fraction, default=0.5, help="share of patches around a label")
@@ -195,7 +125,6 @@ def get_parser() -> options.Parser:
     )
     group.add_argument("--eval-b", type=options.positive_int, default=4, help="windows at a time in evaluation")
     group.add_argument("--overlays", type=options.non_negative_int, default=8, help="test cases that are drawn")
-    options.flag(group, "--tensorboard", True, "write TensorBoard events")
     by_set = parser.add_argument_group("set by the data set unless given")
     by_set.add_argument("--patch", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), help="voxels")
     by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
@@ -209,64 +138,37 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def complete(args: argparse.Namespace, splits: dict[str, ImageDataset]) -> argparse.Namespace:
-    """The options with the data set's values where the user gave none; and what data sets are told of the user's."""
-    info = splits["train"].info
-    defaults = PROTOCOLS.get(info.name, PROTOCOLS["folder"])
-    given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
-    args = argparse.Namespace(**{**defaults, **given})
-    if min(args.patch) < 8:
-        raise InputError(f"--patch {' '.join(map(str, args.patch))}: the network halves each side 3 times; at least 8")
+def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
+    """The options with the data set's values where the user gave none."""
+    args = options.complete(args, PROTOCOLS.get(info.name, PROTOCOLS["folder"]))
+    options.check_sides("--patch", args.patch)
     if args.norm == "instance" and max(args.patch) < 16:
         raise InputError(
             "--norm instance: one voxel is left of this --patch in the deepest level; make a side 16 or more"
         )
-    for option in ("spacing", "window"):
-        value = getattr(args, option)
-        if value is None:
-            setattr(args, option, getattr(splits["train"], option, None))
-            continue
-        if not isinstance(splits["train"], SegmentationVolumes):
-            raise InputError(f"--{option}: the volumes of {info.name} are generated; leave it out")
-        for data in splits.values():
-            setattr(data, option, tuple(value))
-    if args.window is not None and not -math.inf < args.window[0] < args.window[1] < math.inf:
-        raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: the first number must be below the second")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    check_start(args)
+    trials.check_start(args)
     width_of(args.arch)
     devices = setup(args.gpus, args.device, args.deterministic)
-    splits = open_segmented(request_of(args), args.d, args.labels)
-    args.data_digest = data_digest(splits)
-    args = complete(args, splits)
-    entries, best = run_trials(
-        args,
-        devices,
-        lambda k: run_trial(k, splits, args, devices),
-        lambda entry: f"Dice {said(entry['dice'])}, 95 % Hausdorff {said(entry['hd95'], 1)} mm",
-    )
+    splits = open_segmented(args)
+    args = complete(args, splits["train"].info)
+    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
     if devices.main:
-        output = Path(args.output)
-        summary = summarise(entries, args, splits["test"], devices)
-        write_json(output / "results.json", summary)
-        join_cases(output, [entry["cases"] for entry in entries], best)
-        spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
-        print(
-            f"{args.init}, {args.annotation_percent:g} % of the labels: test Dice {said(summary['mean'])}{spread}; "
-            f"see {output / 'results.json'}",
-            flush=True,
-        )
+        output, test = Path(args.output), splits["test"]
+        summary = trials.summarise_trials(entries, "dice", args, test.info, devices)
+        join_cases(output, [entry.pop("cases") for entry in entries], best)
+        trials.write_results(output, {**summary, **summarise_segmentation(entries, test), "load": args.load}, "Dice")
     devices.wait()
     finish()
 
 
-def said(value: float | None, digits: int = 4) -> str:
-    """A number as text; "undefined" where no case has the structure."""
-    return "undefined" if value is None else f"{np.round(value, digits):.{digits}f}"
+def in_a_line(entry: dict) -> str:
+    """A finished trial."""
+    return f"Dice {trials.said(entry['dice'])}, 95 % Hausdorff {trials.said(entry['hd95'], 1)} mm"
 
 
 def cli() -> None:

@@ -191,12 +191,6 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def complete(args: argparse.Namespace, dims: int) -> argparse.Namespace:
-    """The options with the values of the data's dimension where the user gave none."""
-    given = {key: value for key, value in vars(args).items() if value is not None or key not in DEFAULTS[dims]}
-    return argparse.Namespace(**{**DEFAULTS[dims], **given})
-
-
 def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
     """The views of images or volumes."""
     if dims == 3:
@@ -215,13 +209,12 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     options.check_range("--blur-sigma", *args.blur_sigma)
-    for option in ("cube_size", "local_cube_size"):
-        if min(getattr(args, option)) < 8:
-            raise options.InputError(f"--{option.replace('_', '-')}: the 3D U-Net needs sides of at least 8 voxels")
+    options.check_sides("--cube-size", args.cube_size)
+    options.check_sides("--local-cube-size", args.local_cube_size)
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    args = complete(args, dims)
+    args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims)
     start = initialise(method.network.encoder, args.arch, args.init)

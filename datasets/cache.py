@@ -10,9 +10,13 @@ A cache is a folder with
 A fingerprint is an image's size in bytes and a digest of all of them, those of the file, or of the array where there
 is no file. It does not change when files are copied. Training compares the size of every image, and the digest of
 `SAMPLED`; making or finishing a cache compares all, which reads every file.
+
+Volumes of files are kept in such a folder too, as they are first read: one `.npz` for each, with the arrays of its
+item. Its name is a digest of the files' paths, sizes and times, and of how they were read.
 """
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -26,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from medssl.datasets.lists import write_text
-from medssl.datasets.reading import digest
-from medssl.datasets.registry import ImageDataset, UnreadableImage
+from medssl.datasets.registry import ImageDataset, UnreadableImage, digest, files_in
+from medssl.datasets.volumes import use_one_thread
 from medssl.engine.options import InputError
 
 VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone
@@ -143,7 +147,8 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
     """
     if data.info.dims != 2:
         raise InputError(
-            f"data set {data.info.name}: only 2D images are cached, these have {data.info.dims} dimensions"
+            f"data set {data.info.name}: only 2D images are cached beforehand, these have {data.info.dims} dimensions; "
+            "training keeps volumes in --cache as it reads them"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -312,26 +317,97 @@ class CachedDataset(ImageDataset):
     def __init__(self, data: ImageDataset, rows: _Rows, positions: Sequence[int]) -> None:
         super().__init__(data.info, rows, data.ids, data.labels, data.patients, data.texture_size)
         self.positions = positions
+        self.contents = data.contents  # so that a run may continue with or without a cache
 
     def load(self, i: int) -> dict[str, torch.Tensor]:
         row = self.positions[i]
         return {"image": torch.from_numpy(self.read.texture(row)), "size": self.read.sizes[row].clone()}
 
 
+class DecodedVolumes(ImageDataset):
+    """Volumes decoded from files: what `read` gives is a path, or holds paths.
+
+    A subclass has `decode`, and in `recipe` all but the files that its result depends on.
+
+    Attributes:
+        kept_in: folder where items are kept from the first reading on, or None.
+    """
+
+    kept_in: Path | None = None
+
+    @property
+    def recipe(self) -> tuple:
+        """Numbers, strings and tuples of them."""
+        raise NotImplementedError
+
+    def decode(self, source: object) -> dict[str, torch.Tensor]:
+        """The item of what `read` gives, without its label; an UnreadableImage for a file that cannot be decoded."""
+        raise NotImplementedError
+
+    def load(self, i: int) -> dict[str, torch.Tensor]:
+        """Volume i without its label, kept where `kept_in` says.
+
+        Raises:
+            UnreadableImage: for a file that cannot be decoded.
+            InputError: when an item cannot be kept, as on a full disk.
+        """
+        if torch.utils.data.get_worker_info():
+            use_one_thread()
+        source = self.read(self.positions[i])
+        name = None if self.kept_in is None else self._name(source)
+        if name is None:
+            return self.decode(source)
+        path = self.kept_in / name
+        if path.exists():
+            with np.load(path) as arrays:
+                return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        item = self.decode(source)
+        try:
+            _save(path, {key: tensor.numpy() for key, tensor in item.items()})
+        except OSError as error:
+            raise InputError(f"--cache {self.kept_in}: {error.strerror}; leave it out, or choose another") from None
+        return item
+
+    def _name(self, source: object) -> str | None:
+        """A file name that changes with the files, and with how they are read; None where a file is missing."""
+        files = [file for path in files_in(source) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        try:
+            states = [(os.fspath(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        except OSError:
+            return None  # decoding says which
+        return f"{digest(json.dumps([VERSION, type(self).__name__, self.recipe, states]).encode())}.npz"
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays so that `path` is complete or not there; several processes may write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
-    """The same images, labels and patients, read from a cache.
+    """The same images, labels and patients, read from a cache; volumes of files fill theirs as they are read.
 
     Raises:
         InputError: when the cache is missing, unfinished, of other images or of files that have changed, or of
-            another texture size or number of channels; the text has the command that makes the right one. When the
-            set is not 2D.
+            another texture size or number of channels; the text has the command that makes the right one. For
+            volumes that are read as fast without: cubes, and what is in memory.
     """
-    info = data.info
+    info, folder = data.info, Path(folder)
+    if isinstance(data, DecodedVolumes):
+        data = copy.copy(data)
+        data.kept_in = folder
+        return data
     if info.dims != 2:
         raise InputError(
-            f"--cache {folder}: only 2D images are cached, {info.name} has {info.dims} dimensions; leave it out"
+            f"--cache {folder}: only 2D images are cached, and volumes that training decodes; those of {info.name} "
+            "are read as fast without it; leave it out"
         )
-    folder = Path(folder)
     index = _read_index(folder)
     command = (
         f"run: python preprocess/cache_images.py --dataset {info.name} --data DIR "

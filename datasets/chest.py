@@ -19,6 +19,7 @@ from torch import Tensor
 from medssl.datasets.lists import (
     HELD_OUT,
     SPLIT_SEED,
+    asked_for,
     file_name,
     known_or_nan,
     line_of,
@@ -119,7 +120,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     folder = request.folder()
     paths = _index(folder)
     entries = read_entries(folder)
-    if request.list or request.val_list or request.test_list:
+    if request.lists:
         chosen = _given(request, splits, folder, entries)
     else:
         chosen = _official(folder, paths, splits, entries)
@@ -158,13 +159,10 @@ Chosen = tuple[Path, list[str], Tensor | None]
 
 def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entries | None) -> dict[str, Chosen]:
     """The splits of the user's lists."""
-    given = {"train": request.list, "val": request.val_list, "test": request.test_list}
     official = folder / "test_list.txt"
     hidden = set(read_list(official, file_name)[0]) if official.is_file() else set()
     chosen: dict[str, Chosen] = {}
-    for split, path in given.items():
-        if path is None:
-            continue
+    for split, path in request.lists.items():
         # Some published lists write `images/00000001_000.png`; the name alone identifies the image.
         names, labels = read_list(path, file_name)
         if labels is not None:
@@ -223,14 +221,8 @@ def _official(folder: Path, paths: dict[str, str], splits: Sequence[str], entrie
 
 
 def _only(chosen: dict[str, Chosen], splits: Sequence[str]) -> dict[str, Chosen]:
-    for split in splits:
-        if split not in chosen:
-            option = "--list" if split == "train" else f"--{split}-list"
-            raise InputError(
-                f"data set chest: nothing says which images are for {split}; give {option}, "
-                "or put the official train_val_list.txt and test_list.txt into --data"
-            )
-    return {split: chosen[split] for split in splits}
+    or_ = ", or put the official train_val_list.txt and test_list.txt into --data"
+    return asked_for("chest", chosen, splits, or_=or_)
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Any folder of images or of volumes: the way to pre-train and fine-tune on one's own data.
 
-Volumes (`.mhd .mha .nii .nii.gz .nrrd`, folders of DICOM slices) are decoded whole every time. CTs of hundreds of
-slices are cut once with `preprocess/luna.py`, which takes any folder, and the cubes are given as `--data`.
+Volumes (`.mhd .mha .nii .nii.gz .nrrd`, folders of DICOM slices) are decoded whole every time, or once with `--cache`.
+CTs of hundreds of slices are cut once with `preprocess/luna.py`, which takes any folder, and the cubes are given as
+`--data`.
 """
 
 import os
@@ -16,26 +17,29 @@ import torch
 from torch import Tensor
 
 from medssl.datasets import luna
+from medssl.datasets.cache import DecodedVolumes
 from medssl.datasets.lists import (
     SPLIT_SEED,
+    asked_for,
     class_count,
     known_or_nan,
     line_of,
     patient_of,
     read_list,
+    split_all,
     split_by_patient,
 )
 from medssl.datasets.reading import DICOM_EXTENSIONS, Files, find_images, read_image
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, volume_item
 from medssl.datasets.views3d import resize
-from medssl.datasets.volumes import find_volumes, read_volume, to_unit, use_one_thread, without_extension
+from medssl.datasets.volumes import find_volumes, read_volume, to_unit, without_extension
 from medssl.engine.options import InputError
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"
 
 
-class VolumeFiles(ImageDataset):
+class VolumeFiles(DecodedVolumes):
     """Volumes of any shape, each resampled to one grid; items as `registry.volume_item` says.
 
     Args:
@@ -48,11 +52,13 @@ class VolumeFiles(ImageDataset):
         super().__init__(info, list(paths).__getitem__, ids, **more)
         self.grid = tuple(grid)
 
-    def load(self, i: int) -> dict[str, Tensor]:
-        """Volume i, scaled to [0, 1] as `volumes.to_unit` does, anti-aliased where the grid is coarser."""
-        if torch.utils.data.get_worker_info():
-            use_one_thread()
-        volume = read_volume(self.read(self.positions[i]))
+    @property
+    def recipe(self) -> tuple:
+        return self.grid
+
+    def decode(self, source: Path) -> dict[str, Tensor]:
+        """A volume scaled to [0, 1] as `volumes.to_unit` does, anti-aliased where the grid is coarser."""
+        volume = read_volume(source)
         resampled = resize([torch.from_numpy(to_unit(volume.array))], self.grid)[0, 0]
         return volume_item(resampled, [n * step for n, step in zip(volume.array.shape, volume.spacing)])
 
@@ -78,7 +84,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     if request.dims != 2 and (luna.find_pairs(root) or (root / "nodules.csv").is_file()):
         return luna.open_splits(request, splits)
     found, dims = _find(root, request.dims)
-    if request.list or request.val_list or request.test_list:
+    if request.lists:
         chosen, info = _from_lists(request, splits, root, found, dims)
     else:
         chosen, info = _from_folders(root, list(found), splits)
@@ -167,11 +173,9 @@ def _dataset(
 def _from_lists(
     request: Request, splits: Sequence[str], root: Path, found: dict[str, Path], dims: int
 ) -> tuple[dict[str, Chosen], Info]:
-    files = {"train": request.list, "val": request.val_list, "test": request.test_list}
-    files = {split: path for split, path in files.items() if path}
     chosen: dict[str, Chosen] = {}
     columns = None
-    for split, path in files.items():
+    for split, path in request.lists.items():
         listed, labels = read_list(path)
         names = [posixpath.normpath(name.replace("\\", "/")) for name in listed]
         if dims == 3:  # ids have no extension, lists may
@@ -192,9 +196,9 @@ def _from_lists(
             labels = labels[:, 0].long()
         chosen[split] = names, labels
     info = _task_of(chosen)
-    if list(files) == ["train"] and set(splits) != {"train"}:
+    if list(request.lists) == ["train"] and set(splits) != {"train"}:
         chosen = _split_all(*chosen["train"], f"{request.list} is one list")
-    return _only(chosen, splits), info
+    return asked_for("folder", chosen, splits), info
 
 
 def _task_of(chosen: dict[str, Chosen]) -> Info:
@@ -223,14 +227,14 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
             train = chosen["train"]
             chosen["train"], chosen["val"] = _take(train, rest), _take(train, held)
             print("note: there is no folder val; a tenth of train validates", file=sys.stderr)
-        return _only(chosen, splits), _class_info(classes)
+        return asked_for("folder", chosen, splits), _class_info(classes)
     if set(splits) == {"train"}:
         return {"train": (names, None)}, Info("folder")
     classes = _classes(names, depth=0)
     if not classes:
         raise InputError(f"--data {root}: only unlabelled training images; for {' and '.join(splits)}, {SPLITS_HELP}")
     chosen = _split_all(names, _class_labels(names, classes, depth=0), f"{root} has class folders only")
-    return _only(chosen, splits), _class_info(classes)
+    return asked_for("folder", chosen, splits), _class_info(classes)
 
 
 def _classes(names: Sequence[str], depth: int) -> tuple[str, ...]:
@@ -273,24 +277,13 @@ def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, C
     groups = _grouping(names)
     if len(set(groups)) < 3:
         raise InputError(f"data set folder: {len(names)} images are too few to split; {SPLITS_HELP}")
-    rest, test = split_by_patient(groups, 0.2, SPLIT_SEED)
-    inner_train, inner_val = split_by_patient([groups[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
-    rows = {"train": [rest[i] for i in inner_train], "val": [rest[i] for i in inner_val], "test": test}
     if groups == names:
         print(
             f"note: {why} and patients are unknown: split 70/10/20 by image; where a patient has several "
             "images, give --list, --val-list and --test-list, also to pre-training",
             file=sys.stderr,
         )
-    return {split: _take((names, labels), row) for split, row in rows.items()}
-
-
-def _only(chosen: dict[str, Chosen], splits: Sequence[str]) -> dict[str, Chosen]:
-    for split in splits:
-        if split not in chosen:
-            option = "--list" if split == "train" else f"--{split}-list"
-            raise InputError(f"data set folder: nothing says which images are for {split}; give {option}")
-    return {split: chosen[split] for split in splits}
+    return {split: _take((names, labels), rows) for split, rows in split_all(groups).items()}
 
 
 def _channels(paths: Sequence[Path]) -> int:

@@ -8,8 +8,9 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from medssl.engine.options import InputError
 # patients, or the one trains on what the other tests on.
 SPLIT_SEED = 0
 HELD_OUT = 0.1  # share of the training patients that validates where a set has no validation list
+
+T = TypeVar("T")
 
 
 def plain_name(written: str) -> str:
@@ -202,3 +205,30 @@ def split_by_patient(patients: Sequence[str], fraction: float, seed: int) -> tup
         [i for i, patient in enumerate(patients) if patient not in held],
         [i for i, patient in enumerate(patients) if patient in held],
     )
+
+
+def split_all(patients: Sequence[str]) -> dict[str, list[int]]:
+    """Positions of the images of each split in a set that has none: 70 % of the patients train, 10 % validate."""
+    rest, test = split_by_patient(patients, 0.2, SPLIT_SEED)
+    train, val = split_by_patient([patients[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
+    return {"train": [rest[i] for i in train], "val": [rest[i] for i in val], "test": test}
+
+
+def asked_for(
+    name: str, chosen: Mapping[str, T], splits: Sequence[str], what: str = "images", or_: str = ""
+) -> dict[str, T]:
+    """What was chosen for the splits that are asked for.
+
+    Args:
+        name: of the data set.
+        what: is split.
+        or_: what can be done other than giving a list.
+
+    Raises:
+        InputError: where nothing was chosen for a split.
+    """
+    for split in splits:
+        if split not in chosen:
+            option = "--list" if split == "train" else f"--{split}-list"
+            raise InputError(f"data set {name}: nothing says which {what} are for {split}; give {option}{or_}")
+    return {split: chosen[split] for split in splits}

@@ -26,7 +26,6 @@ from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImag
 from medssl.engine.options import InputError
 
 FOLDS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}
-LISTS = {"train": "list", "val": "val_list", "test": "test_list"}
 CLASSES = ("no nodule", "nodule")
 COLUMNS = ("uid", "class", "fold", "weight", "file")  # of nodules.csv, that are read here
 PAIR = re.compile(r"(?P<uid>.+)_(?P<kind>global|img)_(?P<number>\d+)\.npy")
@@ -110,7 +109,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     opened = {}
     shapes = None
     for split in splits:
-        listed = getattr(request, LISTS[split])
+        listed = request.lists.get(split)
         order = read_order(listed) if listed else None
         within = FOLDS[split] if split == "train" or order is None else range(max(folds) + 1)
         chosen = [i for i, fold in enumerate(folds) if fold in within and (order is None or uids[i] in order)]

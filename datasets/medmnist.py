@@ -92,7 +92,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     Raises:
         InputError: for a missing, truncated or different file, for a list, or when the download fails.
     """
-    if request.list or request.val_list or request.test_list:
+    if request.lists:
         raise InputError(f"--list: {request.name} has splits of its own; leave the list out")
     flag, _, size = request.name.partition("_")
     row = _package().INFO[flag]

@@ -13,7 +13,6 @@ What comes out:
   percentile range; MONOCHROME1 is inverted; padding is black.
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from medssl.datasets.registry import UnreadableImage
+from medssl.datasets.registry import UnreadableImage, digest
 from medssl.engine.options import InputError
 
 DICOM_EXTENSIONS = (".dcm", ".dicom", ".dic", ".ima")
@@ -54,11 +53,6 @@ class Files:
         except OSError:
             return "missing"
         return f"{len(everything)}:{digest(everything)}"
-
-
-def digest(content: bytes) -> str:
-    """16 hexadecimal digits that tell contents apart."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def read_image(path: str | Path) -> np.ndarray:

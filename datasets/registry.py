@@ -193,6 +193,9 @@ class Request:
         image_size: side of the views of images, pixels.
         cube_size: shape of the views of volumes, voxels; None for a script without a wish.
         dims: what `--d` says.
+        labels: values of a folder's masks that are segmented; None for all.
+        spacing: mm between voxels to which volumes with masks are resampled, 0 for their own; None for the set's.
+        window: stored values (HU) that become 0 and 1 in volumes with masks; None for the set's.
     """
 
     name: str | None = None
@@ -204,8 +207,16 @@ class Request:
     texture_size: int = 0
     image_size: int = 224
     cube_size: Sequence[int] | None = None
-    seed: int = 0
     dims: int | None = None
+    labels: Sequence[int] | None = None
+    spacing: Sequence[float] | None = None
+    window: Sequence[float] | None = None
+
+    @property
+    def lists(self) -> dict[str, str]:
+        """The list files that were given, by split."""
+        given = {"train": self.list, "val": self.val_list, "test": self.test_list}
+        return {split: path for split, path in given.items() if path}
 
     def resolve_texture(self, info: Info) -> int:
         """The texture's side: asked for, the set's own, or the power of two from 2 × image size on."""
@@ -262,20 +273,26 @@ def open_splits(request: Request, splits: Sequence[str], dims: int | None = None
             raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
         name, family = flag, "medmnist"
     module = import_module(f"medssl.datasets.{family}")
-    opened = module.open_splits(replace(request, name=name, dims=dims), splits)
+    request = replace(request, name=name, dims=dims)
+    return finish(request, module.open_splits(request, splits))
+
+
+def finish(request: Request, opened: dict[str, ImageDataset]) -> dict[str, ImageDataset]:
+    """What opening splits ends with, whatever the set: they are checked, noted in `contents`, and read from a cache.
+
+    Raises:
+        InputError: for a wrong dimension, splits that overlap, and a cache that cannot be used.
+    """
     for data in opened.values():
-        if dims is not None and data.info.dims != dims:
-            raise InputError(f"--d {dims}: data set {name} has {data.info.dims} dimensions")
+        if request.dims not in (None, data.info.dims):
+            raise InputError(f"--d {request.dims}: data set {request.name} has {data.info.dims} dimensions")
         # Generated images may differ in a grey level between machines, on which a run may continue.
         data.contents = sample_contents(data) if request.data else ""
-    if request.cache and family != "segmentation3d":  # which keeps its volumes there itself
+    refuse_overlap(opened)
+    if request.cache:
         from medssl.datasets import cache
 
-        cached = {split: cache.attach(data, request.cache) for split, data in opened.items()}
-        for split, data in cached.items():
-            data.contents = opened[split].contents  # so that a run may continue with or without a cache
-        opened = cached
-    refuse_overlap(opened)
+        opened = {split: cache.attach(data, request.cache) for split, data in opened.items()}
     return opened
 
 
@@ -295,18 +312,18 @@ def sample_contents(data: ImageDataset) -> str:
             prints.append("unreadable")
             continue
         if isinstance(found, np.ndarray):
-            prints.append(_digest(np.ascontiguousarray(found).tobytes()))
+            prints.append(digest(np.ascontiguousarray(found).tobytes()))
         else:
-            prints += [_beginning(path) for path in _files_in(found)]
-    return _digest("\n".join(prints).encode())
+            prints += [_beginning(path) for path in files_in(found)]
+    return digest("\n".join(prints).encode())
 
 
-def _files_in(value: object) -> list[Path]:
+def files_in(value: object) -> list[Path]:
     """The paths in what a source of volumes gives: a path, or a tuple or dataclass that holds some."""
     if isinstance(value, Path):
         return [value]
     parts = value if isinstance(value, tuple | list) else vars(value).values() if is_dataclass(value) else ()
-    return [path for part in parts for path in _files_in(part)]
+    return [path for part in parts for path in files_in(part)]
 
 
 def _beginning(path: Path) -> str:
@@ -314,13 +331,14 @@ def _beginning(path: Path) -> str:
         if path.is_dir():  # of slices
             return ",".join(sorted(f"{slice_.name}:{slice_.stat().st_size}" for slice_ in path.iterdir()))
         with open(path, "rb") as file:
-            return f"{path.stat().st_size}:{_digest(file.read(2**16))}"
+            return f"{path.stat().st_size}:{digest(file.read(2**16))}"
     except OSError:
         return "missing"
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+def digest(content: bytes) -> str:
+    """16 hexadecimal digits that tell contents apart."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def data_digest(splits: Mapping[str, ImageDataset], labels: bool = True) -> str:
@@ -329,8 +347,8 @@ def data_digest(splits: Mapping[str, ImageDataset], labels: bool = True) -> str:
     for name, data in splits.items():
         known = b"" if data.labels is None or not labels else data.labels.numpy().tobytes()
         contents = sample_contents(data) if data.contents is None else data.contents
-        parts += [name, "\n".join(data.ids), _digest(known), contents]
-    return _digest("\0".join(parts).encode())
+        parts += [name, "\n".join(data.ids), digest(known), contents]
+    return digest("\0".join(parts).encode())
 
 
 def request_of(args: argparse.Namespace) -> Request:

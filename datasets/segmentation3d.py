@@ -11,8 +11,7 @@ to the folder (for brats its folder's) with or without extension. `--list` alone
 random, always in the same way, whatever `--seed`: every trial and every pre-training must hold out the same cases.
 """
 
-import hashlib
-import json
+import argparse
 import os
 import re
 import sys
@@ -27,9 +26,20 @@ import torch
 from torch import Tensor
 
 from medssl.datasets import registry, volumes
-from medssl.datasets.lists import SPLIT_SEED, read_list, split_by_patient
+from medssl.datasets.cache import DecodedVolumes
+from medssl.datasets.lists import asked_for, read_list, split_all
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
-from medssl.datasets.volumes import AXES, Volume, find_volumes, read_volume, without_extension
+from medssl.datasets.volumes import (
+    Volume,
+    by,
+    find_volumes,
+    read_header,
+    read_labels,
+    read_values,
+    read_volume,
+    without_extension,
+    wrong_label,
+)
 from medssl.engine.options import InputError
 
 MASK_FOLDERS = {"images": ("masks", "labels"), "imagesTr": ("labelsTr",)}
@@ -89,7 +99,7 @@ class Case:
     mask: Path
 
 
-class SegmentationVolumes(ImageDataset):
+class SegmentationVolumes(DecodedVolumes):
     """Cases with masks.
 
     An item is {"image": (C, X, Y, Z) float16 in [0, 1]; "mask": (X, Y, Z) uint8 label numbers; "size": (3,) extent
@@ -99,33 +109,30 @@ class SegmentationVolumes(ImageDataset):
         cases: of the split.
         labels: what masks hold; other values are refused, or belong to the background where `ignore_others`.
 
-    Attributes:
         spacing: mm between voxels; 0 leaves an axis as it is.
         window: HU that become 0 and 1; None chooses by `volumes.to_unit`, each channel by itself.
-        cache: folder where items are kept between reads, or None.
     """
 
-    def __init__(self, info: Info, cases: Sequence[Case], labels: Labels, ignore_others: bool = False) -> None:
+    def __init__(
+        self,
+        info: Info,
+        cases: Sequence[Case],
+        labels: Labels,
+        ignore_others: bool = False,
+        spacing: Sequence[float] = (0.0, 0.0, 0.0),
+        window: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(info, list(cases).__getitem__, [case.id for case in cases])
         self.mask_labels, self.regions = labels.names, labels.regions
         self.labels_in_files, self.ignore_others = labels, ignore_others
-        self.spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        self.window: tuple[float, float] | None = None
-        self.cache: Path | None = None
+        self.spacing, self.window = tuple(spacing), None if window is None else tuple(window)
 
-    def load(self, i: int) -> dict[str, Tensor]:
-        """Case i.
+    @property
+    def recipe(self) -> tuple:
+        return self.spacing, self.window, self.labels_in_files.values, self.ignore_others
 
-        Raises:
-            UnreadableImage: for a file that cannot be decoded, or a mask with values that it should not have.
-        """
-        if torch.utils.data.get_worker_info():
-            volumes.use_one_thread()
-        case = self.read(self.positions[i])
-        kept = None if self.cache is None else self.cache / f"{self._key(case)}.npz"
-        if kept is not None and kept.exists():
-            with np.load(kept) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in ("image", "mask", "size")}
+    def decode(self, case: Case) -> dict[str, Tensor]:
+        """A case; an UnreadableImage for files that cannot be decoded, and masks with values they should not have."""
         scans = [read_volume(path) for path in case.images]
         mask = self.read_mask(case, scans[0])
         grid = scans[0]
@@ -136,14 +143,11 @@ class SegmentationVolumes(ImageDataset):
             scans = [volumes.resample(scan, spacing, outside=float(scan.array.min())) for scan in scans]
             mask = volumes.resample(replace(grid, array=mask), spacing, nearest=True).array
         scale = volumes.to_unit if self.window is None else lambda array: volumes.scale(array, *self.window)
-        item = {
-            "image": np.stack([scale(scan.array).astype(np.float16) for scan in scans]),
-            "mask": np.ascontiguousarray(mask),
-            "size": np.array(size, np.float32),
+        return {
+            "image": torch.from_numpy(np.stack([scale(scan.array).astype(np.float16) for scan in scans])),
+            "mask": torch.from_numpy(np.ascontiguousarray(mask)),
+            "size": torch.tensor(size, dtype=torch.float32),
         }
-        if kept is not None:
-            _save(kept, item)
-        return {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in item.items()}
 
     def read_mask(self, case: Case, grid: Volume) -> np.ndarray:
         """The mask of a case on the voxels of its scan, (X, Y, Z) uint8 label numbers."""
@@ -178,53 +182,6 @@ class SegmentationVolumes(ImageDataset):
         """Write labels on the voxels of a scan, with the values of the masks, in the geometry of the scan's file."""
         reference = self.read(self.positions[i]).images[0]
         volumes.write_labels(path, self.labels_in_files.decode(labels), reference)
-
-    def _key(self, case: Case) -> str:
-        """A name that changes with the files, or with how they are read."""
-        files = [(os.fspath(path.resolve()), path.stat().st_mtime_ns) for path in (*case.images, case.mask)]
-        made_by = [files, self.spacing, self.window, self.labels_in_files.values, self.ignore_others]
-        return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:32]
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays so that `path` is complete or not there; several processes may write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def read_labels(path: Path, grid: Volume) -> np.ndarray:
-    """Read a mask on the voxels of its scan, each voxel the nearest of the mask's: the inverse of `write_labels`.
-
-    Args:
-        path: the mask's file.
-        grid: the scan, as `read_volume` gives it; oblique scans are on other voxels than their files.
-
-    Returns:
-        (X, Y, Z) uint8.
-
-    Raises:
-        UnreadableImage: for a file that cannot be decoded, and values that are no whole numbers from 0 to 255.
-    """
-    import SimpleITK as sitk
-
-    try:
-        image = volumes._load(path, None)
-    except UnreadableImage as error:
-        raise UnreadableImage(f"its mask {path.name}: {error}") from None
-    made = sitk.Resample(
-        image, grid.array.shape, sitk.Transform(), sitk.sitkNearestNeighbor, grid.origin, grid.spacing, AXES, 0.0
-    )
-    array = sitk.GetArrayFromImage(made).transpose(2, 1, 0)
-    wrong = array[(array < 0) | (array > 255) | (array != np.floor(array))]
-    if wrong.size:
-        raise UnreadableImage(f"its mask {path.name} has the value {wrong[0]:g}; labels are whole numbers to 255")
-    return array.astype(np.uint8)
 
 
 # Finding cases -------------------------------------------------------------------------------------
@@ -322,48 +279,29 @@ def check_headers(cases: Sequence[Case]) -> None:
         InputError: for another shape, spacing or place. Files whose header cannot be read are left to the reading.
     """
     for case in cases:
-        first = _box(case.images[0])
+        first = read_header(case.images[0])
         for path in (*case.images[1:], case.mask):
-            own = _box(path)
+            own = read_header(path)
             if first is None or own is None:
                 continue
             # Sorted: files may order their axes differently.
-            if sorted(own[0]) != sorted(first[0]):
+            if sorted(own.size) != sorted(first.size):
                 raise InputError(
-                    f"{path}: {volumes._by(own[0])} voxels, and its image {case.images[0].name} has "
-                    f"{volumes._by(first[0])}; one of them is another scan, or was resampled"
+                    f"{path}: {by(own.size)} voxels, and its image {case.images[0].name} has {by(first.size)}; "
+                    "one of them is another scan, or was resampled"
                 )
-            extents = [sorted(n * step for n, step in zip(box[0], box[2])) for box in (first, own)]
-            if np.abs(np.subtract(*extents)).max() > max(first[2]):
+            extents = [sorted(n * step for n, step in zip(box.size, box.spacing)) for box in (first, own)]
+            if np.abs(np.subtract(*extents)).max() > max(first.spacing):
                 raise InputError(
-                    f"{path}: voxels of {volumes._by(own[2])} mm, and those of its image {case.images[0].name} have "
-                    f"{volumes._by(first[2])} mm; copy the image's origin, spacing and direction to it"
+                    f"{path}: voxels of {by(own.spacing)} mm, and those of its image {case.images[0].name} have "
+                    f"{by(first.spacing)} mm; copy the image's origin, spacing and direction to it"
                 )
-            apart = float(np.linalg.norm(np.subtract(own[1], first[1])))
-            if apart > max(first[2]):
+            apart = float(np.linalg.norm(np.subtract(own.centre, first.centre)))
+            if apart > max(first.spacing):
                 raise InputError(
                     f"{path}: its header places it {apart:.0f} mm from its image {case.images[0].name}; "
                     "copy the image's origin, spacing and direction to it"
                 )
-
-
-def _box(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]] | None:
-    """Voxels, centre and spacing that a file's header gives; None for DICOM series and headers that are damaged."""
-    if path.is_dir():
-        return None
-    reader = volumes._sitk().ImageFileReader()
-    reader.SetFileName(os.fspath(path))
-    try:
-        with volumes._quiet():
-            reader.ReadImageInformation()
-    except RuntimeError:
-        return None
-    if reader.GetDimension() != 3:
-        return None
-    size, spacing = reader.GetSize(), reader.GetSpacing()
-    half = np.array([(n - 1) / 2 * step for n, step in zip(size, spacing)])
-    centre = np.array(reader.GetDirection()).reshape(3, 3) @ half + reader.GetOrigin()
-    return size, tuple(centre), spacing
 
 
 def discover(splits: dict[str, list[Case]], wanted: Sequence[int] | None = None) -> Labels:
@@ -402,13 +340,12 @@ def discover(splits: dict[str, list[Case]], wanted: Sequence[int] | None = None)
 def _values(case: Case) -> set[int]:
     """The labels above 0 in a mask. A mask that cannot be decoded has none here: reading it says why."""
     try:
-        array = volumes._array_of(volumes._load(case.mask, None))
+        values = read_values(case.mask)
     except UnreadableImage:
         return set()
-    values = np.unique(array)
-    for value in values:
-        if not (0 <= value <= 255 and float(value).is_integer()):
-            raise InputError(f"{case.mask}: has the value {value:g}; the labels of masks are whole numbers to 255")
+    wrong = wrong_label(values)
+    if wrong is not None:
+        raise InputError(f"{case.mask}: has the value {wrong:g}; the labels of masks are whole numbers to 255")
     return {int(value) for value in values if value > 0}
 
 
@@ -420,109 +357,86 @@ def _listed(values: set[int]) -> str:
 
 SETS: dict[str, Callable[[Path], list[Case]]] = {"lits": find_lits, "brats": find_brats, "folder": find_pairs}
 SPLITS = ("train", "val", "test")
+READ_AS = {"lits": {"spacing": (0.0, 0.0, 1.0), "window": (-200.0, 200.0)}}  # unless the user says otherwise
 
 
-def open_splits(
-    request: Request, splits: Sequence[str] = SPLITS, labels: Sequence[int] | None = None
-) -> dict[str, ImageDataset]:
+def open_splits(request: Request, splits: Sequence[str] = SPLITS) -> dict[str, ImageDataset]:
     """Open splits of `lits`, `brats` or a `folder` of pairs.
-
-    Args:
-        labels: for `folder`, the values to segment; all by default.
 
     Raises:
         InputError: for files that do not belong together, and lists that cannot be used.
     """
-    root = request.folder()
+    root, window = request.folder(), request.window
     if not root.is_dir():
         raise InputError(f"--data {root}: not a folder")
+    if window is not None and not window[0] < window[1]:
+        raise InputError(f"--window {window[0]:g} {window[1]:g}: the first number must be below the second")
     cases = SETS[request.name](root)
     check_headers(cases)
     chosen = split_cases(cases, request)
     info = Info(request.name, dims=3, channels=len(cases[0].images))
     known = {"lits": LITS, "brats": BRATS}.get(request.name)
-    if known is not None and labels:
+    if known is not None and request.labels:
         raise InputError(f"--labels: {request.name} has its own; leave it out")
-    known = known or discover(chosen, labels)
-    opened = {}
-    for split in splits:
-        data = SegmentationVolumes(info, chosen[split], known, ignore_others=labels is not None)
-        data.cache = None if request.cache is None else Path(request.cache)
-        if request.name == "lits":
-            data.window, data.spacing = (-200.0, 200.0), (0.0, 0.0, 1.0)
-        opened[split] = data
-    return opened
+    known = known or discover(chosen, request.labels)
+    asked = {key: getattr(request, key) for key in ("spacing", "window") if getattr(request, key) is not None}
+    read_as = {**READ_AS.get(request.name, {}), **asked, "ignore_others": request.labels is not None}
+    return {split: SegmentationVolumes(info, chosen[split], known, **read_as) for split in splits}
 
 
 def split_cases(cases: Sequence[Case], request: Request) -> dict[str, list[Case]]:
     """Cases of the three splits, as the top of this page says; an InputError for fewer than three, or bad lists."""
-    lists = {"train": request.list, "val": request.val_list, "test": request.test_list}
-    given = [split for split in SPLITS if lists[split]]
     known = {case.id: case for case in cases}
     if len(cases[0].images) == 1:
         known |= {case.id + _extension(case.images[0]): case for case in cases}
     listed: dict[str, list[Case]] = {}
-    for split in given:
-        names, _ = read_list(lists[split])
+    for split, path in request.lists.items():
+        names, _ = read_list(path)
         for name in names:
             if name not in known:
-                raise InputError(f"{lists[split]}: {name} is no case of --data {request.data}, such as {cases[0].id}")
+                raise InputError(f"{path}: {name} is no case of --data {request.data}, such as {cases[0].id}")
         listed[split] = list({known[name].id: known[name] for name in names}.values())
-    if len(given) == 3:
-        return listed
-    if given not in ([], ["train"]):
-        absent = next(split for split in SPLITS if split not in given)
-        option = "--list" if absent == "train" else f"--{absent}-list"
-        raise InputError(f"data set {request.name}: nothing says which cases are for {absent}; give {option}")
+    if list(listed) not in ([], ["train"]):
+        return asked_for(request.name, listed, SPLITS, "cases")
     cases = listed.get("train", list(cases))
-    names = [case.id for case in cases]
-    if len(names) < 3:
+    if len(cases) < 3:
         raise InputError(
-            f"data set {request.name}: {len(names)} case{'s' * (len(names) != 1)} cannot be split into training, "
+            f"data set {request.name}: {len(cases)} case{'s' * (len(cases) != 1)} cannot be split into training, "
             f"validation and test; at least 3 are needed, or cut a large scan into several files"
         )
-    rest, test = split_by_patient(names, 0.2, SPLIT_SEED)
-    train, val = split_by_patient([names[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
     print(
-        f"note: {len(names)} cases split 70/10/20 at random; where a patient has several, {LISTS_HELP}",
+        f"note: {len(cases)} cases split 70/10/20 at random; where a patient has several, {LISTS_HELP}",
         file=sys.stderr,
     )
-    return {
-        "train": [cases[rest[i]] for i in train],
-        "val": [cases[rest[i]] for i in val],
-        "test": [cases[i] for i in test],
-    }
+    return {split: [cases[i] for i in rows] for split, rows in split_all([case.id for case in cases]).items()}
 
 
 def _extension(path: Path) -> str:
     return path.name[len(without_extension(path.name)) :]
 
 
-def open_segmented(
-    request: Request, dims: int | None = None, labels: Sequence[int] | None = None
-) -> dict[str, ImageDataset]:
-    """The train, val and test splits of a data set with masks.
+def open_segmented(args: argparse.Namespace) -> dict[str, ImageDataset]:
+    """The train, val and test splits of a data set with masks; without a name, a `folder` with data and `phantom3d`
+    without.
 
-    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names.
-
-    Args:
-        request: as for `registry.open_splits`; without a name, a `folder` with data and `phantom3d` without.
-        dims: what `--d` says, only checked.
-        labels: as for `open_splits`.
+    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names. Notes the
+    splits' digest in `args.data_digest`, by which a continuation knows them.
 
     Raises:
         InputError: as `registry.open_splits`, or for a data set without masks.
     """
-    name = request.name or ("folder" if request.data else "phantom3d")
-    if name.lower() in SETS:
-        if dims not in (None, 3):
-            raise InputError(f"--d {dims}: data set {name} has 3 dimensions")
-        opened = open_splits(replace(request, name=name.lower()), SPLITS, labels)
-        registry.refuse_overlap(opened)
-        return opened
-    if labels:
-        raise InputError(f"--labels: {name} has its own; leave it out")
-    opened = registry.open_splits(replace(request, name=name), SPLITS, dims)
-    if not all(hasattr(data, "mask_labels") for data in opened.values()):
-        raise InputError(f"--dataset {name}: has no masks; known are {', '.join(SETS)} and phantom3d")
+    name = (args.dataset or ("folder" if args.data else "phantom3d")).lower()
+    request = replace(registry.request_of(args), name=name)
+    if name in SETS:
+        if args.d not in (None, 3):
+            raise InputError(f"--d {args.d}: data set {name} has 3 dimensions")
+        opened = registry.finish(request, open_splits(request, SPLITS))
+    else:
+        opened = registry.open_splits(request, SPLITS, args.d)
+        if not all(hasattr(data, "mask_labels") for data in opened.values()):
+            raise InputError(f"--dataset {name}: has no masks; known are {', '.join(SETS)} and phantom3d")
+        for option in ("labels", "spacing", "window"):
+            if getattr(request, option):
+                raise InputError(f"--{option}: {name} has its own; leave it out")
+    args.data_digest = registry.data_digest(opened)
     return opened

@@ -12,6 +12,7 @@ volume's minimum), `RandomBlur` (σ 0–2 voxels per axis, truncated at 4σ, mir
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -580,11 +581,12 @@ class VolumeSegmentationViews(VolumeViews):
         scale, degrees: ranges of the affine map, in mm where the batch has "size"; 0 and 0 for none.
         blur, noise, log_gamma, contrast: largest deviation of the blur (voxels) and of the noise, logarithm of the
             gamma curve's exponent, and change of contrast about the mean. Each is applied to a quarter of the patches.
+        patches: P of each volume, which takes long to read.
 
-    `forward` adds to the batch, in training mode, "view" (B, C, *patch), each normalised on its own, and "target"
-    (B, *patch) int64 from "mask" (B, X, Y, Z); several channels share the geometry and the intensity changes.
-    In evaluation mode "view" is the whole volume in [0, 1] and "target" its mask: a sliding window normalises what
-    it sees with `normalise`, as training does.
+    `forward` gives, in training mode, "view" (B·P, C, *patch), each normalised on its own, and "target"
+    (B·P, *patch) int64 from "mask" (B, X, Y, Z), a volume's patches after one another; several channels share the
+    geometry and the intensity changes. In evaluation mode "view" is the whole volume in [0, 1] and "target" its
+    mask: a sliding window normalises what it sees with `normalise`, as training does.
     """
 
     def __init__(
@@ -598,9 +600,11 @@ class VolumeSegmentationViews(VolumeViews):
         noise: float = 0.05,
         log_gamma: float = 0.3,
         contrast: float = 0.25,
+        patches: int = 1,
     ) -> None:
         super().__init__()
         self.patch, self.foreground, self.flips = tuple(patch), foreground, tuple(flips)
+        self.patches = patches
         self.scale, self.degrees = scale, degrees
         self.blur, self.noise, self.log_gamma, self.contrast = blur, noise, log_gamma, contrast
 
@@ -619,10 +623,13 @@ class VolumeSegmentationViews(VolumeViews):
         return torch.where(room < 0, room // 2, torch.minimum(start.clamp(min=0), room))
 
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
-        image, mask = batch["image"], batch["mask"]
         if not self.training:
-            return {**batch, "view": image.float(), "target": mask.long()}
-        b, channels = len(image), image[0].shape[0]
+            return {"view": batch["image"].float(), "target": batch["mask"].long()}
+        p = self.patches
+        rows = [i for i in range(len(batch["image"])) for _ in range(p)]
+        image, mask = ([batch[key][i] for i in rows] for key in ("image", "mask"))
+        draws = replace(draws, total=p * draws.total, start=p * draws.start, count=len(rows))
+        b, channels = len(rows), image[0].shape[0]
         columns = Columns(draws.uniform(0, 24))
         start = self.place(mask, columns)
         # Rotated patches are cut out of wider windows, so that their corners are not black.
@@ -634,7 +641,7 @@ class VolumeSegmentationViews(VolumeViews):
         x = windows(volumes, first.repeat_interleave(channels, 0), wide).view(b, channels, *wide)
         y = windows(mask, first, wide)[:, None]
         shapes = torch.tensor([volume.shape[1:] for volume in image])
-        spacing = batch["size"].cpu() / shapes if "size" in batch else torch.ones(b, 3)
+        spacing = batch["size"][rows].cpu() / shapes if "size" in batch else torch.ones(b, 3)
         inner = torch.tensor(self.patch) / torch.tensor(wide)
         theta = random_affine(columns, spacing * torch.tensor(wide), self.flips, self.scale, self.degrees)
         # The output's corners are at ± patch / window in the window.
@@ -642,7 +649,7 @@ class VolumeSegmentationViews(VolumeViews):
         x = sample(x, theta, self.patch)
         target = sample(y, theta, self.patch, nearest=True)[:, 0].long()
         x = self.change(x, columns, seeds_of(draws, 1))
-        return {**batch, "view": self.normalise(x), "target": target}
+        return {"view": self.normalise(x), "target": target}
 
     def change(self, x: Tensor, draws: Columns, seeds: Sequence[int]) -> Tensor:
         """Blur, noise, contrast, gamma, each for a quarter of the patches. 8 columns."""

@@ -39,19 +39,17 @@ SLAB_VOXELS = 2**22  # of the input, resampled at a time
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A scan in the patient's axes.
+    """A scan in the patient's axes: its directions are always `AXES`.
 
     Attributes:
         array: (X, Y, Z) in stored units (HU for CT), float32 unless asked otherwise.
         spacing: mm between voxels along x, y, z.
         origin: position of voxel (0, 0, 0), mm.
-        direction: of the array's axes, row by row; always `AXES`.
     """
 
     array: np.ndarray
     spacing: tuple[float, float, float]
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    direction: tuple[float, ...] = AXES
 
 
 # Finding -------------------------------------------------------------------------------------------
@@ -177,6 +175,40 @@ def read_volume(path: str | Path, dtype: type | None = np.float32) -> Volume:
     return Volume(array.transpose(2, 1, 0).transpose(order), tuple(spacing[axis] for axis in order), origin)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a volume's file says of its place, in the order of its own axes.
+
+    Attributes:
+        size: voxels along its axes.
+        spacing: mm between them.
+        centre: of the box of voxels, in the patient's axes, mm.
+    """
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    centre: tuple[float, ...]
+
+
+def read_header(path: Path) -> Header | None:
+    """Read a file's header alone; None for DICOM series, damaged headers, and what is no volume."""
+    if path.is_dir():
+        return None
+    reader = _sitk().ImageFileReader()
+    reader.SetFileName(os.fspath(path))
+    try:
+        with _quiet():
+            reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    if reader.GetDimension() != 3:
+        return None
+    size, spacing = reader.GetSize(), reader.GetSpacing()
+    half = np.array([(n - 1) / 2 * step for n, step in zip(size, spacing)])
+    centre = np.array(reader.GetDirection()).reshape(3, 3) @ half + reader.GetOrigin()
+    return Header(size, spacing, tuple(centre))
+
+
 def _load(path: Path, dtype: type | None):
     """A SimpleITK image with three axes of more than one voxel and one number a voxel, as the file lays it out."""
     sitk = _sitk()
@@ -204,16 +236,16 @@ def _load(path: Path, dtype: type | None):
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise UnreadableImage(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel; only grey volumes are read")
     if not all(0 < step < math.inf for step in image.GetSpacing()):
-        raise UnreadableImage(f"its header gives the spacing {_by(image.GetSpacing())} mm")
+        raise UnreadableImage(f"its header gives the spacing {by(image.GetSpacing())} mm")
     return image
 
 
 def _volume_size(size: Sequence[int]) -> Sequence[int]:
     """The first three sizes; raises UnreadableImage where they are not all there is."""
     if len(size) == 2 or min(size[:3]) == 1:
-        raise UnreadableImage(f"a 2D image ({_by(size)}), not a volume")
+        raise UnreadableImage(f"a 2D image ({by(size)}), not a volume")
     if math.prod(size[3:]) != 1:
-        raise UnreadableImage(f"{math.prod(size[3:])} volumes in one file ({_by(size)})")
+        raise UnreadableImage(f"{math.prod(size[3:])} volumes in one file ({by(size)})")
     return size[:3]
 
 
@@ -348,7 +380,8 @@ def _reason(text: str) -> str:
     return re.sub(r"^(sitk::ERROR:|ITK ERROR:|Reason:)\s*", "", lines[-1]) if lines else "SimpleITK gives no reason"
 
 
-def _by(numbers: Sequence[float]) -> str:
+def by(numbers: Sequence[float]) -> str:
+    """Numbers of the axes in words: "512 x 512 x 133"."""
     return " x ".join(f"{number:g}" for number in numbers)
 
 
@@ -446,7 +479,7 @@ def resample(
     old, new = volume.spacing, tuple(float(step) for step in spacing)
     shape = resampled_shape(volume, new)
     if math.prod(shape) > MOST_VOXELS:
-        raise UnreadableImage(f"{_by(shape)} voxels at {_by(new)} mm; is its spacing of {_by(old)} mm right?")
+        raise UnreadableImage(f"{by(shape)} voxels at {by(new)} mm; is its spacing of {by(old)} mm right?")
     box = box or tuple((0, n) for n in shape)
     if old == new:
         part = volume.array[tuple(slice(*ends) for ends in box)]
@@ -548,7 +581,45 @@ def to_unit(array: np.ndarray) -> np.ndarray:
     return scale(array, *unit_range(array))
 
 
-# Writing -------------------------------------------------------------------------------------------
+# Masks ---------------------------------------------------------------------------------------------
+
+
+def read_labels(path: Path, grid: Volume) -> np.ndarray:
+    """Read a mask on the voxels of its scan, each voxel the nearest of the mask's: the inverse of `write_labels`.
+
+    Args:
+        path: the mask's file.
+        grid: the scan, as `read_volume` gives it; oblique scans are on other voxels than their files.
+
+    Returns:
+        (X, Y, Z) uint8.
+
+    Raises:
+        UnreadableImage: for a file that cannot be decoded, and values that are no whole numbers from 0 to 255.
+    """
+    sitk = _sitk()
+    try:
+        image = _load(path, None)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"its mask {path.name}: {error}") from None
+    kind = sitk.sitkNearestNeighbor
+    made = sitk.Resample(image, grid.array.shape, sitk.Transform(), kind, grid.origin, grid.spacing, AXES, 0.0)
+    array = _array_of(made).transpose(2, 1, 0)
+    wrong = wrong_label(array)
+    if wrong is not None:
+        raise UnreadableImage(f"its mask {path.name} has the value {wrong:g}; labels are whole numbers to 255")
+    return array.astype(np.uint8)
+
+
+def read_values(path: Path) -> np.ndarray:
+    """The values that occur in a file, ascending; raises UnreadableImage as `read_volume` does."""
+    return np.unique(_array_of(_load(path, None)))
+
+
+def wrong_label(values: np.ndarray) -> float | None:
+    """One of the values that is no whole number from 0 to 255, as labels are; None where there is none."""
+    wrong = values[~((values >= 0) & (values <= 255) & (values == np.floor(values)))]
+    return float(wrong[0]) if wrong.size else None
 
 
 def write_labels(path: str | Path, labels: np.ndarray, reference: str | Path, grid: Volume | None = None) -> None:
@@ -596,4 +667,4 @@ def write_labels(path: str | Path, labels: np.ndarray, reference: str | Path, gr
 
 def _check_shape(labels: np.ndarray, shape: tuple[int, ...]) -> None:
     if labels.shape != shape:
-        raise ValueError(f"labels of {_by(labels.shape)} voxels for a volume of {_by(shape)}")
+        raise ValueError(f"labels of {by(labels.shape)} voxels for a volume of {by(shape)}")

@@ -3,7 +3,7 @@
 import argparse
 import csv
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from medssl.datasets.views import ClassificationViews
 from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import plots
 from medssl.engine.loop import BadFiles, autocast, ignore_signals, to_device
-from medssl.engine.metrics import targets_of
+from medssl.engine.metrics import froc, mean_of, score, score_with_intervals, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run
 from medssl.losses.classification import classification_loss, probabilities
@@ -92,28 +92,65 @@ def predict_classes(
     return np.concatenate(rows), targets_of(np.concatenate(labels), data.info), indices, loss
 
 
-def write_predictions(
-    path: Path,
-    trial: int,
-    ids: Sequence[str],
-    probabilities: np.ndarray,
-    targets: np.ndarray,
-    info: Info,
-    more: Mapping[str, Sequence] | None = None,
-) -> None:
-    """Write a trial's predictions.csv: a row an image, with truth and probability (N, L) of every class.
+def validate_classes(
+    network: nn.Module,
+    views: ClassificationViews | VolumeClassificationViews,
+    data: ImageDataset,
+    args: argparse.Namespace,
+    devices: Devices,
+) -> dict[str, float]:
+    """What chooses the epoch: "score" is the AUROC, or, by `--select` or where one class only is there, −loss."""
+    p, targets, _, loss = predict_classes(network, views, data, args, devices)
+    auroc = score(p, targets, data.info)["auroc"]
+    by_loss = args.select == "loss" or auroc is None
+    return {"score": -loss if by_loss else auroc, "val_loss": loss, "val_auroc": auroc}
 
-    `more` has further columns, a value for each image: for candidates, their "scan" and "weight".
-    """
-    columns = more or {}
-    rows = [
-        {"trial": trial, "id": name}
-        | {key: values[i] for key, values in columns.items()}
-        | {f"true {each}": t for each, t in zip(info.classes, target)}
-        | {f"probability {each}": f"{q:.6f}" for each, q in zip(info.classes, probability)}
-        for i, (name, probability, target) in enumerate(zip(ids, probabilities, targets))
-    ]
-    _write_csv(path, rows)
+
+def test_classes(
+    network: nn.Module,
+    views: ClassificationViews | VolumeClassificationViews,
+    data: ImageDataset,
+    args: argparse.Namespace,
+    devices: Devices,
+) -> dict:
+    """`score_with_intervals` of a split, and `froc` where its images are weighted candidates; the main process leaves
+    predictions.csv in `--output`: a row an image, with truth and probability of every class."""
+    p, targets, indices, _ = predict_classes(network, views, data, args, devices, args.tta)
+    patients = None if data.patients is None else [data.patients[i] for i in indices]
+    columns, detection = {"id": [data.ids[i] for i in indices]}, {}
+    if data.weights is not None:
+        weights = data.weights[[data.positions[i] for i in indices]]
+        columns |= {"scan": patients, "weight": weights.tolist()}
+        detection = froc(p[:, 1], targets[:, 1], weights, patients)
+    if devices.main:
+        columns |= {f"true {name}": column for name, column in zip(data.info.classes, targets.T)}
+        columns |= {f"probability {name}": [f"{q:.6f}" for q in each] for name, each in zip(data.info.classes, p.T)}
+        rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        _write_csv(Path(args.output) / "predictions.csv", rows)
+    return {**score_with_intervals(p, targets, data.info, patients), **detection}
+
+
+def summarise_classes(entries: list[dict], info: Info) -> dict:
+    """Means over the trials of what `test_classes` gave, for results.json."""
+    summary = {key: mean_of(entry[key] for entry in entries) for key in ("accuracy", "f1")}
+    if "cpm" in entries[0]:
+        sampled = entries[0]["largest_weight"] > 1
+        summary |= {
+            "cpm": mean_of(entry["cpm"] for entry in entries),
+            "sensitivity": {
+                rate: mean_of(entry["sensitivity"][rate] for entry in entries) for rate in entries[0]["sensitivity"]
+            },
+            "false_positives": "of sampled negatives, each counted as the candidates it stands for" if sampled
+            else "of all candidates",
+        }  # fmt: skip
+    per_class = {
+        name: {
+            "mean": mean_of(entry["per_class"][name]["auroc"] for entry in entries),
+            "interval_of_trial_0": entries[0]["per_class"][name]["interval"],
+        }
+        for name in info.classes
+    }
+    return {"task": info.task, **summary, "per_class": per_class}
 
 
 def join_trials(output: Path, trials: int, chosen: int, info: Info) -> None:
@@ -121,7 +158,7 @@ def join_trials(output: Path, trials: int, chosen: int, info: Info) -> None:
     rows = []
     for k in range(trials):
         with open(output / f"trial_{k}" / "predictions.csv", newline="", encoding="utf-8") as file:
-            rows += list(csv.DictReader(file))
+            rows += [{"trial": k, **row} for row in csv.DictReader(file)]
     _write_csv(output / "predictions.csv", rows)
     shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
     plots.roc(rows, info, output / "roc.png")

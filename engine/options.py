@@ -6,7 +6,7 @@ Groups are functions, not argparse parents: a shared parent leaks one script's d
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -67,6 +67,18 @@ def check_range(option: str, low: float, high: float) -> None:
         raise InputError(f"{option} {low:g} {high:g}: the first number must not be above the second")
 
 
+def check_sides(option: str, sides: Sequence[int]) -> None:
+    """Raise InputError for a volume that the 3D U-Net cannot halve three times."""
+    if min(sides) < 8:
+        raise InputError(f"{option} {' '.join(map(str, sides))}: the 3D U-Net needs sides of at least 8 voxels")
+
+
+def complete(args: argparse.Namespace, defaults: Mapping[str, object]) -> argparse.Namespace:
+    """The options, with `defaults` (of a data set, or of its dimension) where the user gave none."""
+    given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
+    return argparse.Namespace(**{**defaults, **given})
+
+
 def check_inits(inits: Sequence[str]) -> None:
     """Raise InputError where several `--init` name the same weights twice, or a file that is not there."""
     if len(set(inits)) < len(inits):
@@ -92,7 +104,8 @@ def non_negative_int(text: str) -> int:
 
 def bounded_float(low: float, high: float) -> Callable[[str], float]:
     """Make an argparse type for finite floats in [low, high]."""
-    wanted = f"number from {low:g} to {high:g}" if math.isfinite(high) else f"finite number of at least {low:g}"
+    wanted = "finite number" + (f" of at least {low:g}" if math.isfinite(low) else "")
+    wanted = f"number from {low:g} to {high:g}" if math.isfinite(high) else wanted
 
     def parse(text: str) -> float:
         try:
@@ -107,7 +120,8 @@ def bounded_float(low: float, high: float) -> Callable[[str], float]:
 
 
 fraction = bounded_float(0.0, 1.0)
-non_negative = bounded_float(0.0, float("inf"))
+non_negative = bounded_float(0.0, math.inf)
+finite = bounded_float(-math.inf, math.inf)
 
 
 def filled(text: str) -> str:
@@ -289,4 +303,19 @@ def add_network(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--init", default="random", metavar="{random,imagenet,FILE}", help="encoder weights to start from"
     )
+    return group
+
+
+def add_trials(parser: Parser) -> argparse._ArgumentGroup:
+    """How much is labelled, and how often fine-tuning is repeated."""
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--annotation-percent",
+        "--annotation_percent",
+        type=bounded_float(1e-6, 100),
+        default=100.0,
+        help="use this percentage of the labelled training images",
+    )
+    group.add_argument("--trials", "--trial", type=positive_int, default=1, help="repeat with seeds 0, 1, …")
+    flag(group, "--tensorboard", True, "write TensorBoard events")
     return group

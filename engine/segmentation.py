@@ -1,4 +1,4 @@
-"""Segmentation of whole volumes: patches for training, sliding windows, what is measured, and what is written.
+"""Segmentation of whole volumes: sliding windows, what is measured, and what is written.
 
 The sliding window and the 95 % Hausdorff distance are written here, in a screenful, and not taken from MONAI, whose
 import takes twice as long as torch's, in every process; the distance's tests hold MONAI's values.
@@ -8,7 +8,6 @@ import argparse
 import csv
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 from medssl.datasets.registry import ImageDataset
 from medssl.datasets.segmentation3d import SegmentationVolumes
-from medssl.datasets.views import Draws
 from medssl.datasets.views3d import VolumeSegmentationViews
 from medssl.datasets.volumes import AXES
 from medssl.engine.evaluation import evaluation_batches
@@ -35,28 +33,6 @@ from medssl.engine.parallel import Devices, Run
 # Probabilities of a volume that take more bytes than this are added up in the machine's memory, not the device's.
 LARGE_SUM = 1 << 32
 PERCENTILE = 95
-
-
-class PatchViews(VolumeSegmentationViews):
-    """Several training patches of every volume, which takes long to read, and whole volumes in evaluation mode.
-
-    Args:
-        patches: of each volume; they follow one another in the batch.
-        more: as for `VolumeSegmentationViews`.
-    """
-
-    def __init__(self, patches: int = 1, **more: object) -> None:
-        super().__init__(**more)
-        self.patches = patches
-
-    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
-        if self.training:
-            n = self.patches
-            rows = [i for i in range(len(batch["image"])) for _ in range(n)]
-            batch = {"size": batch["size"][rows], **{key: [batch[key][i] for i in rows] for key in ("image", "mask")}}
-            draws = replace(draws, total=n * draws.total, start=n * draws.start, count=len(rows))
-        made = super().forward(batch, draws)
-        return {key: made[key] for key in ("view", "target")}
 
 
 # Prediction ----------------------------------------------------------------------------------------
@@ -121,7 +97,7 @@ def sliding_window(
 
 @torch.inference_mode()
 def predict_masks(
-    network: nn.Module, views: PatchViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
+    network: nn.Module, views: VolumeSegmentationViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
 ) -> Iterator[tuple[int, dict, np.ndarray]]:
     """Segment every readable volume of a split.
 
@@ -250,25 +226,25 @@ def judge(
 
 
 def validate(
-    network: nn.Module, views: PatchViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
+    network: nn.Module, views: VolumeSegmentationViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
 ) -> dict:
-    """`summarise_cases` of a split on the voxels that the network sees, without distances."""
+    """What chooses the epoch, on the voxels that the network sees: the Dice of `summarise_cases`, 0 for none."""
     regions, rows = regions_of(data), []
     for i, batch, labels in predict_masks(network, views, data, args, devices):
         rows += judge(data.ids[i], labels, batch["mask"][0].cpu().numpy(), regions)
-    return summarise_cases(rows, regions)
+    dice = summarise_cases(rows, regions)["dice"]
+    return {"score": dice or 0.0, "val_dice": dice}
 
 
 def test_and_write(
-    network: nn.Module,
-    views: PatchViews,
-    data: ImageDataset,
-    args: argparse.Namespace,
-    devices: Devices,
-    folder: Path,
-) -> tuple[dict, list[dict]]:
-    """`summarise_cases` of a split and its rows, measured on the voxels of the scans' files. Leaves in `folder`
-    predictions/*.nii.gz in the files' geometry, and overlays/*.png of the first `--overlays` cases."""
+    network: nn.Module, views: VolumeSegmentationViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
+) -> dict:
+    """`summarise_cases` of a split, with its rows as "cases", measured on the voxels of the scans' files.
+
+    Leaves in `--output` predictions/*.nii.gz in the files' geometry, and overlays/*.png of the first `--overlays`
+    cases.
+    """
+    folder = Path(args.output)
     regions, rows = regions_of(data), []
     for name in ("predictions", "overlays"):
         shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
@@ -284,7 +260,20 @@ def test_and_write(
         else:
             write_alone(path, labels, spacing)
         rows += judge(data.ids[i], labels, true, regions, spacing)
-    return summarise_cases(rows, regions), rows
+    return {**summarise_cases(rows, regions), "cases": rows}
+
+
+def summarise_segmentation(entries: list[dict], data: ImageDataset) -> dict:
+    """Means over the trials of what `test_and_write` gave, for results.json."""
+    keys = ("dice", "pooled_dice", "hd95")
+    return {
+        "task": "segmentation",
+        **{key: mean_of(entry[key] for entry in entries) for key in keys[1:]},
+        "per_class": {
+            name: {key: mean_of(entry["per_class"][name][key] for entry in entries) for key in keys}
+            for name in regions_of(data)
+        },
+    }
 
 
 def write_alone(path: Path, labels: np.ndarray, spacing: Sequence[float]) -> None:

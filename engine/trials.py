@@ -1,16 +1,21 @@
-"""Trials of a fine-tuning: repeated with other seeds, each continued or kept when the same command runs again."""
+"""Trials of a fine-tuning: the same training from several seeds, each continued or kept when the same command runs
+again, and what is written of them together."""
 
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
-from medssl.datasets.registry import ImageDataset
-from medssl.engine.checkpoint import file_digest
-from medssl.engine.loop import plain, refuse_changes, versions, write_json
+from medssl.datasets.registry import ImageDataset, Info
+from medssl.datasets.views import Views
+from medssl.engine.checkpoint import FORMAT_VERSION, file_digest, save_atomic
+from medssl.engine.loop import Method, describe, fit, plain, refuse_changes, versions, write_json
+from medssl.engine.metrics import mean_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices
 
@@ -34,20 +39,51 @@ def check_start(args: argparse.Namespace) -> None:
         args.init_digest = file_digest(args.init)
 
 
+# The training images of a trial --------------------------------------------------------------------
+
+
 def labelled_subset(train: ImageDataset, percent: float, seed: int) -> ImageDataset:
     """The first `percent` of the training images after a shuffle that depends on the seed alone; at least one."""
     count = max(1, round(len(train) * percent / 100))
     return train.subset(np.random.default_rng([seed, 1]).permutation(len(train))[:count])
 
 
+def oversample(train: ImageDataset, share: float) -> ImageDataset:
+    """The training images with those of class 1 repeated, so that about `share` of an epoch's images are of it.
+
+    Every image of class 0 still comes once an epoch, and class 1 is not thinned out where it is frequent enough.
+
+    Args:
+        share: in [0, 1); 0 changes nothing.
+    """
+    positive = [i for i, label in enumerate(train.labels) if share and label == 1]
+    if not positive:
+        return train
+    others = len(train) - len(positive)
+    times = max(1, round(others * share / (1 - share) / len(positive)))
+    return train.subset([*range(len(train)), *positive * (times - 1)])
+
+
+def batch_size(wanted: int, count: int, devices: Devices) -> int:
+    """Images per step: as many as wanted, fewer where there are only `count`; a multiple of the devices."""
+    parts = max(devices.world, len(devices.device_ids))
+    return wanted if count >= wanted else max(2, count // parts) * parts
+
+
+# Running -------------------------------------------------------------------------------------------
+
+
 def run_trials(
-    args: argparse.Namespace, devices: Devices, run_trial: Callable[[int], dict], say: Callable[[dict], str]
+    args: argparse.Namespace,
+    devices: Devices,
+    run_trial: Callable[[argparse.Namespace], dict],
+    say: Callable[[dict], str],
 ) -> tuple[list[dict], int]:
     """Run `--trials` trials, less those that are finished in `--output`.
 
     Args:
-        run_trial: fine-tunes trial k in the folder `trial_k`, and returns its entry of results.json, with the
-            validation's "val_score".
+        run_trial: fine-tunes with the options of trial k, whose `output` is the folder `trial_k` and whose `seed`
+            is `--seed` + k, and returns its entry of results.json, with the validation's "val_score".
         say: a line about a finished trial.
 
     Returns:
@@ -73,9 +109,11 @@ def run_trials(
         folder = output / f"trial_{k}"
         finished = folder / "result.json"
         if not devices.broadcast(finished.exists()):
-            entry = run_trial(k)
+            since = time.perf_counter()
+            entry = run_trial(argparse.Namespace(**{**vars(args), "output": str(folder), "seed": args.seed + k}))
             if devices.main:
-                write_json(finished, entry)
+                seconds = round(time.perf_counter() - since, 1)
+                write_json(finished, {"trial": k, "seed": args.seed + k, **entry, "seconds": seconds})
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
         entries.append(devices.broadcast(json.loads(finished.read_text()) if devices.main else None))
@@ -84,6 +122,56 @@ def run_trials(
     return entries, max(range(args.trials), key=lambda k: entries[k]["val_score"])  # the first of equals
 
 
-def deviation(values: list[float]) -> float | None:
-    """Standard deviation over trials (n − 1), or None for fewer than two."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+def fit_best(
+    method: Method,
+    train: ImageDataset,
+    views: Views,
+    args: argparse.Namespace,
+    devices: Devices,
+    evaluate: Callable[[], dict[str, float]],
+) -> dict:
+    """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps"}."""
+    report = fit(method, train, views, args, devices, evaluate, tensorboard=args.tensorboard)
+    best = report["best"]
+    method.load_state_dict(best["state"])
+    return {"val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"]}
+
+
+# Writing -------------------------------------------------------------------------------------------
+
+
+def save_network(network: nn.Module, args: argparse.Namespace, info: Info, **more: object) -> None:
+    """Write `best.pt` to `--output`: the network's state dict, what it was made for, and `more` plain values."""
+    content = {
+        "state_dict": {key: value.cpu() for key, value in network.state_dict().items()},
+        "arch": args.arch, "dims": info.dims, **more, "version": FORMAT_VERSION,
+    }  # fmt: skip
+    save_atomic(content, Path(args.output) / "best.pt")
+
+
+def summarise_trials(entries: list[dict], metric: str, args: argparse.Namespace, info: Info, devices: Devices) -> dict:
+    """results.json: every trial, and the mean and standard deviation (n − 1) of the metric over those that have it."""
+    values = [entry[metric] for entry in entries if entry[metric] is not None]
+    return {
+        "metric": metric, "dataset": info.name, "init": args.init, "arch": args.arch,
+        "annotation_percent": args.annotation_percent,
+        "mean": mean_of(values), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "matched_keys": entries[0]["start"]["matched"], "trials": entries,
+        "config": plain(args), "versions": versions(), "device": describe(devices),
+    }  # fmt: skip
+
+
+def write_results(output: Path, summary: dict, name: str) -> None:
+    """Write results.json, and say in a line what came out; `name` is the metric's."""
+    write_json(output / "results.json", summary)
+    spread = "" if summary["std"] is None else f" ± {summary['std']:.4f}"
+    print(
+        f"{summary['init']}, {summary['annotation_percent']:g} % of the labels: test {name} "
+        f"{said(summary['mean'])}{spread}; see {output / 'results.json'}",
+        flush=True,
+    )
+
+
+def said(value: float | None, digits: int = 4) -> str:
+    """A number as text; "undefined" where no image could tell."""
+    return "undefined" if value is None else f"{value:.{digits}f}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.options import InputError
-from medssl.models.unet3d import WIDTHS, UNet3dEncoder
+from medssl.models.unet3d import WIDTHS, UNet3d, UNet3dEncoder
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -64,7 +64,7 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     """Set an encoder's starting weights in place, as `--init` says.
 
     Args:
-        encoder: what `make_encoder` gave; or a `UNet3d`, to load its way up too.
+        encoder: what `make_encoder` gave.
         init: "random" (left as it is), "imagenet" (2D; downloaded by the encoder library), or a checkpoint:
             our `encoder.pt`, or a published file with a state dict. In 3D, where the file was trained on one
             channel and the encoder takes several, the first kernel is repeated for each and divided by their number.
@@ -130,6 +130,34 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     encoder.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
     report |= {"matched": len(matched), "missing": len(missing), "unexpected": len(unexpected)}
     return report
+
+
+def initialise_unet(network: UNet3d, arch: str, init: str, load: str) -> dict:
+    """`initialise` a segmentation network, all but its last layer, whose labels are the task's.
+
+    Args:
+        load: "encoder", or "encoder+decoder" where the weights have a way up too.
+
+    Raises:
+        InputError: as `initialise`, or when the decoder is asked for and the weights have none that fits.
+    """
+    if load == "encoder" or init == "random":
+        return initialise(network.encoder, arch, init)
+    body = nn.Module()
+    for name, part in network.named_children():
+        if name != "out_tr":
+            body.add_module(name, part)
+    try:
+        start = initialise(body, arch, init)
+    except InputError as error:
+        if "up_tr" not in str(error):
+            raise
+        raise InputError(
+            f"--init {init}: its decoder has other shapes, as those without skips have (PCRLv2's); use --load encoder"
+        ) from None
+    if start["missing"]:
+        raise InputError(f"--init {init}: holds no whole decoder; use --load encoder")
+    return start
 
 
 def _strip(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:

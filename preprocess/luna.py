@@ -86,7 +86,6 @@ NODULE_SIDE = 48
 TABLE_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "class")
 INDEX_COLUMNS = ("uid", "row", "class", "fold", "x", "y", "z", "weight", "file")
 
-
 Cubes = np.ndarray | Sequence[np.ndarray]
 
 
@@ -526,7 +525,7 @@ def refuse_other_settings(save: Path, made: Pairs | Nodules) -> None:
             )
 
 
-def watch_parent(_worker: object = None) -> None:
+def watch_parent() -> None:
     """Worker start: leave signals to the parent, and end with it, however it ends."""
     ignore_signals(0)
     use_one_thread()
@@ -623,13 +622,13 @@ def get_parser() -> Parser:
         "--fold", type=options.non_negative_int, nargs="+", metavar="K", help="subsets to work on; without it, all"
     )
     parser.add_argument("--method", choices=tuple(CROPS), default="pcrlv2", help="whose crops")
-    for name, default in (("rows", 64), ("cols", 64), ("deps", 32)):
+    for name, axis, default in (("rows", "x", 64), ("cols", "y", 64), ("deps", "z", 32)):
         parser.add_argument(
             f"--input_{name}",
             f"--input-{name}",
             type=options.positive_int,
             default=default,
-            help=f"voxels of a crop along {'xyz'[('rows', 'cols', 'deps').index(name)]}",
+            help=f"voxels of a crop along {axis}",
         )
     parser.add_argument("--scale", type=options.positive_int, default=16, help="pairs per scan")  # published: 16
     parser.add_argument("--seed", type=options.non_negative_int, default=0, help="seed of everything drawn")

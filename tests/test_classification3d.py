@@ -2,6 +2,7 @@
 
 import csv
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from medssl import evaluate_features, finetune_classification, train_pcrlv2
 from medssl.datasets import folder, registry
 from medssl.datasets.registry import Info, Request
+from medssl.engine import trials
 from medssl.engine.metrics import RATES, froc, froc_curve
 from medssl.engine.options import InputError
 from medssl.preprocess import check_data
@@ -53,7 +55,7 @@ def write_dicom(path, series, z=0.0):
 
 
 def request(root, **more):
-    return Request(name="folder", data=str(root), cube_size=(8, 8, 8), **more)
+    return Request(**{"name": "folder", "data": str(root), "cube_size": (8, 8, 8), **more})
 
 
 # Folders -------------------------------------------------------------------------------------------
@@ -78,6 +80,26 @@ def test_a_folder_of_volumes(tmp_path):
     assert along_y.abs().max() < 0.03
     default = registry.open_splits(Request(name="folder", data=str(tmp_path)), ["train"])["train"]
     assert default.grid == (128, 128, 64)
+
+
+def test_volumes_are_kept_as_they_are_read(tmp_path, monkeypatch):
+    write(tmp_path / "data" / "a.nrrd")
+    monkeypatch.setattr(folder, "read_volume", counted := mock.Mock(wraps=folder.read_volume))
+
+    def volume(**more):
+        asked = request(tmp_path / "data", cache=str(tmp_path / "cache"), **more)
+        return registry.open_splits(asked, ["train"])["train"][0]
+
+    first, again = volume(), volume()
+    assert counted.call_count == 1
+    assert all(torch.equal(first[key], again[key]) for key in ("image", "size"))
+    assert volume(cube_size=(4, 4, 4))["image"].shape == (1, 8, 8, 8)  # not the kept one of another grid
+    write(tmp_path / "data" / "a.nrrd", 1)  # nor that of the file that was there before
+    assert not torch.equal(volume()["image"], first["image"])
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(InputError, match=f"--cache {blocked}: .*; leave it out, or choose another"):
+        registry.open_splits(request(tmp_path / "data", cache=str(blocked)), ["train"])["train"].load(0)
 
 
 def test_volumes_with_lists_and_class_folders(tmp_path, capsys):
@@ -107,8 +129,6 @@ def test_folders_with_both_need_a_dimension(tmp_path):
         registry.open_splits(request(tmp_path), ["train"])
     assert registry.open_splits(request(tmp_path), ["train"], 2)["train"].ids == ["b.png"]
     assert registry.open_splits(request(tmp_path), ["train"], 3)["train"].ids == ["a"]
-    with pytest.raises(InputError, match="only 2D images are cached, folder has 3 dimensions"):
-        registry.open_splits(request(tmp_path, cache=str(tmp_path / "c")), ["train"], 3)
     (tmp_path / "a.nii.gz").unlink()
     with pytest.raises(InputError, match="no volumes in this folder or below it"):
         registry.open_splits(request(tmp_path), ["train"], 3)
@@ -289,11 +309,11 @@ def test_nodule_classification(encoder, tmp_path, capsys):
 def test_oversampling():
     labels = torch.tensor([0] * 90 + [1] * 10)
     data = registry.ImageDataset(Info("x", 3, 1, "binary", ("a", "b")), None, list(map(str, range(100))), labels)
-    shown = finetune_classification.oversample(data, 1 / 3)
+    shown = trials.oversample(data, 1 / 3)
     assert (shown.labels == 1).sum() == 40  # 45 would be a third, a multiple of 10 is wanted
     assert set(shown.ids) == set(data.ids)
-    assert finetune_classification.oversample(data, 0) is data
-    assert len(finetune_classification.oversample(data, 0.05)) == 100  # frequent enough
+    assert trials.oversample(data, 0) is data
+    assert len(trials.oversample(data, 0.05)) == 100  # frequent enough
 
 
 def make_npz(root, flag="nodulemnist3d", side=28, classes=2):
@@ -338,7 +358,7 @@ def test_features_of_volumes(encoder, tmp_path):
         (["--tta", "tencrop"], "--tta tencrop: is for images, and luna has 3 dimensions"),
         (["--crop-scale", "0.5", "1"], "--crop-scale: is for images"),
         (["--margin", "0.9"], "--margin: is for images"),
-        (["--cube-size", "16", "16", "4"], "--cube-size: the 3D U-Net needs sides of at least 8"),
+        (["--cube-size", "16", "16", "4"], "--cube-size 16 16 4: the 3D U-Net needs sides of at least 8"),
         (["--arch", "resnet18"], "--arch resnet18: no 3-dimensional encoder; there are unet3d"),
         (["--init", "imagenet"], "--init imagenet: there are no ImageNet weights for unet3d_quarter"),
         (["--d", "2"], "--d 2: data set luna has 3 dimensions"),

@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from medssl import compare, demo, evaluate_features, finetune_classification, finetune_segmentation, train_pcrlv2
 from medssl.datasets.registry import Info
+from medssl.engine import trials
 from medssl.engine.metrics import auroc_interval, score, score_with_intervals
 from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
@@ -122,7 +123,7 @@ def test_a_new_run_leaves_no_old_results_when_it_fails(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise InputError("fails")
 
-    monkeypatch.setattr(finetune_classification, "fit", fails)
+    monkeypatch.setattr(trials, "fit", fails)
     with pytest.raises(InputError, match="^fails$"):
         finetune_classification.main([*command, "--resume", "never"])
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["config.json"]
@@ -194,8 +195,8 @@ def test_trials_are_paired(encoder, tmp_path, monkeypatch):
         seen.append((data.ids, args.seed, method.network.head[1].weight.detach().clone()))
         return fit(method, data, views, args, *rest, **options)
 
-    fit = finetune_classification.fit
-    monkeypatch.setattr(finetune_classification, "fit", spy)
+    fit = trials.fit
+    monkeypatch.setattr(trials, "fit", spy)
     for init in ("random", str(encoder)):
         command = [*SMALL, "--steps", "1", "--trials", "2", "--init", init, "--output", str(tmp_path / init[-6:])]
         finetune_classification.main(command)

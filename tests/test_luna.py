@@ -550,14 +550,32 @@ def test_table_without_columns_or_file(nodules):
 
 def test_benchmark(tmp_path, capsys):
     from medssl.benchmarks import luna as benchmark
+    from medssl.benchmarks.machine import STATUS
 
     path = tmp_path / "luna.json"
-    small = ["--side", "120", "--slices", "110", "--cts", "1", "--scale", "1", "--repeats", "1", "--memory-slices", "0"]
+    small = [
+        "--side",
+        "120",
+        "--slices",
+        "110",
+        "--cts",
+        "1",
+        "--scale",
+        "1",
+        "--repeats",
+        "1",
+        "--memory-slices",
+        "130",
+    ]
     benchmark.main([*small, "--output", str(path)])
     content = json.loads(path.read_text())
     assert set(content["results"]) == {benchmark.PLAIN, benchmark.LEAN, benchmark.OURS}
     assert all(0 < row["lowest"] <= row["seconds_per_pair"] <= row["highest"] for row in content["results"].values())
     assert content["results"][benchmark.PLAIN]["ratio"] == 1
+    if STATUS.exists():
+        peaks = {variant: row["peak_mb"] for variant, row in content["results"].items() if "peak_mb" in row}
+        assert set(peaks) == {benchmark.PLAIN, benchmark.OURS}
+        assert min(peaks.values()) > 50  # the interpreter alone takes as much
     assert content["machine"]["cpu"]
     assert "published loops" in capsys.readouterr().out
 

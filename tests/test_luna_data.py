@@ -266,7 +266,7 @@ def test_table_that_is_no_text(tmp_path):
 
 
 def test_no_cache_for_volumes(tmp_path):
-    with pytest.raises(InputError, match="only 2D images are cached, luna has 3 dimensions"):
+    with pytest.raises(InputError, match="those of luna are read as fast without it"):
         open_train(make_pairs(tmp_path, scans=1), cache=str(tmp_path / "cache"))
 
 

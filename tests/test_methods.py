@@ -4,6 +4,7 @@ Run as a script, this file is one of two processes of `test_two_processes_are_on
 """
 
 import copy
+import functools
 import json
 import os
 import socket
@@ -21,15 +22,16 @@ from medssl.engine.parallel import Run, finish, setup, wrap
 from medssl.train_pcrlv2 import PCRLv2
 
 
-def pcrlv2_batch(images=8, large=32, small=32, locals_=2):
-    """(view1, view2, locals, target): smooth noise, views of an image alike."""
+def pcrlv2_batch(images=8, large=(32, 32), small=(32, 32), locals_=2):
+    """(view1, view2, locals, target): smooth noise, views of an image alike; of volumes, the target is in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
+    volumes = len(large) == 3
 
-    def noise(n, side):
-        coarse = torch.randn(n, 3, 8, 8, generator=generator)
-        return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    def noise(n, sides):
+        coarse = torch.randn(n, 1 if volumes else 3, *(side // 4 for side in large), generator=generator)
+        return nn.functional.interpolate(coarse, size=sides, mode="trilinear" if volumes else "bilinear")
 
-    target = noise(images, large)
+    target = noise(images, large).sigmoid() if volumes else noise(images, large)
     return {
         "view1": target + 0.3 * noise(images, large),
         "view2": target + 0.3 * noise(images, large),
@@ -57,7 +59,16 @@ class Case:
     lr: float
 
 
-CASES = {"pcrlv2": Case(PCRLv2, {"locals_": 2}, pcrlv2_batch, pcrlv2_share, lr=0.02)}
+CASES = {
+    "pcrlv2": Case(PCRLv2, {"locals_": 2}, pcrlv2_batch, pcrlv2_share, lr=0.02),
+    "pcrlv2_3d": Case(
+        PCRLv2,
+        {"arch": "unet3d_quarter", "dims": 3, "locals_": 2},
+        functools.partial(pcrlv2_batch, large=(16, 16, 16), small=(8, 8, 8)),
+        pcrlv2_share,
+        lr=0.02,
+    ),
+}
 
 
 def build(case):
@@ -179,7 +190,9 @@ def test_pictures_do_not_change_the_method(case):
     before = copy.deepcopy(method.state_dict())
     with torch.no_grad():
         rows = method.pictures(batch)
-    assert all(x.ndim == 4 and x.shape[1] == 3 and torch.isfinite(x).all() for x in rows.values())
+    view = batch["view1"]
+    assert all(x.ndim == view.ndim and x.shape[1] == view.shape[1] for x in rows.values())
+    assert all(torch.isfinite(x).all() for x in rows.values())
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
 
 

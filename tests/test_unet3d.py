@@ -9,7 +9,7 @@ from torch import nn
 
 from medssl.engine.options import InputError
 from medssl.models import unet3d
-from medssl.models.encoders import initialise, make_encoder
+from medssl.models.encoders import initialise, initialise_unet, make_encoder
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet3d import UNet3d, UNet3dEncoder, joining_pays, up_and_convolve
 
@@ -162,9 +162,10 @@ def test_published_files_load(tmp_path, network, prefix, bare):
 
 
 def test_whole_networks_load_too(tmp_path, network):
-    """A network without skips takes the way up from a pre-trained one; the 1×1×1 layer as well, where it fits."""
+    """A network without skips takes the way up from a pre-trained one too."""
     whole = UNet3d(skips=False, width=16)
-    report = initialise(whole, "unet3d_quarter", saved(tmp_path, {"state_dict": network.state_dict()}))
+    path = saved(tmp_path, {"state_dict": network.state_dict()})
+    report = initialise_unet(whole, "unet3d_quarter", path, "encoder+decoder")
     assert report["missing"] == 0
     assert torch.equal(whole.up_tr64.up_conv.weight, network.up_tr64.up_conv.weight)
 

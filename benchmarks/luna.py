@@ -15,8 +15,6 @@ import argparse
 import functools
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,10 +25,9 @@ import SimpleITK as sitk
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
-from medssl.benchmarks.machine import RESULTS, describe_machine, interleave, summarise
+from medssl.benchmarks.machine import STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
 from medssl.datasets.volumes import use_one_thread
 from medssl.engine import options
-from medssl.engine.loop import write_json
 from medssl.preprocess import luna
 
 PLAIN, LEAN, OURS = "published loops", "published loops, no copies", "ours"
@@ -182,15 +179,10 @@ def speed(variant: str, paths: Sequence[Path], save: Path, pairs: int) -> float:
     return pairs * len(paths) / (time.perf_counter() - started)
 
 
-def peak_mib(variant: str, path: Path, save: Path) -> float:
-    """Peak memory of a process that makes two pairs of one CT."""
-    code = (
-        "import resource, sys; from pathlib import Path; from medssl.benchmarks.luna import make\n"
-        f"make({variant!r}, Path({str(path)!r}), Path({str(save)!r}), 2)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+def peak_memory(variant: str, path: Path, save: Path) -> float:
+    """Peak memory in MB of this process, which makes two pairs of one CT and does nothing else."""
+    make(variant, path, save, 2)
+    return peak_mb()
 
 
 def get_parser() -> options.Parser:
@@ -200,14 +192,14 @@ def get_parser() -> options.Parser:
     parser.add_argument("--side", type=options.positive_int, default=512, help="their pixels per row and column")
     parser.add_argument("--slices", type=options.positive_int, default=300, help="their slices, 1.25 mm apart")
     parser.add_argument("--scale", type=options.positive_int, default=16, help="pairs per CT")
-    parser.add_argument("--repeats", type=options.positive_int, default=3, help="interleaved runs; the median counts")
     parser.add_argument(
         "--memory-slices",
         type=options.non_negative_int,
         default=600,
         help="slices, 1 mm apart, of the CT on which memory is measured; 0: not measured",
     )
-    parser.add_argument("--output", metavar="FILE", default=str(RESULTS / "luna.json"), help="the JSON file")
+    add_measuring(parser, "luna.json")
+    parser.set_defaults(repeats=3)  # the published loops take a minute each
     return parser
 
 
@@ -222,9 +214,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Everything that `main` does, with temporary files in `folder`."""
     variants = (PLAIN, LEAN, OURS)
     peaks: dict[str, float] = {}
-    if args.memory_slices:  # first: a process is charged with the memory of the one that starts it
+    if args.memory_slices and STATUS.exists():
         write_ct(folder / "long.mhd", args.side, args.memory_slices, 1.0)
-        peaks = {variant: peak_mib(variant, folder / "long.mhd", folder) for variant in (PLAIN, OURS)}
+        peaks = {variant: alone(peak_memory, variant, folder / "long.mhd", folder) for variant in (PLAIN, OURS)}
         (folder / "long.raw").unlink()
     paths = [folder / f"ct{number}.mhd" for number in range(args.cts)]
     for number, path in enumerate(paths):
@@ -239,25 +231,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
             "ratio": row["ratio"],
         }
         if variant in peaks:
-            results[variant]["peak_mib"] = peaks[variant]
+            results[variant]["peak_mb"] = peaks[variant]
     made = json.loads((folder / "cubes" / "subset0" / "ct0.pairs.json").read_text())
-    width = max(map(len, results))
-    print(f"{'':{width}}  s/pair  (lowest, highest)   faster   peak MiB")
-    for variant, row in results.items():
-        extent = f"({row['lowest']:.4f}, {row['highest']:.4f})"
-        peak = f"{row['peak_mib']:9.0f}" if "peak_mib" in row else ""
-        print(f"{variant:{width}}  {row['seconds_per_pair']:6.4f}  {extent:<18}  {row['ratio']:5.1f} x  {peak}")
-    content = {
-        "benchmark": "luna",
-        "options": {key: value for key, value in vars(args).items() if key != "output"},
-        "results": results,
-        "ours_on_first_ct": {key: made[key] for key in ("pairs", "rejected", "seconds")},
-        "machine": describe_machine(),
-    }
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    write_json(Path(args.output), content)
-    print(f"written to {args.output}")
-    return content
+    first = {key: made[key] for key in ("pairs", "rejected", "seconds")}
+    return report(args.output, "luna", vars(args), results, ours_on_first_ct=first)
 
 
 def cli() -> None:

@@ -1,7 +1,9 @@
-"""What the benchmarks share: the machine in words, fair timing, and the report."""
+"""What the benchmarks share: the machine in words, fair timing, peak memory, options, and the report."""
 
+import concurrent.futures
 import contextlib
 import datetime
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -13,10 +15,12 @@ from statistics import median
 import torch
 
 from medssl.engine.loop import write_json
+from medssl.engine.options import Parser, positive_int
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "torchvision", "Pillow", "numpy", "segmentation-models-pytorch")
+STATUS = Path("/proc/self/status")  # of a process; Linux has it
+PACKAGES = ("torch", "torchvision", "Pillow", "numpy", "scipy", "SimpleITK", "segmentation-models-pytorch")
 
 
 def describe_machine() -> dict:
@@ -62,6 +66,28 @@ def _commit() -> str | None:
         return None
 
 
+def add_measuring(parser: Parser, output: str | None, help_: str = "the JSON file") -> None:
+    """Add the options of every benchmark; `output` is the default's name beside the other results."""
+    parser.add_argument("--repeats", type=positive_int, default=5, help="interleaved runs; the median counts")
+    parser.add_argument("--output", metavar="FILE", default=output and str(RESULTS / output), help=help_)
+
+
+def alone(function: Callable, *arguments: object) -> object:
+    """`function(*arguments)` in a new process of its own, where peak memory is that of this call; both picklable."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process in MB (10⁶ bytes) so far; a peak never falls.
+
+    Not from `getrusage`: on Linux its figure includes what the parent had when it started this process.
+    """
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
 def interleave(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Measure all variants in turn, `repeats` times, every other time in reverse order.
 
@@ -94,16 +120,17 @@ def report(path: str | Path, benchmark: str, options: dict, results: dict[str, d
     """Print the table and write the JSON file.
 
     Args:
-        results: variant → numbers, of which "images_per_s", "lowest", "highest", "ratio" and, where there is
-            one, "peak_mb" are printed.
+        results: variant → numbers: first what was measured, whose name says the unit, then "lowest", "highest",
+            "ratio" and, where there is one, "peak_mb".
         more: further entries of the file.
     """
     width = max(map(len, results))
     memory = any("peak_mb" in row for row in results.values())
-    print(f"{'':{width}}  images/s  (lowest, highest)     ratio" + ("   peak MB" if memory else ""))
+    quantity = next(iter(next(iter(results.values()))))
+    print(f"{'':{width}}  {quantity:>16}  (lowest, highest)     ratio" + ("   peak MB" if memory else ""))
     for name, row in results.items():
-        extent = f"({row['lowest']:.2f}, {row['highest']:.2f})"
-        line = f"{name:{width}}  {row['images_per_s']:8.2f}  {extent:<18}  {row['ratio']:5.2f} x"
+        extent = f"({row['lowest']:.4g}, {row['highest']:.4g})"
+        line = f"{name:{width}}  {row[quantity]:16.4g}  {extent:<18}  {row['ratio']:5.2f} x"
         print(line + (f"  {row['peak_mb']:8.0f}" if "peak_mb" in row else ""))
     options = {key: value for key, value in options.items() if key != "output"}
     content = {"benchmark": benchmark, "options": options, "results": results, **more, "machine": describe_machine()}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from medssl.benchmarks.machine import RESULTS, interleave, report, summarise
+from medssl.benchmarks.machine import add_measuring, interleave, report, summarise
 from medssl.datasets import cache
 from medssl.datasets.phantom import radiographs
 from medssl.datasets.reading import Files, read_image
@@ -191,14 +191,13 @@ def get_parser() -> options.Parser:
     parser.add_argument("--images", type=options.positive_int, default=48, help="generated PNG files")
     parser.add_argument("--size", type=options.positive_int, default=1024, help="their side in pixels")
     parser.add_argument("--b", type=options.positive_int, default=16, help="images per batch")
-    parser.add_argument("--repeats", type=options.positive_int, default=5, help="interleaved runs; the median counts")
     parser.add_argument(
         "--passes", type=options.positive_int, default=1, help="times that a run goes through the files"
     )
     parser.add_argument(
         "--workers", type=options.non_negative_int, default=0, help="loader processes; 0: figures are per core"
     )
-    parser.add_argument("--output", metavar="FILE", default=str(RESULTS / "pipeline.json"), help="the JSON file")
+    add_measuring(parser, "pipeline.json")
     return parser
 
 

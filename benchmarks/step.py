@@ -14,28 +14,26 @@ sure that both give the same losses and gradient.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import functools
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medssl.benchmarks.machine import RESULTS, interleave, report, summarise
+from medssl.benchmarks.machine import RESULTS, STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
 from medssl.engine import options
 from medssl.engine.loop import CHANNELS_LAST
 from medssl.engine.parallel import Run, make_deterministic
 from medssl.models.pcrlv2_model_3d import PCRLv23d
+from medssl.models.unet2d import DECODER_CHANNELS
 from medssl.train_pcrlv2 import DEFAULTS, MultiScaleUNet, PCRLv2
 
 LOCAL_VIEWS = 6
-LEVELS = {2: 5, 3: 3}  # of the decoder
+LEVELS = {2: len(DECODER_CHANNELS), 3: PCRLv23d.levels}  # of the decoder
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -280,26 +278,15 @@ def synchronise(args: argparse.Namespace) -> None:
 def peak_memory(args: argparse.Namespace, variant: Variant) -> float:
     """MB that training needs: of the GPU, or of the process beyond what its imports take.
 
-    To be called in a process of its own, since a peak never falls.
+    To be called in a process of its own (`alone`).
     """
     torch.set_num_threads(args.threads)
-    before = _peak_rss()
+    before = 0 if args.device == "cuda" else peak_mb()
     step = prepare(args, variant)
     step([0, *(i % LEVELS[args.d] for i in range(2 * LOCAL_VIEWS))])
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    return _peak_rss() - before
-
-
-def _peak_rss() -> float:
-    """Peak resident memory of this process in MB.
-
-    Not from `getrusage`: on Linux its figure includes what the parent had when it started this process.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError("/proc/self/status has no peak")
+    return peak_mb() - before
 
 
 def get_parser() -> options.Parser:
@@ -318,13 +305,12 @@ def get_parser() -> options.Parser:
     parser.add_argument(
         "--steps", type=options.positive_int, help="steps timed at once; 30 on a GPU, 3 on a CPU (3D: 1)"
     )
-    parser.add_argument("--repeats", type=options.positive_int, default=5, help="interleaved runs; the median counts")
     parser.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
     parser.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
     options.flag(parser, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
     options.flag(parser, "--memory", True, "measure peak memory too, each variant in a process of its own")
-    parser.add_argument("--output", metavar="FILE", help="the JSON file; step.json or step_3d.json beside the others")
+    add_measuring(parser, None, "the JSON file; step.json or step_3d.json beside the others")
     return parser
 
 
@@ -336,14 +322,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     cuda = args.device == "cuda"
-    args.arch = args.arch or DEFAULTS[args.d]["arch"]
-    args.b = args.b or (DEFAULTS[args.d]["b"] if cuda else {2: 16, 3: 4}[args.d])
-    args.steps = args.steps or (30 if cuda else {2: 3, 3: 1}[args.d])
-    args.output = args.output or str(RESULTS / {2: "step.json", 3: "step_3d.json"}[args.d])
+    threads = torch.get_num_threads()
+    defaults = {
+        "arch": DEFAULTS[args.d]["arch"],
+        "b": DEFAULTS[args.d]["b"] if cuda else {2: 16, 3: 4}[args.d],
+        "steps": 30 if cuda else {2: 3, 3: 1}[args.d],
+        "output": str(RESULTS / {2: "step.json", 3: "step_3d.json"}[args.d]),
+        "threads": threads,
+    }
+    args = options.complete(args, defaults)
     if args.b < 2:
         raise options.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
-    threads = torch.get_num_threads()
-    args.threads = args.threads or threads
     torch.set_num_threads(args.threads)
     if cuda:
         make_deterministic(args.deterministic)  # before CUDA starts, which reads the setting of cuBLAS
@@ -363,11 +352,9 @@ def measure(args: argparse.Namespace) -> dict:
     timers = {str(variant): Timer(args, variant) for variant in variants}
     results = summarise(interleave(timers, args.repeats), str(PLAIN))
     timers.clear()
-    if args.memory and (args.device == "cuda" or Path("/proc/self/status").exists()):
-        alone = {"max_workers": 1, "mp_context": multiprocessing.get_context("spawn")}
+    if args.memory and (args.device == "cuda" or STATUS.exists()):
         for variant in variants:
-            with concurrent.futures.ProcessPoolExecutor(**alone) as pool:
-                results[str(variant)]["peak_mb"] = pool.submit(peak_memory, args, variant).result()
+            results[str(variant)]["peak_mb"] = alone(peak_memory, args, variant)
     return report(args.output, "step", vars(args), results, difference=difference)
 
 

@@ -47,10 +47,10 @@ class PCRLv23d(UNet3d):
     """
 
     up_block = ScaleUp3d
+    levels = 3  # of the way up
 
     def __init__(self, n_class: int = 1, in_channels: int = 1, width: int = 64, norm: str = "batch") -> None:
         super().__init__(n_class, False, in_channels, width, norm)
-        self.levels = 3
 
     def forward(self, x: Tensor, levels: Sequence[int] = (0, 1, 2), restore: int | None = None) -> dict[str, Tensor]:
         """Embed a batch of volumes at the drawn levels, and restore it if asked; nothing else is computed.

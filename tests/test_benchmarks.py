@@ -52,9 +52,13 @@ def test_pipeline_refuses_less_than_a_batch(tmp_path):
 TINY = ["--device", "cpu", "--b", "2", "--image-size", "32", "--local-size", "32", "--steps", "1", "--repeats", "1"]
 
 
-def test_step(tmp_path):
+TINY_3D = ["--d", "3", "--arch", "unet3d_quarter", "--cube-size", *3 * ["16"], "--local-cube-size", *3 * ["8"]]
+
+
+@pytest.mark.parametrize("dims", [[], TINY_3D])
+def test_step(tmp_path, dims):
     path = tmp_path / "step.json"
-    step.main([*TINY, "--no-memory", "--output", str(path)])
+    step.main([*TINY, *dims, "--no-memory", "--output", str(path)])
     content = read(path, {"plain, fp32", "plain, bf16", "ours, fp32", "ours, bf16"})
     assert content["difference"] < 1e-3
 

@@ -13,12 +13,13 @@ The protocol follows the data set; every value of it is an option:
   chest    Adam 1e-4, ×0.5 every 50 epochs, batch 32, random crop (0.08, 1), test: centre 224/256, the epoch with
            the best validation loss (the published chest X-ray protocol)
   others   Adam 1e-3, constant, batch 64, random crop (0.5, 1), test: whole image, the epoch with the best
-           validation AUROC, stop after 30 epochs without gain (MedMNIST's); volumes: batch 16, no crop
+           validation AUROC (MedMNIST's); volumes: batch 16, no crop
   luna     Adam 1e-4, cosine, batch 32, every third training cube a nodule, the epoch with the best validation AUROC.
            Besides the AUROC: the sensitivity at 1/8 … 8 false positives per scan, their mean (CPM), and froc.png
 
-Volumes are turned by right angles about z, flipped, and turned and scaled a little in training; in tests they are seen
-whole. The published code flips and turns nodules only, by which a network can tell them; here all cubes are changed.
+All stop after 30 epochs without gain. Volumes are turned by right angles about z, flipped, and turned and scaled a
+little in training; in tests they are seen whole. The published code flips and turns nodules only, by which a network
+can tell them; here all cubes are changed.
 
 Trial k draws the labelled subset, the order and the head from seed + k, whatever the init, so that inits are
 compared in pairs. Validation and test splits never shrink.
@@ -44,7 +45,7 @@ from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import EncoderClassifier
 
 PROTOCOLS = {
-    "chest": {  # methods.md of the published chest X-ray benchmarks: Adam 1e-4, halved every 50 epochs
+    "chest": {  # as C2L and PCRL fine-tune on chest X-rays: Adam 1e-4, halved every 50 epochs
         "optimizer": "adam", "lr": 1e-4, "schedule": "step", "milestones": [50, 100, 150, 200], "gamma": 0.5,
         "b": 32, "epochs": 100, "patience": 30, "select": "loss", "crop_scale": [0.08, 1.0], "margin": 224 / 256,
     },

@@ -91,7 +91,7 @@ def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices
     if devices.main:
         values = test_and_write(network, views, splits["test"], args, devices)
         described = {"labels": list(labels), "normalization": start["normalization"], "norm": args.norm}
-        described |= {"patch": args.patch} | {key: getattr(splits["train"], key, None) for key in ("spacing", "window")}
+        described |= {key: getattr(args, key) for key in ("patch", "spacing", "window")}
         trials.save_network(network, args, info, channels=info.channels, task="segmentation", **described)
     return {**values, **report, "train_images": len(train), "start": start}
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if devices.main:
         output, test = Path(args.output), splits["test"]
         summary = trials.summarise_trials(entries, "dice", args, test.info, devices)
-        join_cases(output, [entry.pop("cases") for entry in entries], best)
+        join_cases(output, [entry.pop("cases") for entry in entries], best)  # which results.json is too small for
         trials.write_results(output, {**summary, **summarise_segmentation(entries, test), "load": args.load}, "Dice")
     devices.wait()
     finish()

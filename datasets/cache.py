@@ -21,6 +21,8 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,9 +148,9 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
             is making it, the set is not 2D, or the disk is full.
     """
     if data.info.dims != 2:
+        later = "; training keeps them in --cache as it reads them" if isinstance(data, DecodedVolumes) else ""
         raise InputError(
-            f"data set {data.info.name}: only 2D images are cached beforehand, these have {data.info.dims} dimensions; "
-            "training keeps volumes in --cache as it reads them"
+            f"data set {data.info.name}: only 2D images are cached, these have {data.info.dims} dimensions{later}"
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,9 +360,9 @@ class DecodedVolumes(ImageDataset):
         if name is None:
             return self.decode(source)
         path = self.kept_in / name
-        if path.exists():
-            with np.load(path) as arrays:
-                return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        # A file that cannot be read, such as one cut by a power failure, is made anew.
+        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as arrays:
+            return {key: torch.from_numpy(array) for key, array in arrays.items()}
         item = self.decode(source)
         try:
             _save(path, {key: tensor.numpy() for key, tensor in item.items()})
@@ -370,9 +372,10 @@ class DecodedVolumes(ImageDataset):
 
     def _name(self, source: object) -> str | None:
         """A file name that changes with the files, and with how they are read; None where a file is missing."""
-        files = [file for path in files_in(source) for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
         try:
-            states = [(os.fspath(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            states = [
+                (os.fspath(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files_in(source)
+            ]
         except OSError:
             return None  # decoding says which
         return f"{digest(json.dumps([VERSION, type(self).__name__, self.recipe, states]).encode())}.npz"
@@ -380,14 +383,14 @@ class DecodedVolumes(ImageDataset):
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays so that `path` is complete or not there; several processes may write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with open(unfinished, "wb") as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        try:
             np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
@@ -400,6 +403,11 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
     """
     info, folder = data.info, Path(folder)
     if isinstance(data, DecodedVolumes):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(f"--cache {folder}: {error.strerror}; leave it out, or choose another") from None
         data = copy.copy(data)
         data.kept_in = folder
         return data

@@ -8,6 +8,8 @@ something else than a picture, such as volumes, override `load`.
 import argparse
 import copy
 import hashlib
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
@@ -318,9 +320,21 @@ def sample_contents(data: ImageDataset) -> str:
     return digest("\n".join(prints).encode())
 
 
+DETACHED = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)", re.MULTILINE)
+
+
 def files_in(value: object) -> list[Path]:
-    """The paths in what a source of volumes gives: a path, or a tuple or dataclass that holds some."""
+    """The files of what a source of volumes gives: a path, or a tuple or dataclass that holds some.
+
+    A folder stands for the slices in it, and a header (.mhd, .nhdr) also for the file with its voxels.
+    """
     if isinstance(value, Path):
+        if value.is_dir():
+            return sorted(value.iterdir())
+        if value.suffix.lower() in (".mhd", ".nhdr") and value.is_file():
+            with open(value, "rb") as file:
+                found = DETACHED.search(file.read(2**16))
+            return [value, *([value.parent / os.fsdecode(found[1].strip())] if found else [])]
         return [value]
     parts = value if isinstance(value, tuple | list) else vars(value).values() if is_dataclass(value) else ()
     return [path for part in parts for path in files_in(part)]
@@ -328,8 +342,6 @@ def files_in(value: object) -> list[Path]:
 
 def _beginning(path: Path) -> str:
     try:
-        if path.is_dir():  # of slices
-            return ",".join(sorted(f"{slice_.name}:{slice_.stat().st_size}" for slice_ in path.iterdir()))
         with open(path, "rb") as file:
             return f"{path.stat().st_size}:{digest(file.read(2**16))}"
     except OSError:

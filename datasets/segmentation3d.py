@@ -108,7 +108,6 @@ class SegmentationVolumes(DecodedVolumes):
     Args:
         cases: of the split.
         labels: what masks hold; other values are refused, or belong to the background where `ignore_others`.
-
         spacing: mm between voxels; 0 leaves an axis as it is.
         window: HU that become 0 and 1; None chooses by `volumes.to_unit`, each channel by itself.
     """
@@ -419,8 +418,8 @@ def open_segmented(args: argparse.Namespace) -> dict[str, ImageDataset]:
     """The train, val and test splits of a data set with masks; without a name, a `folder` with data and `phantom3d`
     without.
 
-    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names. Notes the
-    splits' digest in `args.data_digest`, by which a continuation knows them.
+    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names. Notes in
+    `args` the splits' `data_digest`, by which a continuation knows them, and the set's `spacing` and `window`.
 
     Raises:
         InputError: as `registry.open_splits`, or for a data set without masks.
@@ -439,4 +438,7 @@ def open_segmented(args: argparse.Namespace) -> dict[str, ImageDataset]:
             if getattr(request, option):
                 raise InputError(f"--{option}: {name} has its own; leave it out")
     args.data_digest = registry.data_digest(opened)
+    for option in ("spacing", "window"):
+        value = getattr(opened["train"], option, None)
+        setattr(args, option, None if value is None else list(value))
     return opened

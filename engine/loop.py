@@ -9,7 +9,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 # change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
-    "data", "data_digest", "compile",
+    "data", "data_digest", "compile", "trials",
 }  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
     return folder, saved
 
 
-def refuse_changes(before: dict, args: argparse.Namespace, where: Path, allowed: Collection[str] = ()) -> None:
+def refuse_changes(before: dict, args: argparse.Namespace, where: Path) -> None:
     """Raise InputError when an option that changes results, or the data, differ from what a run was started with."""
     # Runs without a digest are older than digests.
     if before.get("data_digest") not in (None, getattr(args, "data_digest", None)):
@@ -263,7 +263,7 @@ def refuse_changes(before: dict, args: argparse.Namespace, where: Path, allowed:
             "another --output, or --resume never"
         )
     for key, value in plain(args).items():
-        if key not in FREE_OPTIONS and key not in allowed and before.get(key) != value:
+        if key not in FREE_OPTIONS and before.get(key) != value:
             raise InputError(
                 f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, "
                 "another --output, or --resume never"

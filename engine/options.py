@@ -181,7 +181,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--cache",
         type=filled,
         metavar="DIR",
-        help="decoded images made by preprocess/cache_images.py; segmentation keeps its volumes there",
+        help="decoded images made by preprocess/cache_images.py; volumes of files are kept there as they are read",
     )
     group.add_argument(
         "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the reads fail"

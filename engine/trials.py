@@ -65,7 +65,7 @@ def oversample(train: ImageDataset, share: float) -> ImageDataset:
 
 
 def batch_size(wanted: int, count: int, devices: Devices) -> int:
-    """Images per step: as many as wanted, fewer where there are only `count`; a multiple of the devices."""
+    """Images per step: as many as wanted; where there are only `count`, about so many, at least 2 on each device."""
     parts = max(devices.world, len(devices.device_ids))
     return wanted if count >= wanted else max(2, count // parts) * parts
 
@@ -101,7 +101,7 @@ def run_trials(
             for name in RESULTS:  # which, beside a new config.json, would pass for its results if it fails
                 shutil.rmtree(output / name) if (output / name).is_dir() else (output / name).unlink(missing_ok=True)
         elif (output / "config.json").exists():
-            refuse_changes(json.loads((output / "config.json").read_text()), args, output, allowed={"trials"})
+            refuse_changes(json.loads((output / "config.json").read_text()), args, output)
         write_json(output / "config.json", {**plain(args), "versions": versions()})
     devices.wait()
     entries = []

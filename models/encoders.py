@@ -150,7 +150,7 @@ def initialise_unet(network: UNet3d, arch: str, init: str, load: str) -> dict:
     try:
         start = initialise(body, arch, init)
     except InputError as error:
-        if "up_tr" not in str(error):
+        if "up_tr" not in str(error).removeprefix(f"--init {init}"):
             raise
         raise InputError(
             f"--init {init}: its decoder has other shapes, as those without skips have (PCRLv2's); use --load encoder"

@@ -470,7 +470,8 @@ def find_scans(data: Path, folds: Sequence[int] | None, save: Path) -> list[Scan
     for fold, folder in sorted((folders or {0: data}).items()):
         paths: dict[str, Path] = {}
         for name, path in find_volumes(folder):
-            uid = name.replace("/", "_")
+            # An archive may be unpacked into subset0/subset0; the scan is still what the tables call it.
+            uid = name.rpartition("/")[2] if folders else name.replace("/", "_")
             if uid in paths:
                 raise InputError(f"{path}: its files would have the names of those of {paths[uid]}; rename one")
             paths[uid] = path

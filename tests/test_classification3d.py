@@ -96,10 +96,27 @@ def test_volumes_are_kept_as_they_are_read(tmp_path, monkeypatch):
     assert volume(cube_size=(4, 4, 4))["image"].shape == (1, 8, 8, 8)  # not the kept one of another grid
     write(tmp_path / "data" / "a.nrrd", 1)  # nor that of the file that was there before
     assert not torch.equal(volume()["image"], first["image"])
+    for kept in (tmp_path / "cache").iterdir():
+        kept.write_bytes(kept.read_bytes()[:200])  # cut by a power failure
+    assert torch.equal(volume(cube_size=(8, 8, 8))["image"], volume()["image"])
+    assert not list((tmp_path / "cache").glob(".*"))
     blocked = tmp_path / "file"
     blocked.touch()
     with pytest.raises(InputError, match=f"--cache {blocked}: .*; leave it out, or choose another"):
-        registry.open_splits(request(tmp_path / "data", cache=str(blocked)), ["train"])["train"].load(0)
+        registry.open_splits(request(tmp_path / "data", cache=str(blocked)), ["train"])
+
+
+@pytest.mark.parametrize("header", ["a.mhd", "a.nhdr"])
+def test_voxels_beside_a_header_are_known_too(tmp_path, header):
+    array = write(tmp_path / "data" / header)
+    asked = request(tmp_path / "data", cache=str(tmp_path / "cache"))
+    first = registry.open_splits(asked, ["train"])["train"]
+    image = first.load(0)["image"]
+    raw = next(path for path in (tmp_path / "data").iterdir() if path.name != header)
+    raw.write_bytes(bytes(array.nbytes))
+    second = registry.open_splits(asked, ["train"])["train"]
+    assert registry.data_digest({"train": first}) != registry.data_digest({"train": second})
+    assert not torch.equal(second.load(0)["image"], image)
 
 
 def test_volumes_with_lists_and_class_folders(tmp_path, capsys):

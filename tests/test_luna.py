@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,6 +230,15 @@ def test_same_cubes_for_any_workers_order_and_folds(scans, made, tmp_path):
     assert cubes(tmp_path / "b") == cubes(made[0])
     run(scans / "subset4", tmp_path / "c", "--seed", 1)
     assert not set(cubes(tmp_path / "c").values()) & set(cubes(made[0]).values())
+
+
+def test_subsets_unpacked_into_folders_of_their_own(scans, made, tmp_path):
+    for path in (*scans.glob("subset*/*.mhd"), *scans.glob("subset*/*.raw")):
+        nested = tmp_path / "raw" / path.parent.name / path.parent.name
+        nested.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, nested)
+    run(tmp_path / "raw", tmp_path / "cubes")
+    assert cubes(tmp_path / "cubes") == cubes(made[0])
 
 
 def test_finished_scans_are_left_alone_and_others_redone(scans, made, tmp_path):

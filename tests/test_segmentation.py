@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import SimpleITK as sitk
 import torch
 
 from medssl import finetune_segmentation
-from medssl.datasets import phantom_ct, registry
+from medssl.datasets import phantom_ct, registry, segmentation3d
 from medssl.datasets.registry import ImageDataset, Info, UnreadableImage
 from medssl.datasets.segmentation3d import find_pairs, open_segmented
 from medssl.datasets.views import Draws
@@ -257,10 +258,12 @@ def test_a_damaged_file_is_named(tmp_path):
         data.load(data.ids.index("case0"))
 
 
-def test_cache_keeps_what_was_read(tmp_path):
+def test_cache_keeps_what_was_read(tmp_path, monkeypatch):
     root = write_pairs(tmp_path / "data", 3)
     data = opened(root, cache=str(tmp_path / "cache"))["train"]
+    monkeypatch.setattr(segmentation3d, "read_volume", counted := mock.Mock(wraps=segmentation3d.read_volume))
     fresh, kept = data[0], data[0]
+    assert counted.call_count == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
     for key in ("image", "mask", "size"):
         assert torch.equal(fresh[key], kept[key])

@@ -4,7 +4,7 @@
     python preprocess/make_phantom_ct.py --save phantom_luna --count 10 --shape 256 256 160    # quicker, coarser
 
 The folder has `subset0` to `subset9` with `<seriesuid>.mhd` and `.raw`, `candidates.csv` and `annotations.csv`.
-The default shape takes about 115 MB and half a minute per CT.
+The default shape takes about 115 MB and five seconds per CT.
 """
 
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
 from medssl.models.heads import EncoderClassifier
-from medssl.preprocess import cache_images, check_data, luna, make_lists, make_phantom_ct
+from medssl.preprocess import cache_images, check_data, get_samples, luna, make_lists, make_phantom_ct
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
@@ -321,6 +321,7 @@ SCRIPTS = {
     "evaluate_features.py": evaluate_features,
     "preprocess/check_data.py": check_data,
     "preprocess/cache_images.py": cache_images,
+    "preprocess/get_samples.py": get_samples,
     "preprocess/luna.py": luna,
     "preprocess/make_lists.py": make_lists,
     "preprocess/make_phantom_ct.py": make_phantom_ct,
@@ -328,7 +329,8 @@ SCRIPTS = {
 
 
 def commands() -> list[str]:
-    text = (ROOT / "README.md").read_text() + (ROOT / "benchmarks/results/pneumoniamnist_pcrlv2.md").read_text()
+    pages = [ROOT / "README.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
     return re.findall(r"^(?:python|torchrun --nproc-per-node 4) (\S+\.py .*)$", text, flags=re.M)
 
 

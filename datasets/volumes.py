@@ -571,11 +571,6 @@ def scale(array: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip(made, 0, 1, out=made)
 
 
-def hounsfield_to_unit(array: np.ndarray) -> np.ndarray:
-    """Map −1000…1000 HU to [0, 1], float32; padding below −1024 becomes 0 like air."""
-    return scale(array, *WINDOW)
-
-
 def to_unit(array: np.ndarray) -> np.ndarray:
     """Map a volume's `unit_range` to [0, 1], float32: Hounsfield units by the CT window, others by percentiles."""
     return scale(array, *unit_range(array))

@@ -170,7 +170,7 @@ def start(images, output, *more):
 
 def after_lines(process, output, count):
     """Wait until `count` steps are logged."""
-    path, deadline = output / "metrics.jsonl", time.monotonic() + 120
+    path, deadline = output / "metrics.jsonl", time.monotonic() + 300
     while not path.exists() or path.read_text().count("\n") < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

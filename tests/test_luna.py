@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.datasets.volumes import hounsfield_to_unit, read_volume, resample
+from medssl.datasets.volumes import WINDOW, read_volume, resample, scale
 from medssl.engine.options import InputError
 from medssl.preprocess import luna
 
@@ -208,7 +208,7 @@ def test_cubes_hold_what_was_drawn(scans, made):
     """The first pair, made again step by step from the whole scan at 1 mm."""
     save, summary = made
     scan = summary["scans"]["subset0/1.2.3.100"]
-    whole = hounsfield_to_unit(resample(read_volume(scans / "subset0/1.2.3.100.mhd")).array)
+    whole = scale(resample(read_volume(scans / "subset0/1.2.3.100.mhd")).array, *WINDOW)
     drawing = luna.draw_pairs(whole.shape, "pcrlv2", luna.generator_of("1.2.3.100", 0))
     first = np.load(save / "subset0/1.2.3.100_global_0.npy")
     for _ in range(scan["rejected"] + 1):

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             encoder.compile()
         network = Averaged(encoder).to(devices.device, memory_format=CHANNELS_LAST[info.dims]).eval()
         if info.dims == 3:
-            views = VolumeClassificationViews()
+            views = VolumeClassificationViews(**reports[-1]["normalization"])
         else:
             views = ClassificationViews(**reports[-1]["normalization"], size=args.image_size, margin=args.margin)
         networks.append((network, views.to(devices.device).eval()))

@@ -95,7 +95,7 @@ def make_views(
 ) -> ClassificationViews | VolumeClassificationViews:
     """The views of images or volumes."""
     if dims == 3:
-        return VolumeClassificationViews(args.cube_size, degrees=args.rotation)
+        return VolumeClassificationViews(args.cube_size, degrees=args.rotation, **normalization)
     return ClassificationViews(
         **normalization, size=args.image_size, scale=args.crop_scale, degrees=args.rotation, margin=args.margin
     )

@@ -81,7 +81,7 @@ def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices
     torch.manual_seed(args.seed)
     network = UNet3d(len(labels), channels=info.channels, width=width_of(args.arch), norm=args.norm)
     start = initialise_unet(network, args.arch, args.init, args.load)
-    views = VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches)
+    views = VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **start["normalization"])
 
     def evaluate() -> dict[str, float]:
         return validate(network, views, splits["val"], args, devices)

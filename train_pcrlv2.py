@@ -200,15 +200,12 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
         size=args.image_size,
         local_size=args.local_size,
         locals_=args.local_views,
-        jitter=args.jitter,
-        blur_sigma=args.blur_sigma,
-        hole=round(args.cutout * args.image_size / 224),
+        **options.photometric(args),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    options.check_range("--blur-sigma", *args.blur_sigma)
     options.check_sides("--cube-size", args.cube_size)
     options.check_sides("--local-cube-size", args.local_cube_size)
     devices = setup(args.gpus, args.device, args.deterministic)

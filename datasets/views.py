@@ -61,6 +61,11 @@ class Columns:
         return low + (high - low) * self.numbers[:, self.used - n : self.used]
 
 
+def view_major(numbers: Tensor, views: int) -> Columns:
+    """Numbers (B, V·K) of images → columns (V·B, K) of their views, in the views' order."""
+    return Columns(numbers.view(len(numbers), views, -1).transpose(0, 1).flatten(0, 1))
+
+
 # Geometry ------------------------------------------------------------------------------------------
 
 
@@ -409,24 +414,29 @@ class Views(nn.Module):
 
 
 class MultiCropViews(Views):
-    """PCRLv2's 2D views: two large crops and several small ones (arXiv 2301.00772, §4.1).
+    """Random crops of an image, with colours changed: one or several large ones and, for PCRLv2, small ones
+    (arXiv 2301.00772, §4.1). The defaults are PCRLv2's.
 
     Args:
         size, local_size: sides of large and local views in pixels.
+        views: number of large views n.
         locals_: number of local views V.
+        targets: of how many large views the state before their colours changed is wanted.
         scale, local_scale: area shares of the crops.
         degrees: largest rotation.
-        jitter: brightness, contrast, saturation, hue of the colour jitter.
+        gray, blur: chances that a view turns grey, is blurred.
+        jitter: brightness, contrast, saturation, hue of the colour jitter, which has the chance `jitter_chance`.
         blur_sigma: range of the blur's standard deviation in pixels.
         hole: side of each of the three cutout holes in pixels.
 
     Returns, from `forward`:
-        {"view1", "view2" (B, 3, size, size), "locals" (V·B, 3, local_size, local_size), view-major, "target"
-        (B, 3, size, size): view 1 before its colours were changed}, all normalised.
+        {"view1" … "view{n}" (B, 3, size, size), "locals" (V·B, 3, local_size, local_size), view-major, "target" and
+        "target2" (B, 3, size, size): the first views before their colours were changed}, all normalised; "index" (B,)
+        image numbers.
 
     Random columns of an image, by stream of `Draws`:
-        0: 24 for view 1, 24 for view 2, 24 for each local view, as `random_crops` takes them;
-        1: 18 for view 1, 18 for view 2: 12 as `color` takes them, 6 for the holes;
+        0: 24 for each large view, 24 for each local view, as `random_crops` takes them;
+        1: 18 for each large view: 12 as `color` takes them, 6 for the holes;
         2: 12 for each local view, as `color` takes them.
     """
 
@@ -436,43 +446,52 @@ class MultiCropViews(Views):
         std: Sequence[float],
         size: int = 224,
         local_size: int = 96,
+        views: int = 2,
         locals_: int = 6,
+        targets: int = 1,
         scale: tuple[float, float] = (0.3, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.3),
         degrees: float = 10.0,
+        gray: float = 0.2,
+        blur: float = 0.5,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4),
+        jitter_chance: float = 1.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         hole: int = 32,
     ) -> None:
         super().__init__(mean, std)
-        self.size, self.local_size, self.locals_ = size, local_size, locals_
-        self.scale, self.local_scale, self.degrees = scale, local_scale, degrees
-        self.jitter, self.blur_sigma, self.hole = jitter, blur_sigma, hole
+        self.size, self.local_size, self.views, self.locals_ = size, local_size, views, locals_
+        self.targets, self.scale, self.local_scale, self.degrees = targets, scale, local_scale, degrees
+        self.gray, self.blur, self.jitter, self.jitter_chance = gray, blur, jitter, jitter_chance
+        self.blur_sigma, self.hole = blur_sigma, hole
 
     def color(self, x: Tensor, draws: Columns) -> Tensor:
-        """Grey with chance .2, blur with chance .5, colour jitter. 12 columns."""
-        x = random_gray(x, draws, 0.2)
-        x = random_blur(x, draws, 0.5, self.blur_sigma)
-        return color_jitter(x, draws, *self.jitter)
+        """Grey, blur, colour jitter. 12 columns."""
+        x = random_gray(x, draws, self.gray)
+        x = random_blur(x, draws, self.blur, self.blur_sigma)
+        return color_jitter(x, draws, *self.jitter, p=self.jitter_chance)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        b, v = len(batch["image"]), self.locals_
-        numbers = [draws.uniform(0, 24 * (2 + v)), draws.uniform(1, 18 * 2), draws.uniform(2, 12 * v)]
+        b, n, v = len(batch["image"]), self.views, self.locals_
+        numbers = [draws.uniform(0, 24 * (n + v)), draws.uniform(1, 18 * n), draws.uniform(2, 12 * v)]
         rows = [batch["image"], batch["size"], *numbers]
         # On a CPU few images at a time: what is computed in between then stays in the processor's cache.
         part = CPU_PART if batch["image"].device.type == "cpu" else b
         parts = [self.crop_and_color(*some) for some in zip(*(whole.split(part) for whole in rows))]
         # (V, B, C, h, w) → (V·B, C, h, w), view-major
-        target, large, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
+        targets, large, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
         views = self.normalise(large)
         if self.hole:
-            # (B, 2·K) → (2·B, K), in the views' order
-            place = numbers[1].view(b, 2, 18)[..., 12:].transpose(0, 1).flatten(0, 1)
-            views = cutout(views, Columns(place), 3, self.hole)
-        view1, view2 = views.chunk(2)
-        out = {"view1": view1, "view2": view2, "target": self.normalise(target)}
+            columns = view_major(numbers[1], n)
+            columns.take(12)  # for the colours
+            views = cutout(views, columns, 3, self.hole)
+        out = {f"view{i}": view for i, view in enumerate(views.split(b), 1)}
+        if self.targets:
+            out |= zip(("target", "target2"), self.normalise(targets).split(b))
         if v:
             out["locals"] = self.normalise(small)
+        if "index" in batch:
+            out["index"] = batch["index"]
         return out
 
     def crop_and_color(
@@ -481,11 +500,11 @@ class MultiCropViews(Views):
         """All views of b images, not yet normalised, from rows of uniform numbers.
 
         Returns:
-            view 1 before its colours changed (1, b, C, size, size), the large views (2, b, C, size, size), and the
-            local views (V, b, C, local_size, local_size).
+            the first views before their colours changed (targets, b, C, size, size), the large views
+            (n, b, C, size, size), and the local views (V, b, C, local_size, local_size).
         """
         columns, side = Columns(spatial), images.shape[-1]
-        large = self.random_crops(size, columns, 2, self.scale, self.degrees)
+        large = self.random_crops(size, columns, self.views, self.scale, self.degrees)
         small = self.random_crops(size, columns, self.locals_, self.local_scale, self.degrees)
         # Large and small views read from one pyramid.
         plans = [(large.flatten(0, 1), self.size), (small.flatten(0, 1), self.local_size)]
@@ -500,7 +519,62 @@ class MultiCropViews(Views):
 
         before, after = cut(large, self.size, color)
         locals_ = cut(small, self.local_size, local_color)[1] if self.locals_ else after[:0]
-        return before[:1], after, locals_
+        return before[: self.targets], after, locals_
+
+
+def transform_code(flips: Tensor, turns: Tensor) -> Tensor:
+    """(N, axes) bool and (N,) int64 in 0…3 → (N, axes + 4) float32: the flips, then the right angles one-hot."""
+    return torch.cat([flips.float(), F.one_hot(turns, 4).float()], 1)
+
+
+def draw_transform(draws: Columns, axes: int) -> tuple[Tensor, Tensor]:
+    """Flips (N, axes) bool, each with chance ½, and right angles (N,) int64 in 0…3. Takes axes + 1 columns."""
+    return draws.take(axes) < 0.5, draws.take(1, 0, 4)[:, 0].long()
+
+
+def transform(x: Tensor, flips: Tensor, turns: Tensor) -> Tensor:
+    """Mirror and turn each image or volume by its own code (PCRL, arXiv 2109.04379, §3.2).
+
+    Args:
+        x: (N, C, *S), as long along the first axis of S as along the second.
+        flips: (N, axes) bool, which axes of S are mirrored, one after the other.
+        turns: (N,) int64 right angles from the first axis of S to the second, after the flips.
+    """
+    for axis, mirrored in enumerate(flips.T):
+        chosen = mirrored.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        x = torch.where(chosen, x.flip(2 + axis), x)
+    out = x.clone()
+    for k in (1, 2, 3):
+        rows = torch.nonzero(turns == k)[:, 0].to(x.device, non_blocking=True)
+        out[rows] = torch.rot90(x[rows], k, (2, 3))
+    return out
+
+
+def add_transforms(out: dict[str, Tensor], draws: Columns, axes: int) -> dict[str, Tensor]:
+    """Add PCRL's codes of both views, "code1", "code2" (B, axes + 4), and the views transformed by them, "turned1",
+    "turned2". `draws` are the numbers of both views' rows, view-major; axes + 1 columns are taken."""
+    views = torch.cat([out["view1"], out["view2"]])
+    flips, turns = draw_transform(draws, axes)
+    for name, rows in (
+        ("code", transform_code(flips, turns).to(views.device)),
+        ("turned", transform(views, flips, turns)),
+    ):
+        out[f"{name}1"], out[f"{name}2"] = rows.chunk(2)
+    return out
+
+
+class RestorationViews(MultiCropViews):
+    """PCRL's 2D views (arXiv 2109.04379, §4.1): two crops, their clean states, and both transformed by a code.
+
+    Returns, from `forward`: what `MultiCropViews` does, and what `add_transforms` adds.
+    Stream 3 of `Draws` has 3 columns for each view.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], **options: object) -> None:
+        super().__init__(mean, std, locals_=0, targets=2, **options)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        return add_transforms(super().forward(batch, draws), view_major(draws.uniform(3, 2 * 3), 2), axes=2)
 
 
 class ClassificationViews(Views):

@@ -20,15 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.datasets.registry import CUBE_SIZE
-from medssl.datasets.views import Columns, Draws, Views
+from medssl.datasets.views import Columns, Draws, Views, add_transforms, view_major
 from medssl.engine.options import InputError
 
 Shape = tuple[int, int, int]
+Size = tuple[float, float, float]
 
-# Crop sizes in mm of PCRLv2's cubes (arXiv 2301.00772 and its published preprocessing).
+# Crop sizes in mm of PCRLv2's and PCRL's cubes (arXiv 2301.00772, 2109.04379 and their published preprocessing).
 GLOBAL_SIZES = ((96.0, 96.0, 64.0), (96.0, 96.0, 96.0), (112.0, 112.0, 64.0), (64.0, 64.0, 32.0))
+PCRL_SIZES = ((64.0, 64.0, 32.0), (96.0, 96.0, 48.0), (96.0, 96.0, 96.0), (32.0, 32.0, 16.0), (112.0, 112.0, 64.0))
 LOCAL_SIZES = ((32.0, 32.0, 16.0), (16.0, 16.0, 16.0), (32.0, 32.0, 32.0), (8.0, 8.0, 8.0))
-MIN_IOU = 0.3
+MIN_IOU, PCRL_MIN_IOU = 0.3, 0.25
 CANDIDATES = 32  # pairs of boxes tried at once; all fail in one of several hundred volumes
 
 
@@ -208,11 +210,16 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def random_boxes(
-    draws: Columns, size: Tensor, voxels: Tensor, locals_: int, min_iou: float = MIN_IOU
+    draws: Columns,
+    size: Tensor,
+    voxels: Tensor,
+    locals_: int,
+    crops: Sequence[Size] = GLOBAL_SIZES,
+    min_iou: float = MIN_IOU,
 ) -> tuple[Tensor, Tensor]:
-    """PCRLv2's crops of whole volumes: two large boxes that overlap, and small ones around them.
+    """Crops of whole volumes: two large boxes that overlap, and small ones around them.
 
-    Volumes of 140 × 140 × 120 mm or more are cropped with the published sizes; for smaller ones the sizes shrink
+    Volumes of 140 × 140 × 120 mm or more are cropped with the sizes asked for; for smaller ones the sizes shrink
     by as much, per axis, so that a volume whose spacing is not known is cropped in proportion.
 
     Args:
@@ -220,6 +227,7 @@ def random_boxes(
         size: (N, 3) extent of the volumes in mm.
         voxels: (N, 3) their shapes. No box is less than 4 voxels long, or longer than its volume.
         locals_: small boxes V per volume.
+        crops: sizes of the large boxes in mm, each as likely.
         min_iou: intersection over union that the large boxes exceed. Where none of 32 tries does, the best is taken.
 
     Returns:
@@ -227,7 +235,7 @@ def random_boxes(
     """
     n, k = len(size), CANDIDATES
     spacing = size / voxels
-    table, small = torch.tensor(GLOBAL_SIZES), torch.tensor(LOCAL_SIZES)
+    table, small = torch.tensor(crops), torch.tensor(LOCAL_SIZES)
     shrink = (size / (1.25 * table.amax(0))).clamp(max=1)  # (N, 3)
     least = torch.minimum(4 * spacing, size)
     which = draws.take(2 * k, 0, len(table)).long().view(n, k, 2)
@@ -416,27 +424,26 @@ def painting(x: Tensor, draws: Columns, seeds: Sequence[int], p: float = 0.9, in
 # Views of the methods ------------------------------------------------------------------------------
 
 
-def view_major(numbers: Tensor, views: int) -> Columns:
-    """Numbers (B, V·K) of images → columns (V·B, K) of their views, in the views' order."""
-    return Columns(numbers.view(len(numbers), views, -1).transpose(0, 1).flatten(0, 1))
-
-
 class VolumeViews(Views):
-    """Base of the views of volumes, which are normalised one by one to zero mean and unit deviation.
+    """Base of the views of volumes, which are normalised one by one.
 
     `forward(batch, draws)` takes {"image": (B, C, X, Y, Z) float16 or float32 in [0, 1], or a list of B volumes
     (C, X, Y, Z) of any shapes; "size": (B, 3) extents in mm, on the CPU; …}.
+
+    Args:
+        kind: "z", to zero mean and unit deviation, or "unit", left in [0, 1].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "z") -> None:
         super().__init__((), ())  # no constants: each view has a mean and deviation of its own
+        self.kind = kind
 
     def normalise(self, x: Tensor) -> Tensor:
-        return z_normalise(x)
+        return z_normalise(x) if self.kind == "z" else x
 
 
-class CubeViews(VolumeViews):
-    """PCRLv2's 3D views: two large cubes and several small ones (arXiv 2301.00772, §4.1).
+class CutCubes(VolumeViews):
+    """Base of views that are two overlapping large cubes and several small ones around them.
 
     The batch has prepared cubes, "image" (B, 2, X, Y, Z) and "locals" (B, V, x, y, z), or whole volumes, "image"
     (B, 1, X, Y, Z) with "size", out of which cubes are cut here. Cubes of another shape than asked for are resized.
@@ -444,6 +451,48 @@ class CubeViews(VolumeViews):
     Args:
         size, local_size: shapes of large and small views in voxels.
         locals_: number of small views V; prepared cubes may have more.
+        crops: sizes in mm of the large cubes cut out of whole volumes. min_iou: by how much they overlap.
+        kind: of normalisation.
+    """
+
+    def __init__(
+        self, size: Shape, local_size: Shape, locals_: int, crops: Sequence[Size], min_iou: float, kind: str
+    ) -> None:
+        super().__init__(kind)
+        self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
+        self.crops, self.min_iou = crops, min_iou
+
+    def cut(self, batch: dict, draws: Draws) -> list[Tensor]:
+        """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]."""
+        image, v = batch["image"], self.locals_
+        if image[0].shape[0] == 2:
+            stored = [image] if v == 0 else [image, batch.get("locals")]
+            if v and (stored[1] is None or stored[1].shape[1] < v):
+                found = 0 if stored[1] is None else stored[1].shape[1]
+                raise InputError(
+                    f"--local-views {v}: the prepared cubes have {found}; ask for no more, or prepare anew"
+                )
+            cubes = []
+            for stack, count, shape in zip(stored, (2, v), (self.size, self.local_size)):
+                stack = stack[:, :count].transpose(0, 1).float().flatten(0, 1)  # (count·B, x, y, z)
+                cubes.append(stack[:, None] if stack.shape[1:] == shape else resize(list(stack), shape))
+            return cubes
+        volumes = [volume[0] for volume in image]
+        voxels = torch.tensor([volume.shape for volume in volumes])
+        numbers = Columns(draws.uniform(0, 8 * CANDIDATES + 4 * v))
+        boxes = random_boxes(numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou)
+        return [
+            # One view after the other: the windows of all would be large.
+            torch.cat([crop_resize(volumes, each, shape) for each in some.unbind(1)])
+            for some, shape in zip(boxes, (self.size, self.local_size))
+            if some.shape[1]
+        ]
+
+
+class CubeViews(CutCubes):
+    """PCRLv2's 3D views: two large cubes and several small ones (arXiv 2301.00772, §4.1), as `CutCubes` reads them.
+
+    Args:
         flips: axes mirrored with chance ½.
         scale, degrees: ranges of the affine map, in the cubes' voxels.
         blur: largest deviation of the blur in voxels.
@@ -470,37 +519,10 @@ class CubeViews(VolumeViews):
         log_gamma: float = 0.3,
         swaps: int = 100,
     ) -> None:
-        super().__init__()
-        self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
+        super().__init__(size, local_size, locals_, GLOBAL_SIZES, MIN_IOU, "z")
         self.flips, self.scale, self.degrees = tuple(flips), scale, degrees
         self.blur, self.noise, self.log_gamma = blur, noise, log_gamma
         self.swaps = round(swaps * math.prod(self.size) / math.prod(CUBE_SIZE))
-
-    def cut(self, batch: dict, draws: Draws) -> list[Tensor]:
-        """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]."""
-        image, v = batch["image"], self.locals_
-        if image[0].shape[0] == 2:
-            stored = [image] if v == 0 else [image, batch.get("locals")]
-            if v and (stored[1] is None or stored[1].shape[1] < v):
-                found = 0 if stored[1] is None else stored[1].shape[1]
-                raise InputError(
-                    f"--local-views {v}: the prepared cubes have {found}; ask for no more, or prepare anew"
-                )
-            cubes = []
-            for stack, count, shape in zip(stored, (2, v), (self.size, self.local_size)):
-                stack = stack[:, :count].transpose(0, 1).float().flatten(0, 1)  # (count·B, x, y, z)
-                cubes.append(stack[:, None] if stack.shape[1:] == shape else resize(list(stack), shape))
-            return cubes
-        volumes = [volume[0] for volume in image]
-        voxels = torch.tensor([volume.shape for volume in volumes])
-        numbers = Columns(draws.uniform(0, 8 * CANDIDATES + 4 * v))
-        plans = zip(random_boxes(numbers, batch["size"].cpu(), voxels, v), (self.size, self.local_size))
-        return [
-            # One view after the other: the windows of all would be large.
-            torch.cat([crop_resize(volumes, each, shape) for each in boxes.unbind(1)])
-            for boxes, shape in plans
-            if boxes.shape[1]
-        ]
 
     def change(self, x: Tensor, draws: Columns, seeds: Sequence[int]) -> Tensor:
         """Blur, noise, gamma. 5 columns."""
@@ -524,6 +546,47 @@ class CubeViews(VolumeViews):
         return out
 
 
+class RestorationCubeViews(CutCubes):
+    """PCRL's 3D views (arXiv 2109.04379, §4.1): two cubes, blurred, shuffled and painted; their clean states; and both
+    views transformed by a code. All stay in [0, 1], and are as long along x as along y.
+
+    Args:
+        scale, degrees: ranges of the affine map, in the cubes' voxels; x is mirrored with chance ½.
+        blur: largest deviation of the blur in voxels.
+        shuffle, paint: chances of local shuffling and of painting; `inner` is the share of in-painting.
+
+    Returns, from `forward`:
+        {"view1", "view2", "target", "target2" (B, 1, *size): the views after flip and affine map, before anything
+        else; and what `add_transforms` adds}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        scale: float = 0.1,
+        degrees: float = 10.0,
+        blur: float = 2.0,
+        shuffle: float = 0.5,
+        paint: float = 0.9,
+        inner: float = 0.2,
+    ) -> None:
+        super().__init__(size, size, 0, PCRL_SIZES, PCRL_MIN_IOU, "unit")
+        self.scale, self.degrees, self.blur = scale, degrees, blur
+        self.shuffle, self.paint, self.inner = shuffle, paint, inner
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        (cubes,) = self.cut(batch, draws)
+        columns = view_major(draws.uniform(1, 2 * (10 + 3 + 1 + 37 + 4)), 2)
+        cubes = sample(cubes, random_affine(columns, cubes.shape[2:], (0,), self.scale, self.degrees))
+        views = blur(cubes, columns.take(3, 0, self.blur))
+        seeds = [seeds_of(draws, stream) for stream in (2, 3, 4, 5)]  # a pair for each of shuffling and painting
+        views = local_shuffling(views, columns, seeds[0] + seeds[1], self.shuffle)
+        views = painting(views, columns, seeds[2] + seeds[3], self.paint, self.inner)
+        out = {f"view{i}": view for i, view in enumerate(views.chunk(2), 1)}
+        out |= zip(("target", "target2"), cubes.chunk(2))
+        return add_transforms(out, columns, axes=3)
+
+
 def resize(volumes: Sequence[Tensor], out: Shape) -> Tensor:
     """Whole volumes (X, Y, Z), of any shapes, as (N, 1, *out); see `crop_resize`."""
     boxes = torch.tensor([[0.0, 0.0, 0.0, *volume.shape] for volume in volumes])
@@ -538,6 +601,7 @@ class VolumeClassificationViews(VolumeViews):
         flips: axes mirrored with chance ½.
         turns: turn by right angles about z, where the view is square in x and y.
         scale, degrees: ranges of the affine map, in mm where the batch has "size".
+        kind: of normalisation; see `VolumeViews`.
 
     `forward` adds "view" (B, C, *size), normalised, to the batch: random in training mode, plain in evaluation mode.
     """
@@ -549,8 +613,9 @@ class VolumeClassificationViews(VolumeViews):
         turns: bool = True,
         scale: float = 0.1,
         degrees: float = 10.0,
+        kind: str = "z",
     ) -> None:
-        super().__init__()
+        super().__init__(kind)
         self.size, self.flips, self.turns = None if size is None else tuple(size), tuple(flips), turns
         self.scale, self.degrees = scale, degrees
 
@@ -582,6 +647,7 @@ class VolumeSegmentationViews(VolumeViews):
         blur, noise, log_gamma, contrast: largest deviation of the blur (voxels) and of the noise, logarithm of the
             gamma curve's exponent, and change of contrast about the mean. Each is applied to a quarter of the patches.
         patches: P of each volume, which takes long to read.
+        kind: of normalisation; see `VolumeViews`.
 
     `forward` gives, in training mode, "view" (B·P, C, *patch), each normalised on its own, and "target"
     (B·P, *patch) int64 from "mask" (B, X, Y, Z), a volume's patches after one another; several channels share the
@@ -601,8 +667,9 @@ class VolumeSegmentationViews(VolumeViews):
         log_gamma: float = 0.3,
         contrast: float = 0.25,
         patches: int = 1,
+        kind: str = "z",
     ) -> None:
-        super().__init__()
+        super().__init__(kind)
         self.patch, self.foreground, self.flips = tuple(patch), foreground, tuple(flips)
         self.patches = patches
         self.scale, self.degrees = scale, degrees

@@ -522,7 +522,7 @@ def export_encoder(method: Method, views: Views, args: argparse.Namespace, info:
         "dims": info.dims,
         "channels": 3 if info.dims == 2 else 1,
         "method": type(method).__name__,
-        "normalization": {"mean": list(views.mean), "std": list(views.std)} if info.dims == 2 else {"kind": "z"},
+        "normalization": {"mean": list(views.mean), "std": list(views.std)} if info.dims == 2 else {"kind": views.kind},
         "version": FORMAT_VERSION,
     }
     save_atomic(content, folder / "encoder.pt")

@@ -202,7 +202,7 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_photometric(group: argparse._ArgumentGroup) -> None:
+def add_photometric(group: argparse._ArgumentGroup, blur: float = 0.5) -> None:
     """Colour work of the views, with the strengths that the chest X-ray methods share."""
     group.add_argument(
         "--jitter",
@@ -212,6 +212,7 @@ def add_photometric(group: argparse._ArgumentGroup) -> None:
         metavar=("B", "C", "S", "H"),
         help="strength of the jitter of brightness, contrast, saturation and hue",
     )
+    group.add_argument("--blur", type=fraction, default=blur, help="chance that a view is blurred")
     group.add_argument(
         "--blur-sigma",
         type=non_negative,
@@ -223,6 +224,46 @@ def add_photometric(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
     )
+
+
+def add_crops(group: argparse._ArgumentGroup) -> None:
+    """Geometry of large views."""
+    group.add_argument("--image-size", type=positive_int, default=224, help="side of the views, pixels")
+    group.add_argument(
+        "--crop-scale", "--crop", type=bounded_float(1e-3, 1), default=0.2, help="least share of the image in a crop"
+    )
+    group.add_argument("--rotation", type=non_negative, default=10.0, help="largest rotation, degrees")
+
+
+def photometric(args: argparse.Namespace) -> dict:
+    """What `add_photometric` asks of `MultiCropViews`."""
+    check_range("--blur-sigma", *args.blur_sigma)
+    names = ("jitter", "blur", "blur_sigma")
+    return {name: getattr(args, name) for name in names} | {"hole": round(args.cutout * args.image_size / 224)}
+
+
+def large_views(args: argparse.Namespace) -> dict:
+    """What `add_crops` and `add_photometric` ask of `MultiCropViews`."""
+    crops = {"size": args.image_size, "scale": (args.crop_scale, 1.0), "degrees": args.rotation}
+    return crops | photometric(args)
+
+
+def add_contrast(parser: Parser, queue: bool = True) -> argparse._ArgumentGroup:
+    """Contrast with a momentum teacher and a queue, or with a memory bank."""
+    group = parser.add_argument_group("contrast")
+    group.add_argument(
+        "--temperature", "--moco_t", "--nce_t", type=bounded_float(1e-3, math.inf), default=0.07, help="temperature T"
+    )
+    group.add_argument(
+        "--loss", choices=("infonce", "nce"), default="infonce",
+        help="softmax over all candidates, or noise-contrastive estimation",
+    )  # fmt: skip
+    if queue:
+        group.add_argument(
+            "--queue", "--nce_k", type=positive_int, default=16384, metavar="K", help="keys in the queue: the negatives"
+        )
+        group.add_argument("--ema", "--alpha", type=fraction, default=0.999, help="momentum of the teacher's weights")
+    return group
 
 
 def add_training(parser: Parser) -> argparse._ArgumentGroup:

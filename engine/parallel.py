@@ -6,6 +6,7 @@ device and DistributedDataParallel, on one machine or many.
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -89,11 +90,76 @@ class Run:
         self.device_ids = device_ids or []
         self.generator = generator
 
+    @property
+    def parts(self) -> int:
+        """Into how many parts networks see a batch, each with batch statistics of its own."""
+        return max(world_size(), len(self.device_ids))
+
+    def permutation(self, count: int) -> Tensor:
+        """A random order of the whole batch, the same in all processes, which have `count` images each."""
+        return torch.randperm(count * world_size(), generator=self.generator)
+
+    def rows(self, x: Tensor, order: Tensor) -> Tensor:
+        """This process's rows of the whole batch in a new order, without gradient.
+
+        Args:
+            x: (B, …), this process's images.
+            order: (B over all processes,) int64, on the CPU.
+        """
+        own = order.chunk(world_size())[process_rank()].to(x.device, non_blocking=True)
+        return gather(x.detach())[own]
+
+    def shuffled(self, net: nn.Module, x: Tensor) -> object:
+        """A network without gradient on a batch shuffled over all devices (Shuffle-BN, MoCo, arXiv 1911.05722, §3.3).
+
+        So the batch statistics of a key are not those of its query. Every output is put back in order, embeddings and
+        feature maps alike. On one device, where all share one batch, nothing moves.
+
+        Args:
+            x: (B, …).
+
+        Returns:
+            The network's output, tensors (B, …) or dicts, lists and tuples of them.
+        """
+        order = self.permutation(len(x))  # drawn on one device too, for the same numbers to follow
+        with torch.no_grad():
+            if self.parts == 1:
+                return self(net, x)
+            return rearrange(self(net, self.rows(x, order)), lambda y: self.rows(y, order.argsort()))
+
     def __call__(self, net: nn.Module, *inputs: Tensor, **options: object) -> object:
         if len(self.device_ids) > 1:
             net = _Cast(net) if torch.is_autocast_enabled("cuda") else net
             return nn.parallel.data_parallel(net, inputs, self.device_ids, module_kwargs=options)
         return net(*inputs, **options)
+
+
+def rearrange(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """Apply `change` to a tensor, or to all in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: rearrange(part, change) for key, part in value.items()}
+    return type(value)(rearrange(part, change) for part in value)
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """The number of this one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes, in the order of the whole batch, without gradient: (B, …) → (B · processes, …)."""
+    if world_size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
 
 
 class _Cast(nn.Module):

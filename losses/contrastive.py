@@ -1,7 +1,96 @@
 """Losses between embeddings of views."""
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from medssl.engine.parallel import gather
+
+
+def unit(x: Tensor) -> Tensor:
+    """n(x): rows of (B, C) scaled to unit length, in float32."""
+    return F.normalize(x.float(), dim=1)
+
+
+def similarities(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
+    """Cosines of queries with their positives (column 0) and with all negatives: (B, 1 + K), float32.
+
+    Args:
+        q, k: (B, C) queries and keys, unit length; keys take no gradient.
+        negatives: (K, C) unit length.
+    """
+    with torch.autocast(q.device.type, enabled=False):  # differences between candidates are finer than bf16
+        q, k = q.float(), k.detach().float()
+        return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1)
+
+
+class InfoNCE(nn.Module):
+    """−log of the softmax probability of the positive among 1 + K candidates (CPC, arXiv 1807.03748, Eq. 4; MoCo,
+    arXiv 1911.05722, Eq. 1). Its value for random embeddings is about log(1 + K) or above.
+
+    Args:
+        temperature: T, by which cosines are divided.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate."""
+        return F.cross_entropy(s / self.temperature, s.new_zeros(len(s), dtype=torch.int64))
+
+    def after_step(self) -> None:
+        """Nothing changes."""
+
+
+class NCE(nn.Module):
+    """Noise-contrastive estimation: tell the positive from K noise samples one by one (InsDis, arXiv 1805.01978, §3.2).
+
+    P = exp(s / T) / Z, h = P / (P + K/n + ε) for the positive, and 1 − h = (K/n) / (P + K/n + ε) for each negative;
+    the loss is −log h − Σ log(1 − h), ε = 1e-5. Z, the number of images n times the mean of exp(s / T), is
+    estimated once, on the first call of the first step (§3.2 there), and then kept. The published code cuts it to an
+    integer; here it stays what it is.
+
+    Args:
+        temperature: T. images: n.
+    """
+
+    def __init__(self, temperature: float, images: int) -> None:
+        super().__init__()
+        self.temperature, self.images = temperature, images
+        self.register_buffer("z", torch.zeros(()))  # 0: not estimated yet
+        self.estimated = False
+        self.first: Tensor | None = None
+
+    def probabilities(self, s: Tensor) -> Tensor:
+        """P of each candidate, (B, 1 + K)."""
+        p = torch.exp(s / self.temperature)
+        self.estimated = self.estimated or bool(self.z > 0)
+        if self.estimated:
+            return p / self.z
+        if self.first is None:
+            self.first = gather(p.mean()[None]).mean() * self.images
+        return p / self.first
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate."""
+        p = self.probabilities(s)
+        noise = (s.shape[1] - 1) / self.images
+        positive = torch.log(p[:, 0] / (p[:, 0] + noise + 1e-5))
+        negative = torch.log(noise / (p[:, 1:] + noise + 1e-5))
+        return -(positive + negative.sum(1)).mean()
+
+    def after_step(self) -> None:
+        """Keep the first step's estimate of Z."""
+        if not self.estimated and self.first is not None:
+            self.z.copy_(self.first)
+        self.first = None
+
+
+def make_contrast(kind: str, temperature: float, images: int) -> nn.Module:
+    """The loss that `--loss` names: "infonce" or "nce"."""
+    return InfoNCE(temperature) if kind == "infonce" else NCE(temperature, images)
 
 
 def negative_cosine(q_a: Tensor, p_a: Tensor, q_b: Tensor, p_b: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 PREFIXES = (
     "module.model.encoder.",
     "module.encoder.",
+    "densenet121.module.",
     "encoder.module.",
     "model.encoder.",
     "module.",
@@ -71,8 +72,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
 
     Returns:
         {"init", "matched", "missing", "unexpected", "normalization"}; counts of keys, and what inputs the weights
-        expect: {"mean", "std"} of each channel in 2D (of inputs in [0, 1]), {"kind": "z"} in 3D (each volume to
-        zero mean and unit deviation).
+        expect: {"mean", "std"} of each channel in 2D (of inputs in [0, 1]), {"kind"} in 3D: "z", each volume to zero
+        mean and unit deviation, or "unit", left in [0, 1].
 
     Raises:
         InputError: when the weights are not there, are of another architecture or dimension, or match nothing.
@@ -101,6 +102,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
             raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
         if isinstance(fields.get("normalization"), dict):
             report["normalization"] = fields["normalization"]
+        elif dims == 3 and any(key.endswith("aug_fc1.weight") for key in state):
+            report["normalization"] = {"kind": "unit"}  # published PCRL, whose inputs were in [0, 1]
     wanted = encoder.state_dict()
     state = _strip(state, wanted)
     if dims == 3:

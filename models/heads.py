@@ -19,6 +19,23 @@ class Averaged(nn.Module):
         return global_average(self.encoder(x)[-1].float())
 
 
+class Embedder(Averaged):
+    """Encoder, global average pooling and projection head: (B, C, *S) → features (B, F), embeddings (B, D)."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__(encoder)
+        self.head = head
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = super().forward(x)
+        return features, self.head(features)
+
+
+def mlp(c_in: int, c_hidden: int, c_out: int) -> nn.Sequential:
+    """Linear–ReLU–Linear."""
+    return nn.Sequential(nn.Linear(c_in, c_hidden), nn.ReLU(inplace=True), nn.Linear(c_hidden, c_out))
+
+
 class EncoderClassifier(Averaged):
     """Encoder, global average pooling, dropout and one linear layer: (B, C, *S) → features (B, F), logits (B, L).
 

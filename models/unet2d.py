@@ -1,4 +1,4 @@
-"""2D U-Net decoder over any encoder, without skip connections (PCRLv2's; skips arrive with their first user)."""
+"""2D U-Net decoder over any encoder, with and without skip connections."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,16 @@ def conv_norm_relu(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class DecoderBlock(nn.Module):
-    """Up-sample (nearest) to the next size, then two convolutions."""
+    """Up-sample (nearest) to the next size, concatenate the skipped map if there is one, then two convolutions."""
 
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in: int, c_skip: int, c_out: int) -> None:
         super().__init__()
-        self.conv1 = conv_norm_relu(c_in, c_out)
+        self.conv1 = conv_norm_relu(c_in + c_skip, c_out)
         self.conv2 = conv_norm_relu(c_out, c_out)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv2(self.conv1(F.interpolate(x, size=size, mode="nearest")))
+    def forward(self, x: Tensor, size: torch.Size, skip: Tensor | None = None) -> Tensor:
+        x = F.interpolate(x, size=size, mode="nearest")
+        return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], 1)))
 
 
 class Decoder2d(nn.Module):
@@ -32,12 +33,17 @@ class Decoder2d(nn.Module):
     Args:
         encoder_channels: `encoder.out_channels`, shallow to deep.
         channels: of each level, deep to shallow.
+        skips: whether the levels see the encoder's maps; the last one, of the image's size, never does.
     """
 
-    def __init__(self, encoder_channels: Sequence[int], channels: Sequence[int] = DECODER_CHANNELS) -> None:
+    def __init__(
+        self, encoder_channels: Sequence[int], channels: Sequence[int] = DECODER_CHANNELS, skips: bool = False
+    ) -> None:
         super().__init__()
+        self.skips = skips
         c_in = [encoder_channels[-1], *channels[:-1]]
-        self.blocks = nn.ModuleList(DecoderBlock(a, b) for a, b in zip(c_in, channels))
+        c_skip = [c * skips for c in encoder_channels[-2:0:-1]] + [0]
+        self.blocks = nn.ModuleList(DecoderBlock(*some) for some in zip(c_in, c_skip, channels))
 
     def forward(self, features: Sequence[Tensor], depth: int | None = None) -> list[Tensor]:
         """Decode.
@@ -50,9 +56,10 @@ class Decoder2d(nn.Module):
         Returns:
             The maps of the computed levels, deep to shallow: level i is (B, channels[i], H/2^(4-i), W/2^(4-i)).
         """
-        sizes = [f.shape[2:] for f in features[-2::-1]]
+        *mirrored, image = features[-2::-1]
+        skips = [*(mirrored if self.skips else [None] * len(mirrored)), None]
         x, levels = features[-1], []
-        for block, size in list(zip(self.blocks, sizes))[:depth]:
-            x = block(x, size)
+        for block, target, skip in list(zip(self.blocks, [*mirrored, image], skips))[:depth]:
+            x = block(x, target.shape[2:], skip)
             levels.append(x)
         return levels

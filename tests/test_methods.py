@@ -19,6 +19,10 @@ from torch import nn
 
 from medssl.engine.monitor import COLLAPSED, Monitor, feature_std
 from medssl.engine.parallel import Run, finish, setup, wrap
+from medssl.train_c2l import C2L
+from medssl.train_insdis import InsDis
+from medssl.train_moco import MoCo
+from medssl.train_pcrl import PCRL
 from medssl.train_pcrlv2 import PCRLv2
 
 
@@ -48,6 +52,22 @@ def pcrlv2_share(batch, rank, world):
     return part
 
 
+def pair_batch(images=8, sides=(32, 32), code=6):
+    """Two views of images, their clean states, their turned states, transform codes, image numbers."""
+    batch = pcrlv2_batch(images, sides, sides)
+    del batch["locals"]
+    generator = torch.Generator().manual_seed(3)
+    batch["target2"] = batch["target"].clone()
+    for i in (1, 2):
+        batch[f"turned{i}"] = batch[f"view{i}"].flip(2)
+        batch[f"code{i}"] = (torch.rand(images, code, generator=generator) < 0.5).float()
+    return batch | {"index": torch.arange(images)}
+
+
+def plain_share(batch, rank, world):
+    return {k: v.chunk(world)[rank] for k, v in batch.items()}
+
+
 @dataclass
 class Case:
     """A method, how it is made, a fixed batch, and a process's share of it."""
@@ -68,7 +88,25 @@ CASES = {
         pcrlv2_share,
         lr=0.02,
     ),
+    "moco1": Case(MoCo, {"version": 1, "queue": 60}, pair_batch, plain_share, lr=0.05),
+    "moco2": Case(MoCo, {"queue": 60}, pair_batch, plain_share, lr=0.05),
+    "moco2_nce": Case(MoCo, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.05),
+    "insdis": Case(InsDis, {"images": 20, "negatives": 16}, pair_batch, plain_share, lr=0.05),
+    "insdis_nce": Case(
+        InsDis, {"images": 20, "negatives": 16, "loss": "nce"}, pair_batch, plain_share, lr=0.05
+    ),
+    "c2l": Case(C2L, {"queue": 60}, pair_batch, plain_share, lr=0.05),
+    "c2l_nce": Case(C2L, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.05),
+    "pcrl": Case(PCRL, {"queue": 60}, pair_batch, plain_share, lr=0.05),
+    "pcrl_3d": Case(
+        PCRL,
+        {"arch": "unet3d_quarter", "dims": 3, "queue": 60},
+        functools.partial(pair_batch, sides=(16, 16, 16), code=7),
+        plain_share,
+        lr=0.05,
+    ),
 }
+TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL)]
 
 
 def build(case):

@@ -1,0 +1,60 @@
+"""Memories of embeddings of earlier steps: what a contrastive loss takes its negatives from."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medssl.engine.parallel import gather
+
+
+class KeyQueue(nn.Module):
+    """The newest K keys, first in, first out (MoCo, arXiv 1911.05722, §3.1). Starts with random directions.
+
+    Attributes:
+        keys: (K, C) float32, unit length.
+        pointer: () int64, where the next key goes.
+    """
+
+    def __init__(self, size: int = 16384, channels: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, channels), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Replace the oldest keys, wrapping around; of more than K keys the last K stay.
+
+        Args:
+            keys: (B, C) unit length, this process's rows; all processes enqueue the rows of all, in the same order.
+        """
+        keys, size = gather(keys.float()), len(self.keys)
+        skipped = max(0, len(keys) - size)
+        places = (self.pointer + torch.arange(skipped, len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, places, keys[skipped:])
+        self.pointer.add_(len(keys)).remainder_(size)
+
+
+class MemoryBank(nn.Module):
+    """One embedding for every image of the data set (InsDis, arXiv 1805.01978, §3.2).
+
+    Attributes:
+        slots: (N, C) float32, unit length; random directions until an image is seen.
+    """
+
+    def __init__(self, images: int, channels: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("slots", F.normalize(torch.randn(images, channels), dim=1))
+
+    @torch.no_grad()
+    def update(self, index: Tensor, embeddings: Tensor, momentum: float) -> None:
+        """slot ← n(m · slot + (1 − m) · embedding), in all processes for the rows of all.
+
+        Args:
+            index: (B,) int64 image numbers. One may come twice, where a batch spans two epochs: the last counts.
+            embeddings: (B, C) unit length.
+            momentum: m.
+        """
+        index, embeddings = gather(index), gather(embeddings.float())
+        rows = list({image: row for row, image in enumerate(index.tolist())}.values())
+        index, embeddings = index[rows], embeddings[rows]
+        self.slots[index] = F.normalize(momentum * self.slots[index] + (1 - momentum) * embeddings, dim=1)

@@ -1,0 +1,129 @@
+"""Pre-train with MoCo (He et al., CVPR 2020, arXiv 1911.05722; version 2: Chen et al., arXiv 2003.04297).
+
+  python train_moco.py --data DIR --n chest --b 256 --output OUT --gpus 0 --amp
+  python train_moco.py --version 1 --data DIR --dataset folder --output OUT --gpus 0,1 --amp
+  torchrun --nproc-per-node 4 train_moco.py --data DIR --n chest --output OUT --amp
+  python train_moco.py --steps 20 --b 8 --image-size 64 --queue 256 --output OUT          (no data, CPU)
+
+The version decides these values where none is given:
+
+  1  --temperature 0.07 --schedule step (× 0.1 after 60 % and 80 % of the epochs)   linear head, no blur
+  2  --temperature 0.2  --schedule cosine                                        hidden layer in the head, blur
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medssl.datasets.registry import open_pretraining
+from medssl.datasets.views import MultiCropViews
+from medssl.engine import options
+from medssl.engine.loop import Method, pretrain
+from medssl.engine.parallel import Run, setup
+from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.models.encoders import initialise, make_encoder
+from medssl.models.heads import Embedder, mlp
+from medssl.models.momentum import follow, make_teacher
+from medssl.models.queue import KeyQueue
+
+DIM = 128
+VERSIONS = {  # §3 of both papers, and their published code
+    1: {"temperature": 0.07, "schedule": "step", "jitter": [0.4, 0.4, 0.4, 0.4], "blur": 0.0},
+    2: {"temperature": 0.2, "schedule": "cosine", "jitter": [0.4, 0.4, 0.4, 0.1], "blur": 0.5},
+}
+JITTER_CHANCE = {1: 1.0, 2: 0.8}
+
+
+class MoCo(Method):
+    """Learns to tell an image from all others: an embedding of one view must find that of another view, which a slowly
+    moving teacher makes, among the keys of thousands of earlier images in a queue.
+
+    L = ℓ(n f(x1), n f̃(x2)), ℓ = InfoNCE over the queue (arXiv 1911.05722, Eq. 1), or NCE.
+
+    Batch: "view1", "view2" (B, 3, H, W) normalised.
+
+    Differences from the published code: the learning rate changes every step; views as `MultiCropViews` makes them; the
+    queue has 16384 keys and the encoder is a ResNet-18 unless asked otherwise, as for the methods that this one is
+    compared with (65536 and ResNet-50 there).
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        version: int = 2,
+        images: int = 1,
+        queue: int = 16384,
+        temperature: float = 0.2,
+        momentum: float = 0.999,
+        loss: str = "infonce",
+    ) -> None:
+        super().__init__()
+        encoder = make_encoder(arch)
+        c = encoder.out_channels[-1]
+        self.student = Embedder(encoder, nn.Linear(c, DIM) if version == 1 else mlp(c, c, DIM))
+        self.teacher = make_teacher(self.student)
+        self.queue = KeyQueue(queue, DIM)
+        self.contrast = make_contrast(loss, temperature, images)
+        self.momentum = momentum
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        features, z = run(self.student, batch["view1"])
+        _, k = run.shuffled(self.teacher, batch["view2"])
+        self.features, self.keys = features.detach(), unit(k)
+        return {"contrast": self.contrast(similarities(unit(z), self.keys, self.queue.keys))}
+
+    def after_step(self, progress: float) -> None:
+        self.queue.enqueue(self.keys)
+        self.contrast.after_step()
+        follow(self.teacher, self.student, self.momentum)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        return self.student.encoder.state_dict()
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.student, self.teacher]
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    options.add_data(parser)
+    options.add_pretraining(parser)
+    options.add_training(parser)
+    options.add_network(parser)
+    options.add_runtime(parser)
+    options.add_output(parser, default="runs/moco")
+    group = options.add_contrast(parser)
+    group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of MoCo: head, views and recipe")
+    group = parser.add_argument_group("views")
+    options.add_crops(group)
+    options.add_photometric(group)
+    parser.set_defaults(  # §4 of 1911.05722; rotation and cutout are C2L's, for radiographs. None: the version decides
+        b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", rotation=0.0, cutout=0,
+        milestones=None, **dict.fromkeys(VERSIONS[2]),
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    args = options.complete(args, VERSIONS[args.version] | {"milestones": [0.6 * args.epochs, 0.8 * args.epochs]})
+    devices = setup(args.gpus, args.device, args.deterministic)
+    data = open_pretraining(args)
+    torch.manual_seed(args.seed)
+    method = MoCo(args.arch, args.version, len(data), args.queue, args.temperature, args.ema, args.loss)
+    start = initialise(method.student.encoder, args.arch, args.init)
+    method.teacher.load_state_dict(method.student.state_dict())
+    views = MultiCropViews(
+        **start["normalization"], **options.large_views(args),
+        jitter_chance=JITTER_CHANCE[args.version], locals_=0, targets=0,
+    )  # fmt: skip
+    pretrain(method, data, views, args, devices)
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

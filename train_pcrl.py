@@ -1,0 +1,292 @@
+"""Pre-train with PCRL (Zhou et al., "Preservational Learning Improves Self-supervised Medical Image Models by
+Reconstructing Diverse Contexts", ICCV 2021, arXiv 2109.04379).
+
+  python train_pcrl.py --data DIR --n chest --b 64 --epochs 240 --lr 1e-3 --output OUT --gpus 0 --amp
+  torchrun --nproc-per-node 4 train_pcrl.py --data DIR --n chest --output OUT --amp
+  python train_pcrl.py --data DIR --n luna --d 3 --b 16 --output OUT --gpus 0 --amp       (volumes)
+  python train_pcrl.py --steps 20 --b 8 --image-size 64 --queue 256 --output OUT          (no data, CPU)
+
+The data set knows its dimension, and with it come these values where none is given (the published ones):
+
+  2D  --arch resnet18 --b 64 --lr 0.001
+  3D  --arch unet3d   --b 16 --lr 0.001      (unet3d_half and unet3d_quarter are narrower, for small machines)
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medssl.datasets.registry import open_pretraining
+from medssl.datasets.views import RestorationViews, Views
+from medssl.datasets.views3d import RestorationCubeViews
+from medssl.engine import options
+from medssl.engine.loop import Method, pretrain
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Run, setup
+from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder, width_of
+from medssl.models.heads import global_average
+from medssl.models.mixup import Mixup, upper_half
+from medssl.models.momentum import follow, make_teacher
+from medssl.models.queue import KeyQueue
+from medssl.models.unet2d import Decoder2d
+from medssl.models.unet3d import UNet3d
+
+DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
+    2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
+    3: {"arch": DEFAULT_ARCH[3], "b": 16, "lr": 1e-3},
+}
+CHANNELS = {2: 3, 3: 1}  # of inputs and restorations
+
+
+class ContextHeads:
+    """What PCRL adds to a U-Net with skips, under the published names: an embedding of the deepest map, and attention
+    on it by a transform code."""
+
+    def add_heads(self, channels: int, axes: int, dim: int = 128, hidden: int = 256) -> None:
+        """`channels` of the deepest map; a code has axes + 4 numbers."""
+        self.fc1, self.fc2 = nn.Linear(channels, dim), nn.Linear(dim, dim)
+        self.aug_fc1, self.aug_fc2 = nn.Linear(axes + 4, hidden), nn.Linear(hidden, channels)
+
+    def embed(self, deepest: Tensor) -> tuple[Tensor, Tensor]:
+        """The deepest map (B, C, *S) → its average (B, C) and the embedding (B, 128)."""
+        features = global_average(deepest)
+        return features, self.fc2(F.relu(self.fc1(features)))
+
+    def attention(self, code: Tensor) -> Tensor:
+        """Codes (B, axes + 4) → a, (B, C) in (0, 1)."""
+        return torch.sigmoid(self.aug_fc2(F.relu(self.aug_fc1(code))))
+
+    def forward(self, x: Tensor, *others: Tensor, decode: bool = False) -> dict[str, Tensor] | Tensor:
+        """Encode images, or decode maps.
+
+        Args:
+            x: (B, C, *S) images; with `decode` the shallowest map, followed by the others.
+
+        Returns:
+            {"features", "z", "maps": shallow to deep}, or the restored image (B, C, *S).
+        """
+        if decode:
+            return self.restore([x, *others])
+        maps = self.encode(x)
+        features, z = self.embed(maps[-1])
+        return {"features": features, "z": z, "maps": list(maps)}
+
+
+class ContextUNet2d(ContextHeads, nn.Module):
+    """2D U-Net with skips on any encoder. The first of its maps is the image itself, whose size a restoration has."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.encoder = make_encoder(arch)
+        self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
+        self.output = nn.Conv2d(16, CHANNELS[2], 3, padding=1)
+        self.add_heads(self.encoder.out_channels[-1], axes=2)
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        return self.encoder(x)
+
+    def restore(self, maps: list[Tensor]) -> Tensor:
+        return self.output(self.decoder(maps)[-1])
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """What is exported: the encoder, with torchvision's names."""
+        return self.encoder.state_dict()
+
+
+class ContextUNet3d(ContextHeads, UNet3d):
+    """3D U-Net with skips; restorations are in [0, 1]. All keys are the published ones."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(CHANNELS[3], width=width_of(arch))
+        self.add_heads(self.out_channels[-1], axes=3)
+
+    def restore(self, maps: list[Tensor]) -> Tensor:
+        return torch.sigmoid(self.out_tr(self.decode(maps)[-1]))
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """What is exported: the whole network, under the published names."""
+        return self.state_dict()
+
+
+class PCRL(Method):
+    """Learns what tells an image from others (C2L's three contrasts with a momentum teacher and a queue), and to keep
+    what the contrast would drop: the U-Net restores the images it sees in diverse contexts — turned as a code at its
+    bottleneck asks, and mixed with other images and with the teacher's maps of the other view.
+
+    With D the decoder, f and f̃ the maps of student and teacher, a_i = attention(code_i) on the deepest of them,
+    T_i the transform that code_i names, α1, α2 = max(b, 1 − b), b ~ Beta(1, 1), and mix as in `Mixup`:
+
+      contrast     ⅓ [ℓ(z, z̃) + ℓ(z', z̃') + ℓ(z', mix z̃)], z of x1, z̃ of x2, primes of the mixed images
+      restoration  ¼ [ MSE(D(f(x1)·a1), T1(x1)) + MSE(D(f(mix x1)), mix gt1)
+                     + MSE(D(α1 f(x1)·a1 + (1 − α1) f̃(x2)·a2), α1 T1(x1) + (1 − α1) T2(x2))
+                     + MSE(D(α2 f(mix x1) + (1 − α2) f̃(mix x2)), α2 mix gt1 + (1 − α2) mix gt2) ]
+
+    where skipped maps are mixed like the deepest, and their sum is minimised (paper §3, Eqs. 1–7).
+
+    Batch: "view1", "view2", "target", "target2", "turned1", "turned2" (B, 3, H, W) normalised, or in 3D
+    (B, 1, X, Y, Z) in [0, 1]; "code1", "code2" (B, 6), in 3D (B, 7).
+
+    Differences from the published code, on purpose:
+      * InfoNCE, not NCE, unless `--loss nce` is given; NCE counts images there, not batches, and keeps Z's fraction.
+      * All three contrasts take their negatives from the queue as it is at the start of the step. There, the second
+        and third found the keys of their own images in it.
+      * The 3D target has the view's own flip and affine map; there it is the cube before them, which no network can
+        know. Each view is painted or not by itself.
+      * The learning rate follows a cosine over the run's own length, every step.
+      * In 2D rotation and crop are one interpolation.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        dims: int = 2,
+        images: int = 1,
+        queue: int = 16384,
+        temperature: float = 0.2,
+        momentum: float = 0.999,
+        loss: str = "infonce",
+    ) -> None:
+        super().__init__()
+        self.student = ContextUNet2d(arch) if dims == 2 else ContextUNet3d(arch)
+        self.teacher = make_teacher(self.student)
+        self.queue = KeyQueue(queue)
+        self.contrast = make_contrast(loss, temperature, images)
+        self.momentum = momentum
+        self.keys: list[Tensor] = []
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        x1, x2 = batch["view1"], batch["view2"]
+        mix = Mixup.draw(run, len(x1))
+        alpha1, alpha2 = upper_half(run), upper_half(run)
+
+        student, mixed = run(self.student, x1), run(self.student, mix(x1))
+        teacher, mixed_teacher = run.shuffled(self.teacher, x2), run.shuffled(self.teacher, mix(x2))
+        self.features = student["features"].detach()
+
+        q, q_mixed = unit(student["z"]), unit(mixed["z"])
+        self.keys = [unit(k) for k in (teacher["z"], mixed_teacher["z"], mix(teacher["z"]))]
+        pairs = zip((q, q_mixed, q_mixed), self.keys)
+        contrasts = [self.contrast(similarities(query, key, self.queue.keys)) for query, key in pairs]
+
+        a1, a2 = (self.student.attention(batch[code]) for code in ("code1", "code2"))
+        own, other = attend(student["maps"], a1), attend(teacher["maps"], a2)
+        turned1, turned2 = batch["turned1"], batch["turned2"]
+        clean1, clean2 = mix(batch["target"]), mix(batch["target2"])
+        contexts = [  # maps to decode, and what they are decoded to
+            (own, turned1),
+            (mixed["maps"], clean1),
+            (blend(own, other, alpha1), torch.lerp(turned2, turned1, alpha1)),
+            (blend(mixed["maps"], mixed_teacher["maps"], alpha2), torch.lerp(clean2, clean1, alpha2)),
+        ]
+        errors = [F.mse_loss(run(self.student, *maps, decode=True).float(), target) for maps, target in contexts]
+        return {"contrast": sum(contrasts) / 3, "restoration": sum(errors) / 4}
+
+    def after_step(self, progress: float) -> None:
+        for keys in self.keys:
+            self.queue.enqueue(keys)
+        self.contrast.after_step()
+        follow(self.teacher, self.student, self.momentum)
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        return self.student.encoder_state()
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.student, self.teacher]
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        some = {name: value[:8] for name, value in batch.items()}
+        maps = attend(self.student(some["view1"])["maps"], self.student.attention(some["code1"]))
+        names = {"view 1": "view1", "view 2": "view2", "clean 1": "target", "transformed 1": "turned1"}
+        return {title: batch[name] for title, name in names.items()} | {"restored": self.student(*maps, decode=True)}
+
+
+def attend(maps: list[Tensor], attention: Tensor) -> list[Tensor]:
+    """Multiply the deepest map (B, C, *S) channel by channel with (B, C)."""
+    deepest = maps[-1]
+    return [*maps[:-1], deepest * attention.view(*attention.shape, *[1] * (deepest.ndim - 2))]
+
+
+def blend(one: list[Tensor], other: list[Tensor], weight: float) -> list[Tensor]:
+    """weight · one + (1 − weight) · other, map by map."""
+    return [torch.lerp(b, a, weight) for a, b in zip(one, other)]
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    options.add_data(parser)
+    options.add_pretraining(parser)
+    options.add_training(parser)
+    options.add_network(parser)
+    options.add_runtime(parser)
+    options.add_output(parser, default="runs/pcrl")
+    group = options.add_contrast(parser)
+    group.add_argument(
+        "--inchannel",
+        type=options.positive_int,
+        help="channels of the input; only checked against the data (2D 3, 3D 1)",
+    )
+    group.add_argument("--outchannel", type=options.positive_int, help="channels of the restoration; only checked")
+    group.add_argument("--phase", choices=("pretask",), default="pretask", help="of the published command; only this")
+    group = parser.add_argument_group("views of images (2D)")
+    options.add_crops(group)
+    options.add_photometric(group)
+    group = parser.add_argument_group("views of volumes (3D)")
+    group.add_argument(
+        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=[64, 64, 32],
+        help="sides of the cubes, voxels",
+    )  # fmt: skip
+    parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
+        epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", temperature=0.2,
+        **dict.fromkeys(DEFAULTS[2]),
+    )  # fmt: skip
+    return parser
+
+
+def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
+    """The views of images or volumes."""
+    if dims == 3:
+        return RestorationCubeViews(tuple(args.cube_size))
+    return RestorationViews(**normalization, **options.large_views(args))
+
+
+def check_cube(sides: Sequence[int]) -> None:
+    """Raise InputError for cubes that cannot be turned about z, painted, or halved three times."""
+    options.check_sides("--cube-size", sides)
+    if sides[0] != sides[1]:
+        raise InputError(f"--cube-size {' '.join(map(str, sides))}: PCRL turns cubes about z; X and Y must be the same")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    check_cube(args.cube_size)
+    devices = setup(args.gpus, args.device, args.deterministic)
+    data = open_pretraining(args)
+    dims = data.info.dims
+    for option in ("inchannel", "outchannel"):
+        if getattr(args, option) not in (None, CHANNELS[dims]):
+            given, needed = getattr(args, option), CHANNELS[dims]
+            raise InputError(
+                f"--{option} {given}: data set {data.info.name} has {dims} dimensions, which take {needed}"
+            )
+    if args.arch == "pcrl":  # the published command names the method here
+        args.arch = None
+    args = options.complete(args, DEFAULTS[dims])
+    torch.manual_seed(args.seed)
+    method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss)
+    encoder = method.student.encoder
+    start = initialise(encoder, args.arch, args.init)
+    method.teacher.load_state_dict(method.student.state_dict())
+    views = make_views(args, dims, start["normalization"])
+    pretrain(method, data, views, args, devices)
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -130,7 +130,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         raise InputError(
             f"--init {init}: only {len(matched)} of {len(learned)} entries fit {arch}; another architecture? see --arch"
         )
-    encoder.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+    # Not the encoder's own method: some of the library's (DenseNet's) know no `strict`.
+    nn.Module.load_state_dict(encoder, {key: state[key] for key in wanted if key in state}, strict=False)
     report |= {"matched": len(matched), "missing": len(missing), "unexpected": len(unexpected)}
     return report
 

@@ -1,11 +1,9 @@
 """PCRLv2: the numbers of the published implementation, and the files it leaves and reads."""
 
 import argparse
-import importlib.util
 import json
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 import torchvision
+from parity_tools import assert_close, deterministic, published
 from PIL import Image
 
 from medssl import train_pcrlv2
@@ -28,13 +27,7 @@ from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.train_pcrlv2 import DEFAULTS, PCRLv2, get_parser, main
 
-PARITY = Path(__file__).parent / "parity"
-PUBLISHED = json.loads((PARITY / "pcrlv2_2d.json").read_text())
-PUBLISHED_3D = json.loads((PARITY / "pcrlv2_3d.json").read_text())
-
-_spec = importlib.util.spec_from_file_location("parity_deterministic", PARITY / "deterministic.py")
-deterministic = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(deterministic)
+PUBLISHED, PUBLISHED_3D = published("pcrlv2_2d"), published("pcrlv2_3d")
 
 
 def published_key(key):
@@ -44,15 +37,6 @@ def published_key(key):
     key = re.sub(r"^heads\.(\d)\.restore\.", r"decoder.blocks.\1.deep_supervision_head.", key)
     key = re.sub(r"^output\.", "segmentation_head.0.", key)
     return "model." + key
-
-
-def assert_close(tensor, stored, what):
-    """Compare with a digest, as parity/README.md says: 1e-4 of the standard deviation plus 1e-6."""
-    ours = deterministic.digest(tensor)
-    assert ours["shape"] == stored["shape"], what
-    bound = 1e-4 * stored["std"] + 1e-6
-    difference = max(abs(a - b) for a, b in zip(ours["entries"], stored["entries"]))
-    assert difference <= bound, f"{what}: differs by {difference:.2g}, {bound:.2g} allowed"
 
 
 LOSSES = {"restoration": "recon", "intermediate": "intermediate", "siamese": "siamese", "local": "local"}

@@ -410,6 +410,7 @@ def test_two_halves_make_the_views_of_the_whole(channels):
         "view2": (8, 3, 64, 64),
         "target": (8, 3, 64, 64),
         "locals": (24, 3, 32, 32),
+        "index": (8,),
     }
     for name in ("view1", "view2", "target"):
         assert torch.allclose(second[name], whole[name][4:], atol=1e-3), name
@@ -424,7 +425,7 @@ def test_target_is_view1_before_colour():
     plain = MultiCropViews(**IMAGENET, size=64, locals_=0, jitter=(0, 0, 0, 0), blur_sigma=(0.01, 0.011), hole=0)
     batch = batch_of(8, 1)
     out = plain(batch, Draws((1, 1), 8))
-    assert set(out) == {"view1", "view2", "target"}
+    assert set(out) == {"view1", "view2", "target", "index"}
     assert torch.allclose(out["view1"], out["target"], atol=1e-4)
     changed = MultiCropViews(**IMAGENET, size=64, locals_=0, hole=9)(batch, Draws((1, 1), 8))
     assert torch.equal(changed["target"], out["target"])

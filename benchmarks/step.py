@@ -14,17 +14,24 @@ sure that both give the same losses and gradient.
 """
 
 import argparse
-import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.benchmarks.machine import RESULTS, STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
+from medssl.benchmarks.variants import (
+    PLAIN,
+    Variant,
+    autocast,
+    choose_device,
+    choose_variants,
+    set_kernels,
+    synchronise,
+)
 from medssl.engine import options
 from medssl.engine.loop import CHANNELS_LAST
 from medssl.engine.parallel import Run, make_deterministic
@@ -34,28 +41,6 @@ from medssl.train_pcrlv2 import DEFAULTS, MultiScaleUNet, PCRLv2
 
 LOCAL_VIEWS = 6
 LEVELS = {2: len(DECODER_CHANNELS), 3: PCRLv23d.levels}  # of the decoder
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Variant(NamedTuple):
-    """One way to do a step; its name is `str(variant)`."""
-
-    kind: str  # plain or ours
-    precision: str  # fp32, bf16 or fp16
-    compiled: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.kind}, {self.precision}" + (", compiled" if self.compiled else "")
-
-
-PLAIN = Variant("plain", "fp32")
-
-
-def choose_variants(cuda: bool, compiled: bool) -> list[Variant]:
-    """What is measured; fp16 is for GPUs. "plain, bf16" separates what mixed precision gives from the rest."""
-    precisions = ["fp32", "bf16", "fp16"] if cuda else ["fp32", "bf16"]
-    variants = [PLAIN, Variant("plain", "bf16"), *(Variant("ours", p) for p in precisions)]
-    return variants + [Variant("ours", p, True) for p in precisions if compiled]
 
 
 def make_batch(args: argparse.Namespace, kind: str) -> dict[str, Tensor]:
@@ -188,13 +173,6 @@ def our_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]]
     return step
 
 
-def autocast(args: argparse.Namespace, variant: Variant) -> contextlib.AbstractContextManager:
-    """Mixed precision where the variant has it."""
-    if variant.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(args.device, DTYPES[variant.precision])
-
-
 # Measuring -----------------------------------------------------------------------------------------
 
 
@@ -240,12 +218,6 @@ def prepare(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]],
     return step
 
 
-def set_kernels(args: argparse.Namespace, variant: Variant) -> None:
-    """On a GPU: cuDNN's benchmark mode for plain, what the training scripts do for ours."""
-    if args.device == "cuda":
-        make_deterministic(variant.kind == "ours" and args.deterministic)
-
-
 class Timer:
     """Each call times the next `--steps` steps of a variant, and returns images per second."""
 
@@ -267,12 +239,6 @@ class Timer:
             self.step(levels)
         synchronise(args)
         return args.b * args.steps / (time.perf_counter() - started)
-
-
-def synchronise(args: argparse.Namespace) -> None:
-    """Wait for the GPU, where there is one."""
-    if args.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_memory(args: argparse.Namespace, variant: Variant) -> float:
@@ -317,10 +283,7 @@ def get_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print the table, write and return the report."""
     args = get_parser().parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise options.InputError("--device cuda: this machine has no GPU that PyTorch can use")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = choose_device(args.device)
     cuda = args.device == "cuda"
     threads = torch.get_num_threads()
     defaults = {

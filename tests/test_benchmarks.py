@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from medssl.benchmarks import machine, pipeline, step
+from medssl.benchmarks import contrast, machine, pipeline, step
 from medssl.engine.options import InputError
 
 
@@ -89,3 +89,17 @@ def test_interleaved_summary():
     assert calls == ["a", "b", "b", "a", "a", "b"]
     summary = machine.summarise(speeds, "a")
     assert summary["b"] == {"images_per_s": 4, "lowest": 3, "highest": 12, "ratio": 3}
+
+
+def test_contrast(tmp_path):
+    """Both methods, both ways; that they compute the same is checked before anything is measured."""
+    path = tmp_path / "contrast.json"
+    tiny = ["--device", "cpu", "--b", "2", "--image-size", "32", "--queue", "16", "--steps", "1", "--repeats", "1"]
+    contrast.main([*tiny, "--no-memory", "--output", str(path)])
+    variants = [
+        f"{name}: {kind}, {p}" for name in ("c2l", "pcrl") for kind in ("plain", "ours") for p in ("fp32", "bf16")
+    ]
+    if not torch.cuda.is_available():
+        content = read(path, set(variants))
+        assert max(content["differences"].values()) < 1e-3
+        assert content["results"]["c2l: plain, fp32"]["ratio"] == 1

@@ -1,11 +1,12 @@
 """The benchmarks run, and report every variant. Speeds are never judged here."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from medssl.benchmarks import contrast, machine, pipeline, step
+from medssl.benchmarks import contrast, curves, machine, pipeline, step
 from medssl.engine.options import InputError
 
 
@@ -103,3 +104,23 @@ def test_contrast(tmp_path):
         content = read(path, set(variants))
         assert max(content["differences"].values()) < 1e-3
         assert content["results"]["c2l: plain, fp32"]["ratio"] == 1
+
+
+def test_curves(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(InputError, match="no config.json and metrics.jsonl"):
+        curves.main([str(run)])
+    (run / "config.json").write_text(json.dumps({"method": "C2L", "queue": 2048, "loss": "infonce"}))
+    lines = [{"step": i, "epoch": i / 4, "contrast": 2.5 - i / 50, "mixed_images": 2.5, "lr": 9} for i in range(20)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config, epochs, losses = curves.read_run(run)
+    assert epochs == [i / 4 for i in range(4, 20)]
+    assert losses == pytest.approx([5.0 - (i - 2) / 50 for i in range(4, 20)])
+    assert curves.chance(config) == pytest.approx(math.log(2049))
+    assert curves.chance(config | {"loss": "nce"}) is None
+    curves.main([str(run), "--output", str(tmp_path / "curves.png")])
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2}')
+    with pytest.raises(InputError, match="fewer than 5 logged lines with a contrast"):
+        curves.main([str(run)])

@@ -15,7 +15,18 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from medssl import compare, demo, evaluate_features, finetune_classification, finetune_segmentation, train_pcrlv2
+from medssl import (
+    compare,
+    demo,
+    evaluate_features,
+    finetune_classification,
+    finetune_segmentation,
+    train_c2l,
+    train_insdis,
+    train_moco,
+    train_pcrl,
+    train_pcrlv2,
+)
 from medssl.datasets.registry import Info
 from medssl.engine import trials
 from medssl.engine.metrics import auroc_interval, score, score_with_intervals
@@ -315,6 +326,10 @@ def test_demo_runs(tmp_path, capsys):
 
 
 SCRIPTS = {
+    "train_c2l.py": train_c2l,
+    "train_insdis.py": train_insdis,
+    "train_moco.py": train_moco,
+    "train_pcrl.py": train_pcrl,
     "train_pcrlv2.py": train_pcrlv2,
     "finetune_classification.py": finetune_classification,
     "finetune_segmentation.py": finetune_segmentation,
@@ -329,7 +344,8 @@ SCRIPTS = {
 
 
 def commands() -> list[str]:
-    pages = [ROOT / "README.md", *sorted((ROOT / "benchmarks" / "results").glob("*.md"))]
+    folders = ROOT / "benchmarks" / "results", ROOT / "docs"
+    pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
     text = "\n".join(page.read_text() for page in pages)
     return re.findall(r"^(?:python|torchrun --nproc-per-node 4) (\S+\.py .*)$", text, flags=re.M)
 

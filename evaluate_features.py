@@ -201,6 +201,7 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     data = options.add_data(parser)
     options.add_evaluation_lists(data)
+    options.add_chexpert(data)
     options.add_runtime(parser)
     group = parser.add_argument_group("features")
     group.add_argument(

@@ -130,6 +130,7 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     data = options.add_data(parser)
     options.add_evaluation_lists(data)
+    options.add_chexpert(data)
     data.add_argument(
         "--ratio",
         type=options.fraction,

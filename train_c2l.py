@@ -100,7 +100,7 @@ class C2L(Method):
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_data(parser)
+    options.add_chexpert(options.add_data(parser), labelled=False)
     options.add_pretraining(parser)
     options.add_training(parser)
     options.add_network(parser)
@@ -121,7 +121,7 @@ def get_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     devices = setup(args.gpus, args.device, args.deterministic)
-    data = open_pretraining(args)
+    data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
     method = C2L(args.arch, len(data), args.queue, args.temperature, args.ema, args.loss, args.mixup)
     start = initialise(method.student.encoder, args.arch, args.init)

@@ -77,7 +77,7 @@ class InsDis(Method):
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_data(parser)
+    options.add_chexpert(options.add_data(parser), labelled=False)
     options.add_pretraining(parser)
     options.add_training(parser)
     options.add_network(parser)
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     args = options.complete(args, {"milestones": [0.6 * args.epochs, 0.8 * args.epochs]})
     devices = setup(args.gpus, args.device, args.deterministic)
-    data = open_pretraining(args)
+    data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
     method = InsDis(args.arch, len(data), args.negatives, args.temperature, args.memory_momentum, args.loss)
     start = initialise(method.student.encoder, args.arch, args.init)

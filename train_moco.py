@@ -87,7 +87,7 @@ class MoCo(Method):
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_data(parser)
+    options.add_chexpert(options.add_data(parser), labelled=False)
     options.add_pretraining(parser)
     options.add_training(parser)
     options.add_network(parser)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     args = options.complete(args, VERSIONS[args.version] | {"milestones": [0.6 * args.epochs, 0.8 * args.epochs]})
     devices = setup(args.gpus, args.device, args.deterministic)
-    data = open_pretraining(args)
+    data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
     method = MoCo(args.arch, args.version, len(data), args.queue, args.temperature, args.ema, args.loss)
     start = initialise(method.student.encoder, args.arch, args.init)

@@ -217,7 +217,7 @@ def blend(one: list[Tensor], other: list[Tensor], weight: float) -> list[Tensor]
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_data(parser)
+    options.add_chexpert(options.add_data(parser), labelled=False)
     options.add_pretraining(parser)
     options.add_training(parser)
     options.add_network(parser)

@@ -168,7 +168,7 @@ def agreement(a: dict[str, Tensor], b: dict[str, Tensor], level: int) -> Tensor:
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    options.add_data(parser)
+    options.add_chexpert(options.add_data(parser), labelled=False)
     options.add_pretraining(parser)
     options.add_training(parser)
     options.add_network(parser)

@@ -5,27 +5,27 @@ Read as it unpacks: `images/*.png` or `images_0*/images/*.png`, `Data_Entry_2017
 """
 
 import csv
-import gzip
 import os
-import sys
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from medssl.datasets.lists import (
-    HELD_OUT,
-    SPLIT_SEED,
+    Listed,
     asked_for,
     file_name,
+    hold_out,
     known_or_nan,
     line_of,
+    open_table,
     patient_of,
+    read_given,
     read_list,
-    split_by_patient,
+    warn_of_absent,
+    warn_of_unlabelled,
 )
 from medssl.datasets.reading import EXTENSIONS, Files
 from medssl.datasets.registry import ImageDataset, Info, Request
@@ -64,21 +64,14 @@ def read_entries(folder: Path) -> Entries | None:
             table.
     """
     tables = sorted(folder.glob("Data_Entry_2017*.csv")) + sorted(folder.glob("Data_Entry_2017*.csv.gz"))
-    if not tables:
-        return None
-    try:
-        return _read_table(tables[0])
-    except (OSError, EOFError, zlib.error):
-        raise InputError(f"{tables[0]}: cannot be read; is it whole? Download it again") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise InputError(f"{tables[0]}: not a table in UTF-8; is this the NIH table?") from None
+    return _read_table(tables[0]) if tables else None
 
 
 def _read_table(path: Path) -> Entries:
     findings: dict[str, tuple[int, ...]] = {}
     patients: dict[str, str] = {}
     numbers = {name: number for number, name in enumerate(FINDINGS)}
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with open_table(path, "the NIH") as file:
         reader = csv.DictReader(file)
         for column in ("Image Index", "Finding Labels", "Patient ID"):
             if column not in (reader.fieldnames or ()):
@@ -125,102 +118,80 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     else:
         chosen = _official(folder, paths, splits, entries)
     opened = {}
-    for split, (origin, names, labels) in chosen.items():
+    for split, listed in chosen.items():
+        names, labels = listed.names, listed.labels
         for name in names:
             if name not in paths:
-                raise InputError(f"{origin}, line {line_of(origin, name, file_name)}: {name} is not in {folder}")
+                line = line_of(listed.origin, name, file_name)
+                raise InputError(f"{listed.origin}, line {line}: {name} is not in {folder}")
         if labels is None and entries is not None:
-            labels = _from_table(origin, names, entries)
+            labels = _from_table(listed.origin, names, entries)
         if labels is None:
             info = Info("chest")
         else:
             info = Info("chest", task="multi-label", classes=FINDINGS)
         files = Files([paths[name] for name in names])
-        patients = patients_of(names, entries)
-        opened[split] = ImageDataset(info, files, names, labels, patients, request.resolve_texture(info))
+        texture = request.resolve_texture(info)
+        opened[split] = ImageDataset(info, files, names, labels, listed.patients, texture)
+        opened[split].order = listed.order
     return opened
 
 
 def _from_table(origin: Path, names: list[str], entries: Entries) -> Tensor | None:
     """The labels that the table has, with a warning where it lacks images; None where it lacks all."""
     absent = [name for name in names if name not in entries.findings]
-    if absent:
-        print(
-            f"warning: {origin}: {len(absent)} of its {len(names)} images are not in {entries.table}, such as "
-            f"{absent[0]}; their labels are not known and count nowhere",
-            file=sys.stderr,
-        )
+    warn_of_unlabelled(origin, absent, len(names), entries.table)
     return entries.labels(names) if len(absent) < len(names) else None
 
 
-# what a split is made from: the list's file, names, and labels where the list has them
-Chosen = tuple[Path, list[str], Tensor | None]
+def _listed(origin: Path, names: list[str], entries: Entries | None) -> Listed:
+    patients = patients_of(names, entries)
+    return Listed(origin, names, None, patients, patients)
 
 
-def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entries | None) -> dict[str, Chosen]:
+def _given(request: Request, splits: Sequence[str], folder: Path, entries: Entries | None) -> dict[str, Listed]:
     """The splits of the user's lists."""
     official = folder / "test_list.txt"
-    hidden = set(read_list(official, file_name)[0]) if official.is_file() else set()
-    chosen: dict[str, Chosen] = {}
-    for split, path in request.lists.items():
+    hidden = read_list(official, file_name)[0] if official.is_file() else []
+    chosen = read_given(
+        request.lists,
+        splits,
         # Some published lists write `images/00000001_000.png`; the name alone identifies the image.
-        names, labels = read_list(path, file_name)
-        if labels is not None:
-            labels = known_or_nan(path, names, labels, len(FINDINGS), file_name)
-        chosen[split] = Path(path), names, labels
-        leaked = len(hidden.intersection(names))
-        if split != "test" and leaked:
-            use = "trains" if split == "train" else "chooses models"
-            print(
-                f"warning: {path}: {leaked} of its {len(names)} images are in the official test set "
-                f"({official}); a result there means nothing for a model that {use} on them",
-                file=sys.stderr,
-            )
-    if "val" in splits and "val" not in chosen and "train" in chosen:
-        path, names, labels = chosen["train"]
-        print(
-            f"note: {path}: no --val-list, so a tenth of its patients validates; "
-            "pre-training on this list has seen their images",
-            file=sys.stderr,
-        )
-        for split, rows in zip(("train", "val"), split_by_patient(patients_of(names, entries), HELD_OUT, SPLIT_SEED)):
-            chosen[split] = path, [names[i] for i in rows], None if labels is None else labels[rows]
+        file_name,
+        lambda path, names, labels: known_or_nan(path, names, labels, len(FINDINGS), file_name),
+        lambda names: patients_of(names, entries),
+        set(hidden).__contains__,
+        official,
+    )
     if "test" in splits and "test" not in chosen and hidden:
-        chosen["test"] = official, read_list(official, file_name)[0], None
+        chosen["test"] = _listed(official, hidden, entries)
     return _only(chosen, splits)
 
 
-def _official(folder: Path, paths: dict[str, str], splits: Sequence[str], entries: Entries | None) -> dict[str, Chosen]:
+def _official(folder: Path, paths: dict[str, str], splits: Sequence[str], entries: Entries | None) -> dict[str, Listed]:
     """The splits of the official lists, or all images for training alone."""
     files = {"train": folder / "train_val_list.txt", "test": folder / "test_list.txt"}
     if not any(file.is_file() for file in files.values()) and list(splits) == ["train"]:
-        return {"train": (folder, sorted(paths), None)}
-    chosen: dict[str, Chosen] = {}
+        return {"train": _listed(folder, sorted(paths), entries)}
+    chosen: dict[str, Listed] = {}
     for split, file in files.items():
         if not file.is_file():
             continue
-        listed = read_list(file, file_name)[0]
+        whole = _listed(file, read_list(file, file_name)[0], entries)
+        # Split before missing images are left out: a partial copy holds out the same patients.
+        parts = hold_out(whole) if split == "train" else {"test": whole}
         # Many keep only some of the twelve archives: what is there can be used, but is not the official set.
-        names = [name for name in listed if name in paths]
-        if not names:
+        there = sum(name in paths for name in whole.names)
+        if not there:
             raise InputError(f"{file}: none of its images is in {folder}")
-        if len(names) < len(listed):
-            print(
-                f"warning: {file}: {len(listed) - len(names)} of its {len(listed)} images are not in {folder}; "
-                "results are not those of the official split",
-                file=sys.stderr,
-            )
-        if split == "train":
-            train, val = split_by_patient(patients_of(listed, entries), HELD_OUT, SPLIT_SEED)
-            # Split before missing images are left out: a partial copy holds out the same patients.
-            chosen["train"] = file, [listed[i] for i in train if listed[i] in paths], None
-            chosen["val"] = file, [listed[i] for i in val if listed[i] in paths], None
-        else:
-            chosen["test"] = file, names, None
+        warn_of_absent(file, len(whole.names) - there, len(whole.names), folder)
+        for part, listed in parts.items():
+            rows = [i for i, name in enumerate(listed.names) if name in paths]
+            chosen[part] = replace(listed.rows(rows), order=listed.patients)
     return _only(chosen, splits)
 
 
-def _only(chosen: dict[str, Chosen], splits: Sequence[str]) -> dict[str, Chosen]:
+def _only(chosen: dict[str, Listed], splits: Sequence[str]) -> dict[str, Listed]:
     or_ = ", or put the official train_val_list.txt and test_list.txt into --data"
     return asked_for("chest", chosen, splits, or_=or_)
 

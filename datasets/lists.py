@@ -4,13 +4,19 @@ A list has one image a line: its name, then its labels as whole numbers, separat
 that is not known. A list of names alone is a list for pre-training.
 """
 
+import contextlib
+import csv
+import gzip
 import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -212,6 +218,125 @@ def split_all(patients: Sequence[str]) -> dict[str, list[int]]:
     rest, test = split_by_patient(patients, 0.2, SPLIT_SEED)
     train, val = split_by_patient([patients[i] for i in rest], 0.1 / 0.8, SPLIT_SEED)
     return {"train": [rest[i] for i in train], "val": [rest[i] for i in val], "test": test}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The images of a split.
+
+    Attributes:
+        origin: the list or table that names them, for messages.
+        names: theirs.
+        labels: (N, L), or None where `origin` has names alone.
+        patients: theirs.
+        order: the patients of all images of the list that the split was taken from, in its order: what `--ratio`
+            parts, so that what a script leaves out (validation patients, views, missing files) moves no patient.
+    """
+
+    origin: Path
+    names: list[str]
+    labels: Tensor | None
+    patients: list[str]
+    order: list[str]
+
+    def rows(self, chosen: Sequence[int]) -> "Listed":
+        """The images at the positions `chosen`."""
+        labels = None if self.labels is None else self.labels[list(chosen)]
+        names, patients = ([each[i] for i in chosen] for each in (self.names, self.patients))
+        return Listed(self.origin, names, labels, patients, self.order)
+
+
+def hold_out(whole: Listed) -> dict[str, Listed]:
+    """A fixed tenth of the patients of a training list for validation, the others for training."""
+    parts = split_by_patient(whole.patients, HELD_OUT, SPLIT_SEED)
+    return {split: whole.rows(rows) for split, rows in zip(("train", "val"), parts)}
+
+
+def read_given(
+    given: Mapping[str, str],
+    splits: Sequence[str],
+    name_of: Callable[[str], str],
+    labels_of: Callable[[str, list[str], Tensor], Tensor],
+    patients_of: Callable[[list[str]], list[str]],
+    hidden: Callable[[str], bool],
+    official: str | Path,
+) -> dict[str, Listed]:
+    """The splits of a user's lists for a set that has an official test set.
+
+    Where "val" is asked without a list, a tenth of the patients of the training list validates. A warning says how
+    many images of a list that trains or validates are official test images: published lists have them.
+
+    Args:
+        given: list files by split.
+        splits: that are asked for.
+        name_of: from what is written to the image's name.
+        labels_of: checks and rewrites (path, names, labels as `read_list` has them).
+        patients_of: the patients of names.
+        hidden: whether a name is an official test image's.
+        official: the file that says so, for the warning.
+
+    Raises:
+        InputError: for lists that cannot be used.
+    """
+    chosen: dict[str, Listed] = {}
+    for split, path in given.items():
+        names, labels = read_list(path, name_of)
+        if labels is not None:
+            labels = labels_of(path, names, labels)
+        patients = patients_of(names)
+        chosen[split] = Listed(Path(path), names, labels, patients, patients)
+        leaked = sum(map(hidden, names))
+        if split != "test" and leaked:
+            use = "trains" if split == "train" else "chooses models"
+            print(
+                f"warning: {path}: {leaked} of its {len(names)} images are in the official test set "
+                f"({official}); a result there means nothing for a model that {use} on them",
+                file=sys.stderr,
+            )
+    if "val" in splits and "val" not in chosen and "train" in chosen:
+        print(
+            f"note: {chosen['train'].origin}: no --val-list, so a tenth of its patients validates; "
+            "pre-training on this list has seen their images",
+            file=sys.stderr,
+        )
+        chosen |= hold_out(chosen["train"])
+    return chosen
+
+
+def warn_of_absent(origin: Path, absent: int, of: int, folder: Path) -> None:
+    """Say that a copy lacks images of an official split."""
+    if absent:
+        print(
+            f"warning: {origin}: {absent} of its {of} images are not in {folder}; "
+            "results are not those of the official split",
+            file=sys.stderr,
+        )
+
+
+def warn_of_unlabelled(origin: Path, absent: Sequence[str], of: int, table: str | Path) -> None:
+    """Say that a table lacks images of a list."""
+    if absent:
+        print(
+            f"warning: {origin}: {len(absent)} of its {of} images are not in {table}, such as "
+            f"{absent[0]}; their labels are not known and count nowhere",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def open_table(path: Path, whose: str) -> Iterator[TextIO]:
+    """Open a CSV file, plain or gzipped, to read it within the block.
+
+    Raises:
+        InputError: naming the file, where it is damaged or no table; `whose` table it should be.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError, zlib.error):
+        raise InputError(f"{path}: cannot be read; is it whole? Download it again") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{path}: not a table in UTF-8; is this {whose} table?") from None
 
 
 def asked_for(

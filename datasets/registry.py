@@ -10,6 +10,7 @@ import copy
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
@@ -76,10 +77,13 @@ class ImageDataset(torch.utils.data.Dataset):
     Attributes:
         weights: where the images are candidates for a finding in `patients`' scans, how many candidates of the
             scan each stands for, (whole set's images,) float; FROC curves count by it. None for other images.
+        order: the patients, one an image, of the list that the split was taken from, in its order, where `--ratio`
+            parts that list between patients; None where it parts the split between two images.
         contents: what `sample_contents` said of the split when it was opened; "" for generated images.
     """
 
     weights: np.ndarray | None = None
+    order: Sequence[str] | None = None
     contents: str | None = None
 
     def __init__(
@@ -115,6 +119,25 @@ class ImageDataset(torch.utils.data.Dataset):
     def leading(self, ratio: float) -> int:
         """How many images from the first on are the first `ratio` of the list."""
         return round(ratio * len(self))
+
+    def parted(self, ratio: float) -> tuple[Sequence[int], Sequence[int]]:
+        """Positions of the images in the first `ratio` of the list, for pre-training, and of the rest, for fine-tuning.
+
+        With `order`, whole patients in the order of their first image in the list, the last one that which reaches
+        `ratio` of the list's images: no patient is in both parts, wherever the list has that patient's images. Else
+        the first `leading(ratio)` images.
+        """
+        if self.order is None:
+            count = self.leading(ratio)
+            return range(count), range(count, len(self))
+        wanted, images, first = round(ratio * len(self.order)), Counter(self.order), set()
+        for patient, count in images.items():
+            if wanted <= 0:
+                break
+            first.add(patient)
+            wanted -= count
+        inside = [patient in first for patient in self.patients]
+        return [i for i, there in enumerate(inside) if there], [i for i, there in enumerate(inside) if not there]
 
     def load(self, i: int) -> dict[str, Tensor]:
         """Image i: "image", its texture (C, S, S) uint8, and "size", its original height and width (2,) float32.
@@ -198,6 +221,8 @@ class Request:
         labels: values of a folder's masks that are segmented; None for all.
         spacing: mm between voxels to which volumes with masks are resampled, 0 for their own; None for the set's.
         window: stored values (HU) that become 0 and 1 in volumes with masks; None for the set's.
+        view: which views of CheXpert; None for its default.
+        uncertain: what CheXpert's uncertain labels become in training; None for its default.
     """
 
     name: str | None = None
@@ -213,6 +238,8 @@ class Request:
     labels: Sequence[int] | None = None
     spacing: Sequence[float] | None = None
     window: Sequence[float] | None = None
+    view: str | None = None
+    uncertain: str | None = None
 
     @property
     def lists(self) -> dict[str, str]:
@@ -245,8 +272,8 @@ class Request:
 
 # name -> module with `open_splits(request, splits) -> dict[str, ImageDataset]`
 FAMILIES = {
-    "brats": "segmentation3d", "chest": "chest", "folder": "folder", "lits": "segmentation3d", "luna": "luna",
-    "phantom2d": "phantom", "phantom3d": "phantom_ct",
+    "brats": "segmentation3d", "chest": "chest", "chexpert": "chexpert", "folder": "folder",
+    "lits": "segmentation3d", "luna": "luna", "phantom2d": "phantom", "phantom3d": "phantom_ct",
 }  # fmt: skip
 
 
@@ -274,6 +301,9 @@ def open_splits(request: Request, splits: Sequence[str], dims: int | None = None
             known = ", ".join(sorted(FAMILIES))
             raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
         name, family = flag, "medmnist"
+    for option in ("view", "uncertain"):
+        if getattr(request, option) is not None and family != "chexpert":
+            raise InputError(f"--{option} {getattr(request, option)}: is for chexpert, not for {name}; leave it out")
     module = import_module(f"medssl.datasets.{family}")
     request = replace(request, name=name, dims=dims)
     return finish(request, module.open_splits(request, splits))
@@ -369,16 +399,24 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(name=args.dataset, **{key: getattr(args, key) for key in asked})
 
 
-def open_pretraining(args: argparse.Namespace) -> ImageDataset:
-    """The training images that pre-training uses: the first `--ratio` of the list, without labels.
+def open_pretraining(args: argparse.Namespace, dims: Sequence[int] = (2, 3)) -> ImageDataset:
+    """The training images that pre-training uses: the first `--ratio` of the list, as `parted` has it, without labels.
 
     Notes their digest in `args.data_digest`, by which a continuation knows them.
+
+    Args:
+        dims: dimensions that the method takes.
     """
     data = open_splits(request_of(args), ["train"], args.d)["train"]
-    count = data.leading(args.ratio)
-    if count == 0:
+    if data.info.dims not in dims:
+        raise InputError(
+            f"data set {data.info.name} has {data.info.dims} dimensions, and this method takes images of {dims[0]}; "
+            "train_pcrl.py and train_pcrlv2.py take both"
+        )
+    first, rest = data.parted(args.ratio)
+    if not first:
         raise InputError(f"--ratio {args.ratio:g}: leaves none of {len(data)} images")
-    data = data.subset(range(count)) if count < len(data) else data
+    data = data.subset(first) if rest else data
     args.data_digest = data_digest({"train": data}, labels=False)
     return data
 
@@ -401,11 +439,11 @@ def open_labelled(args: argparse.Namespace) -> dict[str, ImageDataset]:
         if data.labels.is_floating_point() and not data.labels.isfinite().any():
             option = "--list" if split == "train" else f"--{split}-list"
             raise InputError(f"--dataset {info.name}: none of the labels of the {split} split is known; see {option}")
-    first = splits["train"].leading(getattr(args, "ratio", 0.0))
-    if first >= len(splits["train"]):
+    first, rest = splits["train"].parted(getattr(args, "ratio", 0.0))
+    if not rest:
         raise InputError(f"--ratio {args.ratio:g}: leaves no image to fine-tune on")
     if first:
-        splits["train"] = splits["train"].subset(range(first, len(splits["train"])))
+        splits["train"] = splits["train"].subset(rest)
     args.data_digest = data_digest(splits)
     return splits
 

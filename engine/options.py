@@ -151,7 +151,8 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--data_set",
         type=filled,
         metavar="NAME",
-        help="chest, folder, luna, phantom2d, phantom3d or a MedMNIST name; with masks: lits, brats, folder, phantom3d",
+        help="chest, chexpert, folder, luna, phantom2d, phantom3d or a MedMNIST name; "
+        "with masks: lits, brats, folder, phantom3d",
     )
     group.add_argument(
         "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"
@@ -193,6 +194,20 @@ def add_evaluation_lists(group: argparse._ArgumentGroup) -> None:
     """Lists of the splits that choose and judge a model."""
     group.add_argument("--val-list", type=filled, metavar="FILE", help="image list of the validation split")
     group.add_argument("--test-list", type=filled, metavar="FILE", help="image list of the test split")
+
+
+def add_chexpert(group: argparse._ArgumentGroup, labelled: bool = True) -> None:
+    """Which of CheXpert's images, and for labelled use what its uncertain labels are. Other sets refuse the options."""
+    group.add_argument(
+        "--view", choices=("frontal", "lateral", "all"), help="chexpert: views that are used; frontal unless given"
+    )
+    if labelled:
+        group.add_argument(
+            "--uncertain",
+            choices=("lsr-ones", "lsr-zeros", "ones", "zeros", "ignore"),
+            help="chexpert: what uncertain labels are in training: drawn from 0.55 to 0.85 (lsr-ones, which is meant "
+            "unless given) or from 0 to 0.3 (lsr-zeros), 1, 0, or not counted; evaluation never counts them",
+        )
 
 
 def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:

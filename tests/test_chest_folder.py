@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from medssl.datasets import chest, folder, lists
-from medssl.datasets.registry import Request, open_splits
+from medssl.datasets.registry import Request, open_labelled, open_pretraining, open_splits
 from medssl.engine.options import InputError
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -158,6 +159,37 @@ def test_overlapping_lists_are_refused(nih, tmp_path):
     two = write(tmp_path / "b.txt", "00000001_001.png")
     with pytest.raises(InputError, match="train and test share 1 patients, such as 00000001"):
         open_splits(request(nih, list=one, test_list=two), ["train", "test"])
+
+
+def test_validating_on_the_test_list_is_refused(nih, tmp_path, capsys):
+    train, test = write(tmp_path / "t.txt", "00000001_000.png"), nih / "test_list.txt"
+    for more in ({}, {"test_list": str(test)}):
+        with pytest.raises(InputError, match="val and test share 10 images"):
+            open_splits(request(nih, list=train, val_list=str(test), **more), ["train", "val", "test"])
+        error = capsys.readouterr().err
+        assert error.startswith(f"warning: {test}: 10 of its 10 images are in the official test set")
+        assert error.endswith("for a model that chooses models on them\n")
+
+
+@pytest.mark.parametrize("source", ["official", "list", "shuffled"])
+@pytest.mark.parametrize("ratio", [0.24, 0.5])
+def test_the_ratio_parts_patients(nih, tmp_path, source, ratio):
+    options = {"dataset": "chest", "data": str(nih), "image_size": 16, "list": None, "cache": None, "d": None}
+    if source in ("list", "shuffled"):
+        names = (nih / "train_val_list.txt").read_text().split()
+        if source == "shuffled":
+            names = np.random.default_rng(0).permutation(names)
+        options["list"] = write(tmp_path / "l.txt", *names)
+    before = open_pretraining(Namespace(**options, ratio=ratio))
+    splits = open_labelled(Namespace(**options, ratio=ratio))
+    after = splits["train"]
+    assert not set(before.patients) & set(after.patients)
+    whole = open_splits(request(nih, list=options["list"]), ["train"])["train"]
+    assert round(ratio * len(whole)) <= len(before) <= round(ratio * len(whole)) + 1
+    left_out = set(splits["val"].patients) if options["list"] else set()
+    assert set(before.patients) | set(after.patients) | left_out == set(whole.patients)
+    if source != "shuffled":
+        assert before.ids == whole.ids[: len(before)]
 
 
 def test_bad_folders_and_tables(nih, tmp_path):

@@ -357,6 +357,13 @@ def test_another_queue_is_not_continued(tmp_path):
         module.main([*command, "--queue", "50", "--steps", "2"])
 
 
+@pytest.mark.parametrize("module", [train_c2l, train_moco, train_insdis])
+def test_volumes_are_refused(module, tmp_path):
+    with pytest.raises(InputError, match="data set phantom3d has 3 dimensions, and this method takes images of 2"):
+        module.main([*SMALL, "--d", "3", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_published_commands():
     """C2L's, with the script's name changed."""
     line = "--model resnet18 --batch_size 128 --num_workers 24"

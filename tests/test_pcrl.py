@@ -272,7 +272,7 @@ class Pairs(ImageDataset):
 @pytest.fixture
 def exported_3d(tmp_path, monkeypatch):
     data = Pairs(Info("cubes", dims=3), None, [f"cube{i}" for i in range(4)])
-    monkeypatch.setattr(train_pcrl, "open_pretraining", lambda args: data)
+    monkeypatch.setattr(train_pcrl, "open_pretraining", lambda args, dims=(2, 3): data)
     cube = ["--cube-size", "16", "16", "8", "--arch", "unet3d_quarter"]
     main([*SMALL, *cube, "--output", str(tmp_path)])
     return tmp_path / "encoder.pt"

@@ -275,7 +275,7 @@ SMALL_3D += ["--local-cube-size", "8", "8", "8", "--workers", "0", "--device", "
 @pytest.fixture
 def cubes(monkeypatch):
     data = Cubes(Info("cubes", dims=3), None, [f"cube{i}" for i in range(6)])
-    monkeypatch.setattr(train_pcrlv2, "open_pretraining", lambda args: data)
+    monkeypatch.setattr(train_pcrlv2, "open_pretraining", lambda args, dims=(2, 3): data)
 
 
 def test_3d_run(tmp_path, cubes):

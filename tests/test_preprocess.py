@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from medssl.datasets import chexpert as chexpert_set
 from medssl.datasets.chest import FINDINGS
 from medssl.datasets.lists import read_list
 from medssl.datasets.registry import Request, open_splits
 from medssl.engine.options import InputError
 from medssl.preprocess import cache_images, check_data, make_lists
 
-HEADER = ",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *make_lists.CHEXPERT_LABELS])
+HEADER = ",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert_set.LABELS])
 
 
 def chexpert(root, gz=False):
@@ -63,7 +64,7 @@ def patients(names):
 
 
 def test_chexpert_official(tmp_path, capsys):
-    made = run(chexpert(tmp_path / "c"), tmp_path / "lists")
+    made = run(chexpert(tmp_path / "c"), tmp_path / "lists", "--uncertain", "ones")
     assert {split: len(names) for split, (names, _) in made.items()} == {"train": 27, "valid": 3, "test": 2}
     assert made["test"][0] == [f"valid/patient{n:05d}/study1/view1_frontal.jpg" for n in (31, 32)]
     assert not patients(made["train"][0]) & patients(made["valid"][0])
@@ -82,7 +83,7 @@ def test_chexpert_options(tmp_path):
     root = chexpert(tmp_path / "c", gz=True)
     with pytest.raises(InputError, match="no valid.csv, the official test images; use --split random"):
         run(root, tmp_path / "lists")
-    made = run(root, tmp_path / "lists", "--split", "random", "--view", "all", "--uncertain", "ignore")
+    made = run(root, tmp_path / "lists", "--split", "random", "--view", "all")  # uncertain labels stay
     assert {split: len(names) for split, (names, _) in made.items()} == {"train": 42, "valid": 6, "test": 12}
     groups = [patients(names) for names, _ in made.values()]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 30
@@ -127,7 +128,7 @@ def test_lists_bad_input(tmp_path):
     root = chexpert(tmp_path / "c")
     text = (root / "train.csv").read_text()
     for wrong, message in (
-        (text.replace("-1.0", "7"), "train.csv, line 6: labels must be 1, 0, -1 or blank"),
+        (text.replace("-1.0", "7"), "train.csv, line 6: label '7'; labels must be 1, 0, -1 or blank"),
         (text.replace("patient00002", "someone"), "train.csv, line 4: no patient in the path train/someone/"),
         (text.replace("Fracture", "Break"), "line 1: no column 'Fracture'"),
         ("", "line 1: no column 'Path'"),

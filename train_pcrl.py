@@ -27,12 +27,12 @@ from medssl.engine.loop import Method, pretrain
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import make_contrast, similarities, unit
-from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder, width_of
+from medssl.models.encoders import DEFAULT_ARCH, initialise, width_of
 from medssl.models.heads import global_average
 from medssl.models.mixup import Mixup, upper_half
 from medssl.models.momentum import follow, make_teacher
 from medssl.models.queue import KeyQueue
-from medssl.models.unet2d import Decoder2d
+from medssl.models.unet2d import UNet2d
 from medssl.models.unet3d import UNet3d
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
@@ -76,25 +76,26 @@ class ContextHeads:
         return {"features": features, "z": z, "maps": list(maps)}
 
 
-class ContextUNet2d(ContextHeads, nn.Module):
+class ContextUNet2d(ContextHeads, UNet2d):
     """2D U-Net with skips on any encoder. The first of its maps is the image itself, whose size a restoration has."""
 
     def __init__(self, arch: str) -> None:
-        super().__init__()
-        self.encoder = make_encoder(arch)
-        self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
-        self.output = nn.Conv2d(16, CHANNELS[2], 3, padding=1)
+        super().__init__(arch, CHANNELS[2])
         self.add_heads(self.encoder.out_channels[-1], axes=2)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         return self.encoder(x)
 
     def restore(self, maps: list[Tensor]) -> Tensor:
-        return self.output(self.decoder(maps)[-1])
+        return self.decode(maps)
 
     def encoder_state(self) -> dict[str, Tensor]:
         """What is exported: the encoder, with torchvision's names."""
         return self.encoder.state_dict()
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """What is exported beside it."""
+        return self.decoder.state_dict()
 
 
 class ContextUNet3d(ContextHeads, UNet3d):
@@ -110,6 +111,9 @@ class ContextUNet3d(ContextHeads, UNet3d):
     def encoder_state(self) -> dict[str, Tensor]:
         """What is exported: the whole network, under the published names."""
         return self.state_dict()
+
+    def decoder_state(self) -> None:
+        """It is in there."""
 
 
 class PCRL(Method):
@@ -193,6 +197,9 @@ class PCRL(Method):
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder_state()
+
+    def decoder_state(self) -> dict[str, Tensor] | None:
+        return self.student.decoder_state()
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.student, self.teacher]

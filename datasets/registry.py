@@ -277,6 +277,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def resolve(name: str | None, data: str | None, dims: int | None = None) -> tuple[str, str]:
+    """A data set's own name, and the module that opens it, from what `--dataset`, `--data` and `--d` say.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    name = name or ("folder" if data else f"phantom{dims or 2}d")
+    if name.lower() in FAMILIES:
+        return name.lower(), FAMILIES[name.lower()]
+    from medssl.datasets import medmnist
+
+    flag = medmnist.flag_of(name)
+    if flag is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
+    return flag, "medmnist"
+
+
 def open_splits(request: Request, splits: Sequence[str], dims: int | None = None) -> dict[str, ImageDataset]:
     """Open splits of a data set.
 
@@ -289,18 +307,7 @@ def open_splits(request: Request, splits: Sequence[str], dims: int | None = None
     Raises:
         InputError: for an unknown name, a missing path, an empty or overlapping list, a wrong dimension.
     """
-    name = request.name or ("folder" if request.data else f"phantom{dims or 2}d")
-    if name.lower() in FAMILIES:
-        name = name.lower()
-        family = FAMILIES[name]
-    else:
-        from medssl.datasets import medmnist
-
-        flag = medmnist.flag_of(name)
-        if flag is None:
-            known = ", ".join(sorted(FAMILIES))
-            raise InputError(f"--dataset {name}: unknown; known are {known} and the MedMNIST names")
-        name, family = flag, "medmnist"
+    name, family = resolve(request.name, request.data, dims)
     for option in ("view", "uncertain"):
         if getattr(request, option) is not None and family != "chexpert":
             raise InputError(f"--{option} {getattr(request, option)}: is for chexpert, not for {name}; leave it out")
@@ -419,6 +426,22 @@ def open_pretraining(args: argparse.Namespace, dims: Sequence[int] = (2, 3)) -> 
     data = data.subset(first) if rest else data
     args.data_digest = data_digest({"train": data}, labels=False)
     return data
+
+
+def hold_out(data: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+    """Training images of a method that validates itself, and a fixed tenth of their patients that judge it.
+
+    They come from what pre-training may see. A data set's own validation and test splits stay unseen.
+
+    Raises:
+        InputError: for fewer than two patients.
+    """
+    from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, split_by_patient
+
+    train, val = split_by_patient(data.patients or data.ids, HELD_OUT, SPLIT_SEED)
+    if not train or not val:
+        raise InputError(f"data set {data.info.name}: {len(data)} images of one patient; some must validate")
+    return data.subset(train), data.subset(val)
 
 
 def open_labelled(args: argparse.Namespace) -> dict[str, ImageDataset]:

@@ -11,6 +11,7 @@ crop box is (centre x, centre y, half width, half height) in these units, so (0,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -575,6 +576,87 @@ class RestorationViews(MultiCropViews):
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         return add_transforms(super().forward(batch, draws), view_major(draws.uniform(3, 2 * 3), 2), axes=2)
+
+
+# x and y of a cubic Bézier curve, as polynomials of its parameter t: coefficients of t, t², t³
+TONE_CURVES = (
+    ((0, 3, -2), (0, 3, -2)),  # (0,0) (0,0) (1,1) (1,1): the identity
+    ((0, 3, -2), (3, -6, 4)),  # (0,0) (0,1) (1,0) (1,1)
+    ((0.75, 0.75, -0.5), (2.25, -3.75, 2.5)),  # (0,0) (¼,¾) (¾,¼) (1,1)
+)
+TONE_STEPS = 4096  # of the table; curves are steep near black, where a step is a sixteenth of a grey level
+
+
+@cache
+def tone_table() -> Tensor:
+    """(3, TONE_STEPS + 1): the curves' y for x in even steps from 0 to 1."""
+    t = np.linspace(0, 1, TONE_STEPS + 1)
+    powers = np.stack([t, t**2, t**3])
+    curves = [np.interp(t, np.dot(x, powers), np.dot(y, powers)) for x, y in TONE_CURVES]
+    return torch.from_numpy(np.stack(curves)).float()
+
+
+def change_tones(x: Tensor, draws: Columns) -> Tensor:
+    """Put each image through a monotone tone curve of its own, one for all its channels (MAGICAL's NL).
+
+    One of the three curves, with chance ½ mirrored, so that it falls. Takes 2 columns.
+
+    Args:
+        x: (N, C, H, W) in [0, 1].
+
+    Returns:
+        the same shape and range.
+    """
+    n = len(x)
+    curve, falling = draws.take(1, 0, len(TONE_CURVES))[:, 0].long(), draws.take(1) < 0.5
+    table = tone_table()[curve]  # (N, TONE_STEPS + 1)
+    table = torch.where(falling, table.flip(1), table).to(x.device, non_blocking=True)
+    place = x.reshape(n, -1) * TONE_STEPS
+    left = place.long().clamp(0, TONE_STEPS - 1)
+    return torch.lerp(table.gather(1, left), table.gather(1, left + 1), place - left).view_as(x)
+
+
+def mask_cells(x: Tensor, draws: Columns, ratio: float, grid: int) -> Tensor:
+    """Black out exactly round(ratio · grid²) of each image's cells, in all channels (MAGICAL's M).
+
+    Takes grid² columns.
+
+    Args:
+        x: (N, C, H, W).
+        ratio: share of the cells.
+        grid: cells along each side. Where pixels are fewer, some cells have none.
+    """
+    hidden = draws.take(grid * grid).argsort(1)[:, : round(ratio * grid * grid)]
+    kept = torch.ones(len(x), grid * grid).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
+    return x * F.interpolate(kept.view(-1, 1, grid, grid), size=x.shape[2:], mode="nearest")
+
+
+class MaskedToneViews(Views):
+    """MAGICAL's views: the whole image, and the same with its tones changed and cells blacked out.
+
+    Args:
+        size: side of the views in pixels; no image is cropped.
+        mask_ratio: share of the cells blacked out. grid: cells along a side.
+
+    Returns, from `forward`:
+        {"image", "changed" (B, 3, size, size) normalised; "target" (B, 3, size, size) the image in [0, 1]}.
+
+    Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], size: int = 224, mask_ratio: float = 0.25, grid: int = 32
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.mask_ratio, self.grid = size, mask_ratio, grid
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        b = len(batch["image"])
+        whole = torch.eye(2, 3).expand(b, 1, 2, 3)
+        x = sample(batch["image"], whole, self.size).clamp_(0, 1)
+        changed = change_tones(x, Columns(draws.uniform(0, 2)))
+        changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
+        return {"image": self.normalise(x), "changed": self.normalise(changed), "target": x.expand(-1, 3, -1, -1)}
 
 
 class ClassificationViews(Views):

@@ -61,6 +61,10 @@ class Method(nn.Module):
         """What fine-tuning loads."""
         raise NotImplementedError
 
+    def decoder_state(self) -> dict[str, Tensor] | None:
+        """The decoder, where it lies beside the encoder and segmentation can start from it (one with skips)."""
+        return None
+
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name → normalised images (N, 3, H, W), or volumes (N, 1, X, Y, Z) in [0, 1] or normalised, that show what
         is learned from; by default, the views."""
@@ -123,7 +127,7 @@ def make_optimizer(parameters: list[dict], args: argparse.Namespace) -> torch.op
         # as the heads of decoder levels do.
         return torch.optim.SGD(parameters, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return kind(parameters, args.lr, weight_decay=args.weight_decay, fused=True)
+    return kind(parameters, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True)
 
 
 def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
@@ -516,8 +520,14 @@ def save_views(method: Method, inputs: dict[str, Tensor], views: Views, path: Pa
 
 def export_encoder(method: Method, views: Views, args: argparse.Namespace, info: object, folder: Path) -> None:
     """Write `encoder.pt`, what fine-tuning and other tools load."""
+
+    def plain_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+    decoder = method.decoder_state()
     content = {
-        "state_dict": {k: v.detach().cpu().contiguous() for k, v in method.encoder_state().items()},
+        "state_dict": plain_state(method.encoder_state()),
+        **({} if decoder is None else {"decoder_state_dict": plain_state(decoder)}),
         "arch": args.arch,
         "dims": info.dims,
         "channels": 3 if info.dims == 2 else 1,
@@ -528,12 +538,21 @@ def export_encoder(method: Method, views: Views, args: argparse.Namespace, info:
     save_atomic(content, folder / "encoder.pt")
 
 
-def pretrain(method: Method, data: ImageDataset, views: Views, args: argparse.Namespace, devices: Devices) -> None:
-    """Train a method without labels, then export its encoder."""
+def pretrain(
+    method: Method,
+    data: ImageDataset,
+    views: Views,
+    args: argparse.Namespace,
+    devices: Devices,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> None:
+    """Train a method without labels, then export its encoder: with `evaluate`, as `fit` has it, the best one."""
     data.labels = None  # a pre-training run cannot see them, not even by mistake
     if devices.main:
         print(f"{type(method).__name__}: {len(data)} images of {data.info.name} on {describe(devices)}", flush=True)
-    report = fit(method, data, views, args, devices)
+    report = fit(method, data, views, args, devices, evaluate)
+    if report["best"]:
+        method.load_state_dict(report["best"]["state"])
     if devices.main:
         export_encoder(method, views, args, data.info, Path(args.output))
         speed = f", {report['seconds']:.0f} s" if report["seconds"] else " (was complete)"

@@ -285,6 +285,7 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
     """Optimisation: how long, how fast, how many images a step."""
     group = parser.add_argument_group("training")
     group.add_argument(
+        "-b",
         "--b",
         "--batch-size",
         "--batch_size",
@@ -297,6 +298,10 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--lr", "--learning_rate", type=non_negative, default=1e-2, help="peak learning rate")
     group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimiser")
     group.add_argument("--momentum", type=fraction, default=0.9, help="SGD momentum")
+    group.add_argument(
+        "--betas", type=bounded_float(0, 0.999999), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
+        help="decay of Adam's averages of the gradient and of its square",
+    )  # fmt: skip
     group.add_argument("--weight-decay", "--weight_decay", type=non_negative, default=1e-4, help="weight decay (L2)")
     group.add_argument(
         "--schedule", choices=("cosine", "step", "constant"), default="cosine", help="learning rate over time"

@@ -162,6 +162,28 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """The rows of all processes, in the order of the whole batch; gradients go back to the process a row is from.
+
+    What a process gets is the sum of all processes' gradients. DistributedDataParallel divides by their number, so a
+    loss whose mean over the processes is meant comes out right.
+    """
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        # A sum of everything, not a reduce-scatter, which gloo lacks: embeddings are small.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[process_rank()]
+
+
 class _Cast(nn.Module):
     """Carries autocast's type into DataParallel's threads, which would fall back to fp16 without a loss scaler."""
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.engine.parallel import gather
+from medssl.engine.parallel import gather, gather_with_gradient, process_rank
 
 
 def unit(x: Tensor) -> Tensor:
@@ -91,6 +91,30 @@ class NCE(nn.Module):
 def make_contrast(kind: str, temperature: float, images: int) -> nn.Module:
     """The loss that `--loss` names: "infonce" or "nce"."""
     return InfoNCE(temperature) if kind == "infonce" else NCE(temperature, images)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (SimCLR, arXiv 2002.05709, Eq. 1) over the images of all processes.
+
+    Every embedding must find the other view of its image among all views of all images, itself left out; chance is
+    log(2N − 1) for N images. Gradients reach the embeddings of other processes too.
+
+    Args:
+        z1, z2: (B, C), two views of this process's images, of any length.
+        temperature: T.
+
+    Returns:
+        the mean over this process's 2B embeddings.
+    """
+    b = len(z1)
+    with torch.autocast(z1.device.type, enabled=False):
+        own = torch.cat([unit(z1), unit(z2)])  # (2B, C)
+        everything = gather_with_gradient(own)
+        s = own @ everything.T / temperature
+        first = process_rank() * 2 * b  # where this process's embeddings lie among all
+        rows = torch.arange(2 * b, device=s.device)
+        s = s.index_put((rows, first + rows), s.new_tensor(-torch.inf))
+        return F.cross_entropy(s, first + rows.roll(b))
 
 
 def negative_cosine(q_a: Tensor, p_a: Tensor, q_b: Tensor, p_b: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""2D U-Net decoder over any encoder, with and without skip connections."""
+"""2D U-Net over any encoder, with and without skip connections."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from medssl.models.encoders import make_encoder
 
 DECODER_CHANNELS = (256, 128, 64, 32, 16)
 
@@ -63,3 +65,27 @@ class Decoder2d(nn.Module):
             x = block(x, target.shape[2:], skip)
             levels.append(x)
         return levels
+
+
+class UNet2d(nn.Module):
+    """Encoder, decoder with skips, and a 3×3 convolution to the output; all of an image's size.
+
+    Args:
+        arch: encoder name.
+        outputs: channels of the output.
+        channels: of the input.
+    """
+
+    def __init__(self, arch: str, outputs: int, channels: int = 3) -> None:
+        super().__init__()
+        self.encoder = make_encoder(arch, channels)
+        self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
+        self.output = nn.Conv2d(DECODER_CHANNELS[-1], outputs, 3, padding=1)
+
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
+        """The encoder's maps, shallow to deep, of which the first is the image → (B, outputs, H, W)."""
+        return self.output(self.decoder(maps)[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) → (B, outputs, H, W), float32, before any sigmoid or softmax."""
+        return self.decode(self.encoder(x)).float()

@@ -23,6 +23,7 @@ from medssl import (
     finetune_segmentation,
     train_c2l,
     train_insdis,
+    train_magical,
     train_moco,
     train_pcrl,
     train_pcrlv2,
@@ -328,6 +329,7 @@ def test_demo_runs(tmp_path, capsys):
 SCRIPTS = {
     "train_c2l.py": train_c2l,
     "train_insdis.py": train_insdis,
+    "train_magical.py": train_magical,
     "train_moco.py": train_moco,
     "train_pcrl.py": train_pcrl,
     "train_pcrlv2.py": train_pcrlv2,

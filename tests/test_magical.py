@@ -1,0 +1,224 @@
+"""MAGICAL: the published NT-Xent, tone curves and masks, the paper's loss, validation that chooses, resume."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity_tools import deterministic, published
+
+from medssl import train_magical
+from medssl.datasets.registry import Request, hold_out, open_splits
+from medssl.datasets.views import Columns, Draws, MaskedToneViews, change_tones, mask_cells
+from medssl.engine.checkpoint import load_safe
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Run
+from medssl.losses.contrastive import nt_xent
+from medssl.models.encoders import IMAGENET, initialise, make_encoder
+from medssl.train_magical import MAGICAL, complete, get_parser, main
+
+# The loss ------------------------------------------------------------------------------------------
+
+
+def test_nt_xent_is_the_published_number():
+    numbers = published("magical")
+    shapes = numbers["inputs"]
+    z1, z2 = (torch.from_numpy(deterministic.values(name, tuple(shapes[name]))) for name in ("z1", "z2"))
+    loss = float(nt_xent(z1, z2, shapes["temperature"]))
+    assert loss == pytest.approx(numbers["nt_xent"], rel=1e-4)
+    assert loss / 0.7 == pytest.approx(numbers["supcon_published"], rel=1e-4)
+
+
+def test_nt_xent_by_hand():
+    z1 = torch.tensor([[2.0, 0], [0, 1]])
+    z2 = torch.tensor([[1.0, 0], [0, 3]])
+    # Every embedding has its partner at cosine 1 and two others at 0.
+    expected = math.log(math.exp(1 / 0.5) + 2) - 1 / 0.5
+    assert float(nt_xent(z1, z2, 0.5)) == pytest.approx(expected, rel=1e-6)
+    equal = torch.ones(8, 4)
+    assert float(nt_xent(equal, equal, 0.1)) == pytest.approx(math.log(15), rel=1e-6)
+
+
+# Views ---------------------------------------------------------------------------------------------
+
+X = torch.tensor([0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+CURVES = [
+    [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1],
+    [0, 0.387, 0.479, 0.5, 0.521, 0.613, 1],
+    [0, 0.22, 0.385, 0.5, 0.615, 0.78, 1],
+]
+
+
+@pytest.mark.parametrize("curve", [0, 1, 2])
+@pytest.mark.parametrize("falling", [False, True])
+def test_tone_curves_have_the_published_values(curve, falling):
+    numbers = torch.tensor([[(curve + 0.5) / 3, 0.1 if falling else 0.9]])
+    y = change_tones(X.view(1, 1, 1, 7).expand(1, 3, 2, 7), Columns(numbers))
+    expected = torch.tensor(CURVES[curve][::-1] if falling else CURVES[curve])
+    assert (y - expected).abs().max() < 1e-3
+
+
+def test_every_image_has_its_own_curve():
+    n = 6000
+    numbers = Draws((3,), n).uniform(0, 2)
+    y = change_tones(torch.tensor([0.0, 0.1]).expand(n, 1, 1, 2), Columns(numbers))[:, 0, 0]
+    kinds = {}
+    for low, tenth in y.tolist():
+        kinds[round(low), round(tenth, 2)] = kinds.get((round(low), round(tenth, 2)), 0) + 1
+    assert set(kinds) == {(0, 0.1), (0, 0.39), (0, 0.22), (1, 0.9), (1, 0.61), (1, 0.78)}
+    assert all(abs(count / n - 1 / 6) < 0.02 for count in kinds.values())
+
+
+@pytest.mark.parametrize(("size", "ratio"), [(64, 0.25), (224, 0.25), (512, 0.75), (32, 0.0)])
+def test_exactly_the_ratio_of_cells_is_black(size, ratio):
+    x = torch.rand(5, 3, size, size) * 0.5 + 0.5
+    y = mask_cells(x, Columns(Draws((1,), 5).uniform(0, 1024)), ratio, 32)
+    cells = y.unflatten(3, (32, -1)).unflatten(2, (32, -1))  # (N, C, 32, s, 32, s)
+    black = (cells == 0).all(3).all(4)
+    assert black.sum((2, 3)).eq(round(ratio * 1024)).all()
+    assert torch.equal((cells == 0).any(3).any(4), black)  # cells whole
+    assert torch.equal(black[:, :1].expand_as(black), black)  # channels alike
+    assert torch.equal(y[y != 0], x[y != 0])
+    assert ratio in (0, 1) or not torch.equal(black[0], black[1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views(channels):
+    image = torch.randint(0, 256, (4, channels, 28, 28), dtype=torch.uint8)
+    views = MaskedToneViews(**IMAGENET, size=28)
+    batch, draws = {"image": image, "size": torch.full((4, 2), 28.0)}, Draws((0, 1), 8, 2, 4)
+    out = views(batch, draws)
+    assert torch.allclose(out["target"], image.expand(-1, 3, -1, -1) / 255, atol=1e-5)
+    assert torch.allclose(out["image"], views.normalise(image / 255), atol=1e-4)
+    changed = mask_cells(
+        change_tones(image / 255, Columns(draws.uniform(0, 2))), Columns(draws.uniform(1, 1024)), 0.25, 32
+    )
+    assert torch.allclose(out["changed"], views.normalise(changed), atol=5e-2)
+    part = views({key: value[1:3] for key, value in batch.items()}, Draws((0, 1), 8, 3, 2))  # another process
+    assert torch.allclose(part["changed"], out["changed"][1:3], atol=1e-6)
+
+
+# The method ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_loss_is_the_papers():
+    torch.manual_seed(0)
+    method = MAGICAL("resnet18").train()
+    images = {"image": torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8), "size": torch.full((4, 2), 64.0)}
+    batch = MaskedToneViews(**IMAGENET, size=64)(images, Draws((5,), 4))
+    losses = method(batch, Run())
+    net, z = method.network, []
+    for name in ("image", "changed"):
+        maps = net.encoder(batch[name])
+        z.append(F.normalize(net.projector(maps[-1].mean((2, 3))), dim=1))
+    restored = torch.sigmoid(net.output(net.decoder(maps)[-1]))
+    assert float(losses["restoration"]) == pytest.approx(float((restored - batch["target"]).abs().mean()), rel=1e-5)
+    both = torch.cat(z)
+    s = torch.exp(both @ both.T / 0.1).fill_diagonal_(0)
+    positive = torch.cat([s.diagonal(4), s.diagonal(-4)])
+    assert float(losses["contrast"]) == pytest.approx(float(-(positive / s.sum(1)).log().mean()), rel=1e-4)
+    assert torch.allclose(method.features, net.encoder(batch["image"])[-1].mean((2, 3)), atol=1e-5)
+
+
+def test_small_and_odd_images_keep_their_size():
+    network = MAGICAL("resnet18").network
+    for side in (28, 45):
+        assert network(torch.zeros(2, 3, side, side))["restored"].shape == (2, 3, side, side)
+
+
+# Runs ----------------------------------------------------------------------------------------------
+
+SMALL = ["--arch", "resnet18", "--image-size", "32", "-b", "8", "--workers", "0", "--device", "cpu"]
+SMALL += ["--ratio", "0.03"]  # 55 images train
+
+
+def test_four_steps_are_two_and_two(tmp_path):
+    """An epoch is 7 steps, and ends with a validation: what was best before the cut must be known after it."""
+    main([*SMALL, "--epochs", "3", "--steps", "16", "--output", str(tmp_path / "a")])
+    for steps in ("7", "16"):
+        main([*SMALL, "--epochs", "3", "--steps", steps, "--output", str(tmp_path / "b")])
+    a, b = (load_safe(tmp_path / run / "last.pt") for run in "ab")
+    assert a["best"]["epoch"] == b["best"]["epoch"]
+    pairs = [(a["method"], b["method"]), (a["best"]["state"], b["best"]["state"])]
+    a, b = (load_safe(tmp_path / run / "encoder.pt") for run in "ab")
+    pairs += [(a[key], b[key]) for key in ("state_dict", "decoder_state_dict")]
+    for one, other in pairs:
+        assert one.keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_the_best_restoration_is_exported(tmp_path, monkeypatch):
+    """The second of three epochs is made the best, and is what the export holds; patience ends the run."""
+    scores, seen = iter([0.5, 0.9, 0.7, 0.6, 0.6]), []
+
+    def validate(network, *_):
+        seen.append(network.encoder.conv1.weight.detach().clone())
+        return {"score": next(scores)}
+
+    monkeypatch.setattr(train_magical, "validate", validate)
+    main([*SMALL, "--epochs", "9", "--patience", "2", "--output", str(tmp_path)])
+    exported = load_safe(tmp_path / "encoder.pt")
+    assert len(seen) == 4
+    assert torch.equal(exported["state_dict"]["conv1.weight"], seen[1])
+    assert exported["method"] == "MAGICAL"
+    decoder = MAGICAL("resnet18").network.decoder
+    decoder.load_state_dict(exported["decoder_state_dict"])
+    assert initialise(make_encoder("resnet18"), "resnet18", str(tmp_path / "encoder.pt"))["missing"] == 0
+
+
+def test_validation_is_the_mean_over_images(tmp_path):
+    args = complete(get_parser().parse_args([*SMALL, "--output", str(tmp_path)]))
+    data = open_splits(Request(image_size=32), ["train"])["train"].subset(range(20))
+    method = MAGICAL("resnet18").eval()
+    views = MaskedToneViews(**IMAGENET, size=32).eval()
+    devices = train_magical.setup(None, "cpu", True)
+    found = [train_magical.validate(method.network, views, data, args, devices)["val_restoration"] for _ in range(2)]
+    assert found[0] == found[1]
+    errors = []
+    for start, number in ((0, 0), (8, 1), (16, 2)):
+        batch = torch.utils.data.default_collate(
+            [{k: v for k, v in data[i].items() if k in ("image", "size")} for i in range(start, min(start + 8, 20))]
+        )
+        inputs = views(batch, Draws((0, number), len(batch["size"])))
+        with torch.no_grad():
+            restored = method.network(inputs["changed"])["restored"]
+        errors += (restored - inputs["target"]).abs().mean((1, 2, 3)).tolist()
+    assert found[0] == pytest.approx(sum(errors) / 20, rel=1e-5)
+
+
+def test_patients_are_held_out_whole():
+    data = open_splits(Request(image_size=32), ["train"])["train"].subset(range(200))
+    data.patients = [str(i // 4) for i in range(200)]
+    train, val = hold_out(data)
+    assert len(set(val.patients)) == 5
+    assert not set(val.patients) & set(train.patients)
+    assert hold_out(data)[1].ids == val.ids
+    data.patients = ["one"] * 200
+    with pytest.raises(InputError, match="of one patient; some must validate"):
+        hold_out(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "b", "lr", "epochs"),
+    [
+        ("lits", 512, 12, 1e-3, 200), ("chexpert", 224, 32, 2e-4, 200), ("pathMNIST", 28, 128, 1e-3, 100),
+        ("chest", 224, 32, 2e-4, 200),
+    ],
+)  # fmt: skip
+def test_published_defaults(given, size, b, lr, epochs):
+    args = complete(get_parser().parse_args(["--data_set", given]))
+    assert (args.image_size, args.b, args.lr, args.epochs) == (size, b, lr, epochs)
+    assert (args.arch, args.betas, args.weight_decay, args.optimizer) == ("resnet50", [0.9, 0.99], 0, "adam")
+    own = complete(get_parser().parse_args(["--data_set", given, "-b", "7", "--lr", "0.5"]))
+    assert (own.image_size, own.b, own.lr) == (size, 7, 0.5)
+    assert str(b) in get_parser().format_help()
+
+
+def test_published_options(tmp_path):
+    args = complete(get_parser().parse_args(["--suffix", "x", "--nb_class", "3", "--output", str(tmp_path / "o")]))
+    assert args.output == str(tmp_path / "o_x")
+    with pytest.raises(InputError, match="--nb_class 1: the restoration has 3 channels"):
+        complete(get_parser().parse_args(["--nb_class", "1"]))
+    with pytest.raises(InputError, match="--dataset nothing: unknown"):
+        complete(get_parser().parse_args(["--data_set", "nothing"]))

@@ -1,0 +1,189 @@
+"""Pre-train with MAGICAL ("Synergizing Generative and Contrastive Learning for Self-Supervised Pre-Training in Medical
+Image Analysis", later published as TOWER, Neural Networks 167:810–826, 2023).
+
+  python train_magical.py --data DIR --data_set drive -b 16 --suffix first --gpus 0 --amp
+  torchrun --nproc-per-node 4 train_magical.py --data DIR --data_set chexpert --output OUT --amp
+  python train_magical.py --data FILE --data_set pathMNIST --output OUT --gpus 0 --amp
+  python train_magical.py --arch resnet18 --steps 20 -b 8 --image-size 64 --output OUT           (no data, CPU)
+
+With the data set come these values where none is given; the first six rows are the published ones:
+
+  lits        --image-size 512 -b  12 --lr 0.001  --epochs 200
+  chexpert    --image-size 224 -b  32 --lr 0.0002 --epochs 200
+  drive       --image-size 512 -b  16 --lr 0.001  --epochs 100
+  montgomery  --image-size 224 -b  16 --lr 0.001  --epochs 200
+  shenzhen    --image-size 224 -b  24 --lr 0.0002 --epochs 200
+  MedMNIST    --image-size  28 -b 128 --lr 0.001  --epochs 100
+  others      --image-size 224 -b  32 --lr 0.0002 --epochs 200
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medssl.datasets.registry import ImageDataset, hold_out, open_pretraining, resolve
+from medssl.datasets.views import Draws, MaskedToneViews, normalise
+from medssl.engine import options
+from medssl.engine.evaluation import evaluation_batches
+from medssl.engine.loop import Method, autocast, pretrain
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices, Run, setup
+from medssl.losses.contrastive import nt_xent
+from medssl.models.encoders import IMAGENET, initialise
+from medssl.models.heads import global_average, mlp
+from medssl.models.unet2d import UNet2d
+
+CHANNELS, DIM = 3, 128
+DEFAULTS = {  # by data set, MedMNIST by its family: the published scripts
+    "lits": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
+    "chexpert": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
+    "drive": {"image_size": 512, "b": 16, "lr": 1e-3, "epochs": 100},
+    "montgomery": {"image_size": 224, "b": 16, "lr": 1e-3, "epochs": 200},
+    "shenzhen": {"image_size": 224, "b": 24, "lr": 2e-4, "epochs": 200},
+    "medmnist": {"image_size": 28, "b": 128, "lr": 1e-3, "epochs": 100},
+    "others": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
+}
+
+
+class RestoringUNet(UNet2d):
+    """U-Net with skips, whose output is an image in [0, 1], and a projector of its deepest map."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__(arch, CHANNELS)
+        width = self.encoder.out_channels[-1]
+        self.projector = mlp(width, width, DIM)
+
+    def forward(self, x: Tensor, restore: bool = True) -> dict[str, Tensor]:
+        """(B, 3, H, W) normalised → "features" (B, F), "z" (B, 128) and, if asked for, "restored" (B, 3, H, W)."""
+        maps = self.encoder(x)
+        features = global_average(maps[-1].float())
+        out = {"features": features, "z": self.projector(features)}
+        return out | {"restored": torch.sigmoid(self.decode(maps).float())} if restore else out
+
+
+class MAGICAL(Method):
+    """Learns pixels and images at once: a U-Net restores the image x from x⁺ = M(NL(x)), whose tones are changed and
+    of whose cells some are black, and the encoder gives x and x⁺ embeddings that find each other among those of all
+    other images of the batch.
+
+    L = NT-Xent(z, z⁺; T) + L1(d(x⁺), x), weights 1:1.
+
+    Batch: "image", "changed" (B, 3, H, W) normalised, x and x⁺; "target" (B, 3, H, W), x in [0, 1].
+
+    Differences from the published code, on purpose:
+      * The projector sees the average of the deepest map; there, maps larger than 1 × 1 are reshaped, which scrambles
+        them.
+      * Targets are in [0, 1], as the sigmoid's output is, for every data set; there, in [−1, 1] for some.
+      * NT-Xent is not scaled by T / 0.07, and takes its negatives from all devices.
+      * A tenth of the pre-training patients validates the restoration; there, the test split did.
+      * The learning rate changes every step, not every epoch.
+    """
+
+    def __init__(self, arch: str = "resnet50", temperature: float = 0.1, normalization: dict = IMAGENET) -> None:
+        super().__init__()
+        self.network = RestoringUNet(arch)
+        self.temperature, self.normalization = temperature, normalization
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        x = run(self.network, batch["image"], restore=False)
+        changed = run(self.network, batch["changed"])
+        self.features = x["features"].detach()
+        return {
+            "contrast": nt_xent(x["z"], changed["z"], self.temperature),
+            "restoration": F.l1_loss(changed["restored"], batch["target"]),
+        }
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        return self.network.encoder.state_dict()
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        return self.network.decoder.state_dict()
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [self.network.encoder, *self.network.decoder.blocks]
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        restored = self.network(batch["changed"][:8])["restored"]
+        return {"x": batch["image"], "x+": batch["changed"], "restored": normalise(restored, **self.normalization)}
+
+
+@torch.inference_mode()
+def validate(
+    network: nn.Module, views: MaskedToneViews, data: ImageDataset, args: argparse.Namespace, devices: Devices
+) -> dict[str, float]:
+    """Mean absolute error of the restorations of held-out images; their changes are the same every time."""
+    total = torch.zeros((), device=devices.device)
+    count = 0
+    for number, batch in enumerate(evaluation_batches(data, args.b, args, devices)):
+        inputs = views(batch, Draws((args.seed, number), len(batch["index"])))
+        with autocast(args, devices.device):
+            restored = Run(devices.device_ids)(network, inputs["changed"])["restored"]
+        total += F.l1_loss(restored, inputs["target"]) * len(restored)
+        count += len(restored)
+    error = float(total) / count
+    return {"score": -error, "val_restoration": error}
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    options.add_chexpert(options.add_data(parser), labelled=False)
+    options.add_pretraining(parser)
+    options.add_training(parser)
+    options.add_network(parser)
+    options.add_runtime(parser)
+    group = options.add_output(parser, default="runs/magical")
+    group.add_argument("--suffix", type=options.filled, help="of the output folder's name, after an underscore")
+    group = parser.add_argument_group("MAGICAL")
+    group.add_argument("--image-size", type=options.positive_int, help="side of the views, pixels")
+    group.add_argument("--mask-ratio", type=options.fraction, default=0.25, help="share of the cells blacked out")
+    group.add_argument("--grid", type=options.positive_int, default=32, help="cells along a side of the image")
+    group.add_argument(
+        "--temperature", type=options.bounded_float(1e-3, 1e6), default=0.1, help="temperature T of the contrast"
+    )
+    group.add_argument("--patience", type=options.non_negative_int, default=30,
+                       help="epochs without gain in the validation's restoration; 0 never stops")  # fmt: skip
+    group.add_argument("--nb_class", type=options.positive_int,
+                       help="channels of the restoration; only checked, it has 3")  # fmt: skip
+    parser.set_defaults(  # the paper and the published scripts; None: the data set decides
+        arch="resnet50", optimizer="adam", betas=[0.9, 0.99], weight_decay=0.0, schedule="cosine",
+        **dict.fromkeys(DEFAULTS["others"]),
+    )  # fmt: skip
+    return parser
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The options with the data set's values where the user gave none.
+
+    Raises:
+        InputError: for `--nb_class` other than what the network has.
+    """
+    if args.nb_class not in (None, CHANNELS):
+        raise InputError(f"--nb_class {args.nb_class}: the restoration has {CHANNELS} channels, grey images too")
+    name, family = resolve(args.dataset, args.data, args.d)
+    args = options.complete(args, DEFAULTS.get(name) or DEFAULTS.get(family) or DEFAULTS["others"])
+    if args.suffix:
+        args.output, args.suffix = f"{args.output}_{args.suffix}", None
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = complete(get_parser().parse_args(argv))
+    devices = setup(args.gpus, args.device, args.deterministic)
+    train, val = hold_out(open_pretraining(args, (2,)))
+    torch.manual_seed(args.seed)
+    method = MAGICAL(args.arch, args.temperature)
+    start = initialise(method.network.encoder, args.arch, args.init)
+    method.normalization = start["normalization"]
+    views = MaskedToneViews(**start["normalization"], size=args.image_size, mask_ratio=args.mask_ratio, grid=args.grid)
+    pretrain(method, train, views, args, devices, lambda: validate(method.network, views, val, args, devices))
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -89,7 +89,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     else:
         chosen, info = _from_folders(root, list(found), splits)
     # Of the whole folder, not of what is asked: pre-training, fine-tuning and a cache must agree.
-    channels = _channels(list(found.values())) if dims == 2 else 1
+    channels = channels_of(list(found.values())) if dims == 2 else 1
     info = Info("folder", dims, channels, info.task, info.classes)
     return {split: _dataset(info, request, root, found, names, labels) for split, (names, labels) in chosen.items()}
 
@@ -98,7 +98,7 @@ def open_all(request: Request) -> ImageDataset:
     """Every image of the folder, unlabelled, whatever its splits: what a cache holds."""
     root = _root(request)
     found, dims = _find(root, request.dims)
-    info = Info("folder", dims, _channels(list(found.values())) if dims == 2 else 1)
+    info = Info("folder", dims, channels_of(list(found.values())) if dims == 2 else 1)
     return _dataset(info, request, root, found, list(found), None)
 
 
@@ -286,7 +286,7 @@ def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, C
     return {split: _take((names, labels), rows) for split, rows in split_all(groups).items()}
 
 
-def _channels(paths: Sequence[Path]) -> int:
+def channels_of(paths: Sequence[Path]) -> int:
     """1 where a handful of images, spread over the set, are all grey (also grey stored as colour), else 3."""
     reasons = []
     grey = []

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.datasets.registry import ImageDataset, Info, Request
+from medssl.datasets.segmentation2d import MaskedImages
 from medssl.engine.options import InputError
 
 # The pictures of a split are the same in every run and on every machine; `--seed` does not change them.
@@ -47,16 +48,41 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     for split in splits:
         if split not in SPLITS:
             raise InputError(f"phantom2d has the splits {', '.join(SPLITS)}, not {split}")
-        images, labels = _generated(split, size)
-        ids = [f"{split}/{i:05d}" for i in range(len(images))]
-        opened[split] = ImageDataset(info, images.__getitem__, ids, torch.from_numpy(labels), texture_size=size)
+        images, labels, masks = _generated(split, size)
+        opened[split] = GeneratedMasks(info, split, images, masks, ("nodule",), torch.from_numpy(labels))
     return opened
 
 
+class GeneratedMasks(MaskedImages):
+    """Generated images with masks of one label.
+
+    Args:
+        images: (N, S, S[, 3]) uint8. masks: (N, S, S) uint8, 0 or 1. labels: as for `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        info: Info,
+        split: str,
+        images: np.ndarray,
+        masks: np.ndarray,
+        names: Sequence[str],
+        labels: Tensor | None = None,
+        tubular: bool = False,
+    ) -> None:
+        ids = [f"{split}/{i:05d}" for i in range(len(images))]
+        super().__init__(info, images.__getitem__, ids, labels, texture_size=images.shape[1])
+        self.masks, self.mask_labels, self.tubular = masks, tuple(names), tubular
+
+    def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        mask = self.masks[self.positions[i]].astype(bool)
+        return mask[None], np.ones_like(mask)
+
+
 @cache
-def _generated(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of a split, made once in a process."""
-    return radiographs(SPLITS[split], size, SPLIT_SEEDS[split])[:2]
+def _generated(split: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The images, labels and nodule masks of a split, made once in a process."""
+    return radiographs(SPLITS[split], size, SPLIT_SEEDS[split])
 
 
 def radiographs(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

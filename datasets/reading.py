@@ -13,9 +13,10 @@ What comes out:
   percentile range; MONOCHROME1 is inverted; padding is black.
 """
 
+import gzip
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -65,9 +66,33 @@ def read_image(path: str | Path) -> np.ndarray:
         UnreadableImage: for a file that is missing, damaged, of an unknown kind, or a stack of images; its
             text is the reason in one line.
     """
+    return _decoded(path, lambda file: _read_dicom(file) if _is_dicom(file, path) else _read_picture(file))
+
+
+def read_mask(path: str | Path) -> np.ndarray:
+    """Decode a mask: the values that the file stores, a palette's numbers and not its colours.
+
+    Returns:
+        (H, W), of colours the largest channel.
+
+    Raises:
+        UnreadableImage: as `read_image`.
+    """
+
+    def stored(file: BinaryIO) -> np.ndarray:
+        image = Image.open(file)
+        _refuse_stack(image)
+        values = np.asarray(_upright(image))
+        return values.max(2) if values.ndim == 3 else values
+
+    return _decoded(path, stored)
+
+
+def _decoded(path: str | Path, read: Callable[[BinaryIO], np.ndarray]) -> np.ndarray:
+    """What `read` makes of a file, which may be gzipped; every error becomes an UnreadableImage of one line."""
     try:
-        with open(path, "rb") as file:
-            return _read_dicom(file) if _is_dicom(file, path) else _read_picture(file)
+        with (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb") as file:
+            return read(file)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:

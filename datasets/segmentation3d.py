@@ -11,7 +11,6 @@ to the folder (for brats its folder's) with or without extension. `--list` alone
 random, always in the same way, whatever `--seed`: every trial and every pre-training must hold out the same cases.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets import registry, volumes
+from medssl.datasets import volumes
 from medssl.datasets.cache import DecodedVolumes
 from medssl.datasets.lists import asked_for, read_list, split_all
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
@@ -412,33 +411,3 @@ def split_cases(cases: Sequence[Case], request: Request) -> dict[str, list[Case]
 
 def _extension(path: Path) -> str:
     return path.name[len(without_extension(path.name)) :]
-
-
-def open_segmented(args: argparse.Namespace) -> dict[str, ImageDataset]:
-    """The train, val and test splits of a data set with masks; without a name, a `folder` with data and `phantom3d`
-    without.
-
-    An item has "mask" beside what `ImageDataset` says; the data set has `mask_labels`, the labels' names. Notes in
-    `args` the splits' `data_digest`, by which a continuation knows them, and the set's `spacing` and `window`.
-
-    Raises:
-        InputError: as `registry.open_splits`, or for a data set without masks.
-    """
-    name = (args.dataset or ("folder" if args.data else "phantom3d")).lower()
-    request = replace(registry.request_of(args), name=name)
-    if name in SETS:
-        if args.d not in (None, 3):
-            raise InputError(f"--d {args.d}: data set {name} has 3 dimensions")
-        opened = registry.finish(request, open_splits(request, SPLITS))
-    else:
-        opened = registry.open_splits(request, SPLITS, args.d)
-        if not all(hasattr(data, "mask_labels") for data in opened.values()):
-            raise InputError(f"--dataset {name}: has no masks; known are {', '.join(SETS)} and phantom3d")
-        for option in ("labels", "spacing", "window"):
-            if getattr(request, option):
-                raise InputError(f"--{option}: {name} has its own; leave it out")
-    args.data_digest = registry.data_digest(opened)
-    for option in ("spacing", "window"):
-        value = getattr(opened["train"], option, None)
-        setattr(args, option, None if value is None else list(value))
-    return opened

@@ -659,6 +659,61 @@ class MaskedToneViews(Views):
         return {"image": self.normalise(x), "changed": self.normalise(changed), "target": x.expand(-1, 3, -1, -1)}
 
 
+class SegmentationViews(Views):
+    """One view an image and its masks, for training; the whole image in evaluation.
+
+    Args:
+        size: side in pixels to which whole images are resized.
+        patch: side of the part that training cuts out of the resized image; all of it by default.
+        zoom: range of the part's side over `patch` pixels.
+        degrees: largest rotation. flips: mirrored left–right, upside down, each with chance ½.
+        jitter: strengths of brightness and contrast.
+
+    `forward` takes the items of `MaskedImages` and gives "view" (B, 3, P, P), normalised, "target" (B, K, P, P) and
+    "field" (B, 1, P, P), float 0 or 1: random in training mode, the whole image (P = size) in evaluation mode.
+    Parts beside the image are black, and not in the field. Stream 0 of `Draws` has 6 columns, stream 1 has 9.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 512,
+        patch: int | None = None,
+        zoom: tuple[float, float] = (0.8, 1.25),
+        degrees: float = 10.0,
+        flips: tuple[bool, bool] = (True, False),
+        jitter: tuple[float, float] = (0.2, 0.2),
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.patch, self.zoom = size, patch or size, zoom
+        self.degrees, self.flips, self.jitter = degrees, flips, jitter
+
+    def random_parts(self, count: int, draws: Columns) -> Tensor:
+        """Maps (N, 2, 3) of `count` parts. 6 columns are taken."""
+        half = (draws.take(1, *self.zoom) * self.patch / self.size).clamp(max=1)
+        centre = draws.take(2, -1, 1) * (1 - half)
+        angle = draws.take(1, -self.degrees, self.degrees)[:, 0]
+        mirrored = (draws.take(2) < 0.5) & torch.tensor(self.flips)
+        theta = affine(torch.cat([centre, half, half], 1), angle if self.degrees else None, mirrored[:, 0])
+        theta[:, :, 1] *= 1 - 2 * mirrored[:, 1:].float()
+        return theta
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
+        b = len(batch["image"])
+        if self.training:
+            theta = self.random_parts(b, Columns(draws.uniform(0, 6)))[:, None]
+            side = self.patch
+        else:
+            theta, side = torch.eye(2, 3).expand(b, 1, 2, 3), self.size
+        x = sample(batch["image"], theta, side, black_outside=True)
+        if self.training:
+            x = color_jitter(x, Columns(draws.uniform(1, 9)), *self.jitter, 0, 0)
+        masks = torch.cat([batch["mask"], batch["field"]], 1)
+        inside = (sample(masks, theta, side, black_outside=True) > 0.5).float()
+        return {**batch, "view": self.normalise(x), "target": inside[:, :-1], "field": inside[:, -1:]}
+
+
 class ClassificationViews(Views):
     """One view an image for supervised training; centre views for evaluation.
 

@@ -151,8 +151,8 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--data_set",
         type=filled,
         metavar="NAME",
-        help="chest, chexpert, folder, luna, phantom2d, phantom3d or a MedMNIST name; "
-        "with masks: lits, brats, folder, phantom3d",
+        help="chest, chexpert, drive, stare, chase, montgomery, shenzhen, luna, lits, brats, folder, phantom2d, "
+        "fundus2d, phantom3d or a MedMNIST name",
     )
     group.add_argument(
         "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"

@@ -23,6 +23,26 @@ def soft_dice(p: Tensor, truth: Tensor, smooth: float = 1e-5) -> Tensor:
     return (2 * both + smooth) / (p.sum(space) + truth.sum(space) + smooth)
 
 
+def binary_dice_cross_entropy(logits: Tensor, target: Tensor, field: Tensor, kind: str) -> dict[str, Tensor]:
+    """Binary cross-entropy and one minus soft Dice of labels that may overlap, inside a field of view, in float32.
+
+    Args:
+        logits: (B, K, *S). target: (B, K, *S) 0 or 1. field: (B, 1, *S) 1 where pixels count, else 0.
+        kind: "bce", "dice" or "bce+dice".
+
+    Returns:
+        the terms by name; cross-entropy is the mean over the pixels of all fields and over labels.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, terms = logits.float(), {}
+        if "bce" in kind:
+            errors = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * field
+            terms["cross_entropy"] = errors.sum() / (field.sum() * target.shape[1]).clamp(min=1)
+        if "dice" in kind:
+            terms["dice"] = 1 - soft_dice(logits.sigmoid() * field, target * field).mean()
+        return terms
+
+
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """nnU-Net's loss (arXiv 1809.10486, Eq. 1): one minus the mean Dice over images and labels, and cross-entropy.
 

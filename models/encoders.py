@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.options import InputError
-from medssl.models.unet3d import WIDTHS, UNet3d, UNet3dEncoder
+from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -43,15 +43,23 @@ def make_encoder(arch: str, channels: int | None = None, dims: int = 2) -> nn.Mo
     Raises:
         InputError: for an unknown name, or one of the other dimension.
     """
+    check_arch(arch, dims)
     if dims == 3:
         return UNet3dEncoder(channels or 1, width_of(arch))
+    return smp.encoders.get_encoder(arch, in_channels=channels or 3, depth=5, weights=None)
+
+
+def check_arch(arch: str, dims: int) -> None:
+    """Raise InputError unless there is such an encoder for images of `dims` dimensions."""
+    if dims == 3:
+        width_of(arch)
+        return
     if arch in WIDTHS:
         raise InputError(f"--arch {arch}: a 3-dimensional encoder, and the images have {dims}; try resnet18")
     if arch not in smp.encoders.get_encoder_names():
         close = [name for name in smp.encoders.get_encoder_names() if name[:4] == arch[:4].lower()]
         hint = f"; did you mean one of {', '.join(close[:8])}" if close else ""
         raise InputError(f"--arch {arch}: not an encoder of segmentation-models-pytorch{hint}")
-    return smp.encoders.get_encoder(arch, in_channels=channels or 3, depth=5, weights=None)
 
 
 def width_of(arch: str) -> int:
@@ -136,8 +144,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     return report
 
 
-def initialise_unet(network: UNet3d, arch: str, init: str, load: str) -> dict:
-    """`initialise` a segmentation network, all but its last layer, whose labels are the task's.
+def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict:
+    """`initialise` a segmentation network, `UNet2d` or `UNet3d`, all but its last layer, whose labels are the task's.
 
     Args:
         load: "encoder", or "encoder+decoder" where the weights have a way up too.
@@ -147,6 +155,17 @@ def initialise_unet(network: UNet3d, arch: str, init: str, load: str) -> dict:
     """
     if load == "encoder" or init == "random":
         return initialise(network.encoder, arch, init)
+    if arch not in WIDTHS:
+        start = initialise(network.encoder, arch, init)
+        content = {} if init == "imagenet" else load_safe(init)
+        state = content.get("decoder_state_dict") if isinstance(content, dict) else None
+        try:
+            network.decoder.load_state_dict(state or {})
+        except RuntimeError:
+            which = "of other shapes, as those without skips are (PCRLv2's)" if state else "not there"
+            raise InputError(f"--init {init}: its decoder is {which}; use --load encoder") from None
+        print(f"{Path(init).name}: {len(state)} of {len(state)} decoder entries matched")
+        return start | {"matched": start["matched"] + len(state)}
     body = nn.Module()
     for name, part in network.named_children():
         if name != "out_tr":

@@ -13,7 +13,8 @@ import torch
 from medssl import finetune_segmentation
 from medssl.datasets import phantom_ct, registry, segmentation3d
 from medssl.datasets.registry import ImageDataset, Info, UnreadableImage
-from medssl.datasets.segmentation3d import find_pairs, open_segmented
+from medssl.datasets.segmentation import open_segmented
+from medssl.datasets.segmentation3d import find_pairs
 from medssl.datasets.views import Draws
 from medssl.datasets.views3d import VolumeSegmentationViews
 from medssl.engine import trials
@@ -66,7 +67,10 @@ def write_pairs(root, count=5, shapes=((16, 16, 16),), value=1, **geometry):
 
 
 def opened(root, dataset="folder", d=None, **more):
-    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), d=d, **more))
+    options = {"image_size": None, **more}
+    return open_segmented(
+        argparse.Namespace(dataset=dataset, data=str(root), d=d, **options), finetune_segmentation.PROTOCOLS_2D
+    )
 
 
 def everything(splits):
@@ -241,7 +245,7 @@ def test_bad_cases_in_one_line(tmp_path):
             opened(root)
         assert "\n" not in str(error.value)
     (root / "masks" / "stray.nii.gz").unlink()
-    with pytest.raises(InputError, match="--d 2: data set folder has 3 dimensions"):
+    with pytest.raises(InputError, match="no images in images/"):
         opened(root, d=2)
     for i in range(4):
         write(root / "masks" / f"case{i}.nii.gz", 0 * mask)
@@ -504,7 +508,7 @@ def test_trials_are_paired(tmp_path, monkeypatch):
 
 def test_the_loss_falls_on_one_batch():
     torch.manual_seed(0)
-    method = finetune_segmentation.Segmenter(UNet3d(2, width=16), 2)
+    method = finetune_segmentation.VolumeSegmenter(UNet3d(2, width=16), 2)
     image, mask = zip(*(ball((16, 16, 16), i) for i in range(2)))
     view = torch.from_numpy(np.stack(image))[:, None] / 40 - 1
     batch = {"view": view, "target": torch.from_numpy(np.stack(mask)).long()}

@@ -112,6 +112,7 @@ def get_parser() -> options.Parser:
         metavar="{random,imagenet,FILE}",
         help="encoder weights to compare; the first is the baseline",
     )
+    options.add_proxy_folder(group)
     group.add_argument(
         "--annotation-percent",
         "--annotation_percent",

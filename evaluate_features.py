@@ -217,6 +217,7 @@ def get_parser() -> options.Parser:
         metavar="{random,imagenet,FILE}",
         help="encoder weights to judge; several stand side by side",
     )
+    options.add_proxy_folder(group)
     group.add_argument("--image-size", type=options.positive_int, default=224, help="side of an image's view, pixels")
     group.add_argument(
         "--margin",

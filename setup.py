@@ -7,7 +7,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 FOLDERS = ["engine", "models", "losses", "datasets", "preprocess"]
 SCRIPTS = ["train_c2l", "train_insdis", "train_magical", "train_moco", "train_pcrl", "train_pcrlv2"]
-SCRIPTS += ["finetune_classification", "finetune_segmentation", "evaluate_features", "compare"]
+SCRIPTS += ["finetune_classification", "finetune_segmentation", "evaluate_features", "compare", "prepare_models"]
 TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct"]
 
 setup(

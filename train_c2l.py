@@ -2,7 +2,7 @@
 Image Representations", MICCAI 2020, arXiv 2007.07423).
 
   python train_c2l.py --data DIR --n chest --model resnet18 --batch_size 128 --num_workers 24 --gpus 0 --output OUT
-  torchrun --nproc-per-node 4 train_c2l.py --data DIR --n chest --arch densenet121 --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_c2l.py --data DIR --n chest --arch densenet121 --output OUT --amp
   python train_c2l.py --steps 20 --b 8 --image-size 64 --queue 256 --output OUT              (no data, CPU)
 
 The authors' own large run: --epochs 150 --b 256, on 700 000 radiographs. `--no-mixup` is MoCo with this recipe.
@@ -18,11 +18,11 @@ from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
 from medssl.models.mixup import Mixup
-from medssl.models.momentum import follow, make_teacher
+from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import KeyQueue
 
 DIM = 128
@@ -56,6 +56,7 @@ class C2L(Method):
         momentum: float = 0.999,
         loss: str = "infonce",
         mixup: bool = True,
+        schedule: str = "constant",
     ) -> None:
         super().__init__()
         encoder = make_encoder(arch)
@@ -63,13 +64,13 @@ class C2L(Method):
         self.teacher = make_teacher(self.student)
         self.queue = KeyQueue(queue, DIM)
         self.contrast = make_contrast(loss, temperature, images)
-        self.momentum, self.mixup = momentum, mixup
+        self.momentum, self.schedule, self.mixup = momentum, schedule, mixup
         self.keys: list[Tensor] = []
 
     def compare(self, q: Tensor, k: Tensor) -> Tensor:
         """ℓ(n q, n k); the key is kept for the queue."""
-        self.keys.append(unit(k))
-        return self.contrast(similarities(unit(q), self.keys[-1], self.queue.keys))
+        self.keys.append(l2_normalize(k))
+        return self.contrast(similarities(l2_normalize(q), self.keys[-1], self.queue.keys))
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         x1, x2 = batch["view1"], batch["view2"]
@@ -89,7 +90,7 @@ class C2L(Method):
         for keys in self.keys:
             self.queue.enqueue(keys)
         self.contrast.after_step()
-        follow(self.teacher, self.student, self.momentum)
+        ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder.state_dict()
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
-    method = C2L(args.arch, len(data), args.queue, args.temperature, args.ema, args.loss, args.mixup)
+    method = C2L(args.arch, len(data), args.queue, args.temperature, args.ema, args.loss, args.mixup, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
     views = MultiCropViews(**start["normalization"], **options.large_views(args), locals_=0, targets=0)

@@ -2,7 +2,7 @@
 Discrimination", CVPR 2018, arXiv 1805.01978).
 
   python train_insdis.py --data DIR --n chest --b 256 --output OUT --gpus 0 --amp
-  torchrun --nproc-per-node 4 train_insdis.py --data DIR --n chest --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_insdis.py --data DIR --n chest --output OUT --amp
   python train_insdis.py --steps 20 --b 8 --image-size 64 --negatives 256 --output OUT       (no data, CPU)
 """
 
@@ -15,8 +15,9 @@ from medssl.datasets.registry import open_pretraining
 from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
+from medssl.engine.options import InputError
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
 from medssl.models.queue import MemoryBank
@@ -58,7 +59,7 @@ class InsDis(Method):
         features, z = run(self.student, batch["view1"])
         slots, index = self.memory.slots, batch["index"]
         drawn = torch.randint(len(slots), (self.negatives,), generator=run.generator).to(index.device)
-        self.features, z = features.detach(), unit(z)
+        self.features, z = features.detach(), l2_normalize(z)
         s = similarities(z, slots[index], slots[drawn])
         own = torch.nn.functional.pad(drawn == index[:, None], (1, 0))  # (B, 1 + K), the positive is not masked
         self.seen = index, z.detach()
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.complete(args, {"milestones": [0.6 * args.epochs, 0.8 * args.epochs]})
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args, (2,))
+    if len(data) < 2:
+        raise InputError(f"data set {data.info.name}: 1 image; there is nothing to tell it from")
     torch.manual_seed(args.seed)
     method = InsDis(args.arch, len(data), args.negatives, args.temperature, args.memory_momentum, args.loss)
     start = initialise(method.student.encoder, args.arch, args.init)

@@ -2,7 +2,7 @@
 Image Analysis", later published as TOWER, Neural Networks 167:810–826, 2023).
 
   python train_magical.py --data DIR --data_set drive -b 16 --suffix first --gpus 0 --amp
-  torchrun --nproc-per-node 4 train_magical.py --data DIR --data_set chexpert --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_magical.py --data DIR --data_set chexpert --output OUT --amp
   python train_magical.py --data FILE --data_set pathMNIST --output OUT --gpus 0 --amp
   python train_magical.py --arch resnet18 --steps 20 -b 8 --image-size 64 --output OUT           (no data, CPU)
 

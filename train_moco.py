@@ -2,13 +2,16 @@
 
   python train_moco.py --data DIR --n chest --b 256 --output OUT --gpus 0 --amp
   python train_moco.py --version 1 --data DIR --dataset folder --output OUT --gpus 0,1 --amp
-  torchrun --nproc-per-node 4 train_moco.py --data DIR --n chest --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_moco.py --data DIR --n chest --output OUT --amp
   python train_moco.py --steps 20 --b 8 --image-size 64 --queue 256 --output OUT          (no data, CPU)
 
 The version decides these values where none is given:
 
-  1  --temperature 0.07 --schedule step (× 0.1 after 60 % and 80 % of the epochs)   linear head, no blur
-  2  --temperature 0.2  --schedule cosine                                        hidden layer in the head, blur
+  1  --temperature 0.07 --schedule step    --jitter 0.4 0.4 0.4 0.4 --blur 0.0    and a linear head
+  2  --temperature 0.2  --schedule cosine  --jitter 0.4 0.4 0.4 0.1 --blur 0.5    and a hidden layer in the head;
+                                           8 of 10 views are jittered
+
+`step` multiplies the learning rate by 0.1 after 60 % and 80 % of the epochs.
 """
 
 from collections.abc import Sequence
@@ -21,10 +24,10 @@ from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, mlp
-from medssl.models.momentum import follow, make_teacher
+from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import KeyQueue
 
 DIM = 128
@@ -57,6 +60,7 @@ class MoCo(Method):
         temperature: float = 0.2,
         momentum: float = 0.999,
         loss: str = "infonce",
+        schedule: str = "constant",
     ) -> None:
         super().__init__()
         encoder = make_encoder(arch)
@@ -65,18 +69,18 @@ class MoCo(Method):
         self.teacher = make_teacher(self.student)
         self.queue = KeyQueue(queue, DIM)
         self.contrast = make_contrast(loss, temperature, images)
-        self.momentum = momentum
+        self.momentum, self.schedule = momentum, schedule
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, batch["view1"])
         _, k = run.shuffled(self.teacher, batch["view2"])
-        self.features, self.keys = features.detach(), unit(k)
-        return {"contrast": self.contrast(similarities(unit(z), self.keys, self.queue.keys))}
+        self.features, self.keys = features.detach(), l2_normalize(k)
+        return {"contrast": self.contrast(similarities(l2_normalize(z), self.keys, self.queue.keys))}
 
     def after_step(self, progress: float) -> None:
         self.queue.enqueue(self.keys)
         self.contrast.after_step()
-        follow(self.teacher, self.student, self.momentum)
+        ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder.state_dict()
@@ -111,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
-    method = MoCo(args.arch, args.version, len(data), args.queue, args.temperature, args.ema, args.loss)
+    method = MoCo(
+        args.arch, args.version, len(data), args.queue, args.temperature, args.ema, args.loss, args.ema_schedule
+    )
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
     views = MultiCropViews(

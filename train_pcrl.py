@@ -2,7 +2,7 @@
 Reconstructing Diverse Contexts", ICCV 2021, arXiv 2109.04379).
 
   python train_pcrl.py --data DIR --n chest --b 64 --epochs 240 --lr 1e-3 --output OUT --gpus 0 --amp
-  torchrun --nproc-per-node 4 train_pcrl.py --data DIR --n chest --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_pcrl.py --data DIR --n chest --output OUT --amp
   python train_pcrl.py --data DIR --n luna --d 3 --b 16 --output OUT --gpus 0 --amp       (volumes)
   python train_pcrl.py --steps 20 --b 8 --image-size 64 --queue 256 --output OUT          (no data, CPU)
 
@@ -26,11 +26,11 @@ from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import make_contrast, similarities, unit
+from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import DEFAULT_ARCH, initialise, width_of
 from medssl.models.heads import global_average
-from medssl.models.mixup import Mixup, upper_half
-from medssl.models.momentum import follow, make_teacher
+from medssl.models.mixup import Mixup, mixing_weight
+from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import KeyQueue
 from medssl.models.unet2d import UNet2d
 from medssl.models.unet3d import UNet3d
@@ -40,6 +40,8 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
     3: {"arch": DEFAULT_ARCH[3], "b": 16, "lr": 1e-3},
 }
 CHANNELS = {2: 3, 3: 1}  # of inputs and restorations
+OF_IMAGES = ("image_size", "crop_scale", "rotation", "jitter", "blur", "blur_sigma", "cutout")
+OF_VOLUMES = ("cube_size",)
 
 
 class ContextHeads:
@@ -135,7 +137,8 @@ class PCRL(Method):
     (B, 1, X, Y, Z) in [0, 1]; "code1", "code2" (B, 6), in 3D (B, 7).
 
     Differences from the published code, on purpose:
-      * InfoNCE, not NCE, unless `--loss nce` is given; NCE counts images there, not batches, and keeps Z's fraction.
+      * InfoNCE, not NCE, unless `--loss nce` is given; NCE counts images, where the published code counts batches, and
+        keeps the fraction of Z that is cut there.
       * All three contrasts take their negatives from the queue as it is at the start of the step. There, the second
         and third found the keys of their own images in it.
       * The 3D target has the view's own flip and affine map; there it is the cube before them, which no network can
@@ -153,26 +156,27 @@ class PCRL(Method):
         temperature: float = 0.2,
         momentum: float = 0.999,
         loss: str = "infonce",
+        schedule: str = "constant",
     ) -> None:
         super().__init__()
         self.student = ContextUNet2d(arch) if dims == 2 else ContextUNet3d(arch)
         self.teacher = make_teacher(self.student)
         self.queue = KeyQueue(queue)
         self.contrast = make_contrast(loss, temperature, images)
-        self.momentum = momentum
+        self.momentum, self.schedule = momentum, schedule
         self.keys: list[Tensor] = []
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         x1, x2 = batch["view1"], batch["view2"]
         mix = Mixup.draw(run, len(x1))
-        alpha1, alpha2 = upper_half(run), upper_half(run)
+        alpha1, alpha2 = mixing_weight(run), mixing_weight(run)
 
         student, mixed = run(self.student, x1), run(self.student, mix(x1))
         teacher, mixed_teacher = run.shuffled(self.teacher, x2), run.shuffled(self.teacher, mix(x2))
         self.features = student["features"].detach()
 
-        q, q_mixed = unit(student["z"]), unit(mixed["z"])
-        self.keys = [unit(k) for k in (teacher["z"], mixed_teacher["z"], mix(teacher["z"]))]
+        q, q_mixed = l2_normalize(student["z"]), l2_normalize(mixed["z"])
+        self.keys = [l2_normalize(k) for k in (teacher["z"], mixed_teacher["z"], mix(teacher["z"]))]
         pairs = zip((q, q_mixed, q_mixed), self.keys)
         contrasts = [self.contrast(similarities(query, key, self.queue.keys)) for query, key in pairs]
 
@@ -193,7 +197,7 @@ class PCRL(Method):
         for keys in self.keys:
             self.queue.enqueue(keys)
         self.contrast.after_step()
-        follow(self.teacher, self.student, self.momentum)
+        ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder_state()
@@ -268,7 +272,8 @@ def check_cube(sides: Sequence[int]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     check_cube(args.cube_size)
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
@@ -281,9 +286,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if args.arch == "pcrl":  # the published command names the method here
         args.arch = None
+    others, kind = (OF_VOLUMES, "volumes") if dims == 2 else (OF_IMAGES, "images")
+    options.refuse_changed(parser, args, others, f"is for {kind}, and {data.info.name} has {dims} dimensions")
     args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
-    method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss)
+    method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss, args.ema_schedule)
     encoder = method.student.encoder
     start = initialise(encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())

@@ -2,7 +2,7 @@
 Self-supervised Pre-training in Medical Image Analysis", TPAMI 2023, arXiv 2301.00772).
 
   python train_pcrlv2.py --data DIR --n chest --b 64 --epochs 240 --lr 1e-2 --output OUT --gpus 0 --amp
-  torchrun --nproc-per-node 4 train_pcrlv2.py --data DIR --n chest --output OUT --amp
+  torchrun --nproc-per-node 4 -- train_pcrlv2.py --data DIR --n chest --output OUT --amp
   python train_pcrlv2.py --data DIR --n luna --d 3 --output OUT --gpus 0 --amp              (volumes)
   python train_pcrlv2.py --steps 20 --b 8 --image-size 64 --local-size 32 --output OUT      (no data, CPU)
 
@@ -36,6 +36,8 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-2},
     3: {"arch": DEFAULT_ARCH[3], "b": 32, "lr": 1e-3},
 }
+OF_IMAGES = ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout")
+OF_VOLUMES = ("cube_size", "local_cube_size")
 
 
 class MultiScaleUNet(nn.Module):
@@ -205,12 +207,15 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     options.check_sides("--cube-size", args.cube_size)
     options.check_sides("--local-cube-size", args.local_cube_size)
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
+    others, kind = (OF_VOLUMES, "volumes") if dims == 2 else (OF_IMAGES, "images")
+    options.refuse_changed(parser, args, others, f"is for {kind}, and {data.info.name} has {dims} dimensions")
     args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims)

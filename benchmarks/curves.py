@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.text(
             0, value, f" chance, log {round(math.exp(value))} = {value:.2f}", va="bottom", fontsize=8, color="grey"
         )
-    axes.set(xlabel="epoch", ylabel="contrastive loss")
+    values = [value for *_, losses in runs for value in losses]
+    # InsDis begins at twice its chance value, beside which the other curves would be flat.
+    top = min(max(values), 1.05 * max((chance(config) or math.inf for config, *_ in runs), default=math.inf))
+    axes.set(xlabel="epoch", ylabel="contrastive loss", ylim=(min(values) - 0.1, top + 0.1))
     axes.legend(frameon=False)
     figure.savefig(args.output, dpi=150)
     print(f"written: {args.output}")

@@ -1,4 +1,5 @@
-"""CheXpert: 223 414 radiographs of 64 540 patients to train on, 234 of 200 to test on (Irvin et al., AAAI 2019).
+"""CheXpert: 223 414 radiographs of 64 540 patients to train on, 234 of 200 to test on (Irvin et al., AAAI 2019). The
+latter are its published validation set, `valid.csv`; the published test set is not part of the download.
 
 Read as it unpacks: `train.csv`, `valid.csv` (also gzipped, and named `chexpert_train.csv.gz`), `train/patientN/…`,
 `valid/patientN/…`, in `--data` or in a folder `CheXpert-v1.0*` there. Images go by their paths from `train/` or

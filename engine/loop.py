@@ -267,7 +267,8 @@ def refuse_changes(before: dict, args: argparse.Namespace, where: Path) -> None:
             "another --output, or --resume never"
         )
     for key, value in plain(args).items():
-        if key not in FREE_OPTIONS and before.get(key) != value:
+        # An option that the run did not know is newer than it.
+        if key in before and key not in FREE_OPTIONS and before[key] != value:
             raise InputError(
                 f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, "
                 "another --output, or --resume never"

@@ -5,6 +5,7 @@ Groups are functions, not argparse parents: a shared parent leaks one script's d
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
+    def parse_known_args(self, *given: object, **named: object) -> tuple[argparse.Namespace, list[str]]:
+        args, rest = super().parse_known_args(*given, **named)
+        if getattr(args, "proxy_dir", None):
+            several = isinstance(args.init, list)
+            found = [resolve_init(init, args.proxy_dir) for init in (args.init if several else [args.init])]
+            args.init = found if several else found[0]
+        return args, rest
+
     def error(self, message: str) -> None:
         print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -77,6 +86,13 @@ def complete(args: argparse.Namespace, defaults: Mapping[str, object]) -> argpar
     """The options, with `defaults` (of a data set, or of its dimension) where the user gave none."""
     given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
     return argparse.Namespace(**{**defaults, **given})
+
+
+def refuse_changed(parser: Parser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise InputError where the user changed options that have no effect; `names` as in `args`."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")
 
 
 def check_inits(inits: Sequence[str]) -> None:
@@ -278,6 +294,10 @@ def add_contrast(parser: Parser, queue: bool = True) -> argparse._ArgumentGroup:
             "--queue", "--nce_k", type=positive_int, default=16384, metavar="K", help="keys in the queue: the negatives"
         )
         group.add_argument("--ema", "--alpha", type=fraction, default=0.999, help="momentum of the teacher's weights")
+        group.add_argument(
+            "--ema-schedule", choices=("constant", "cosine"), default="constant",
+            help="cosine lets the momentum rise to 1 over the run",
+        )  # fmt: skip
     return group
 
 
@@ -289,6 +309,7 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
         "--b",
         "--batch-size",
         "--batch_size",
+        "--train_batch_size",
         type=positive_int,
         default=64,
         help="images per step, all devices",
@@ -307,7 +328,11 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
         "--schedule", choices=("cosine", "step", "constant"), default="cosine", help="learning rate over time"
     )
     group.add_argument(
-        "--milestones", type=non_negative, nargs="+", default=[60, 80], help="epochs at which `step` decays"
+        "--milestones",
+        type=non_negative,
+        nargs="+",
+        default=[60, 80],
+        help="epochs at which `step` decays; where no default is shown, 60 %% and 80 %% of --epochs",
     )
     group.add_argument("--gamma", type=fraction, default=0.1, help="factor of each `step` decay")
     group.add_argument(
@@ -362,9 +387,40 @@ def add_network(parser: Parser) -> argparse._ArgumentGroup:
         help="encoder: in 2D any name of segmentation-models-pytorch; in 3D unet3d, unet3d_half or unet3d_quarter",
     )
     group.add_argument(
-        "--init", default="random", metavar="{random,imagenet,FILE}", help="encoder weights to start from"
+        "--init", default="random", metavar="{random,imagenet,FILE,NAME}", help="encoder weights to start from"
     )
+    add_proxy_folder(group)
     return group
+
+
+def add_proxy_folder(group: argparse._ArgumentGroup) -> None:
+    """Where `--init NAME` finds other people's weights."""
+    group.add_argument(
+        "--proxy-dir", "--proxy_dir", type=filled, metavar="DIR",
+        help="folder of prepare_models.py, in which --init NAME is NAME.pth",
+    )  # fmt: skip
+
+
+def resolve_init(init: str, folder: str) -> str:
+    """What `--init` means with `--proxy-dir`: random, imagenet, a file, or a model's name there, however it is spelled.
+
+    Raises:
+        InputError: for a folder that is not there, and a name that it does not have.
+    """
+    if init in ("random", "imagenet") or Path(init).is_file():
+        return init
+    if not Path(folder).is_dir():
+        raise InputError(f"--proxy-dir {folder}: no such folder")
+    known = {plain_name(path.stem): path for path in sorted(Path(folder).glob("*.pth"))}
+    if plain_name(init) not in known:
+        there = ", ".join(path.stem for path in known.values()) or "none"
+        raise InputError(f"--init {init}: no such file, and no such model in {folder}, which has {there}")
+    return str(known[plain_name(init)])
+
+
+def plain_name(text: str) -> str:
+    """A model's name without capitals and signs: people write MoCo-v2, moco_v2, mocov2."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def add_trials(parser: Parser) -> argparse._ArgumentGroup:
@@ -378,5 +434,6 @@ def add_trials(parser: Parser) -> argparse._ArgumentGroup:
         help="use this percentage of the labelled training images",
     )
     group.add_argument("--trials", "--trial", type=positive_int, default=1, help="repeat with seeds 0, 1, …")
+    group.add_argument("--run", type=non_negative_int, default=0, help="number of a repetition, added to --seed")
     flag(group, "--tensorboard", True, "write TensorBoard events")
     return group

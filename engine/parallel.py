@@ -125,7 +125,7 @@ class Run:
         with torch.no_grad():
             if self.parts == 1:
                 return self(net, x)
-            return rearrange(self(net, self.rows(x, order)), lambda y: self.rows(y, order.argsort()))
+            return map_tensors(self(net, self.rows(x, order)), lambda y: self.rows(y, order.argsort()))
 
     def __call__(self, net: nn.Module, *inputs: Tensor, **options: object) -> object:
         if len(self.device_ids) > 1:
@@ -134,13 +134,13 @@ class Run:
         return net(*inputs, **options)
 
 
-def rearrange(value: object, change: Callable[[Tensor], Tensor]) -> object:
+def map_tensors(value: object, change: Callable[[Tensor], Tensor]) -> object:
     """Apply `change` to a tensor, or to all in dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: rearrange(part, change) for key, part in value.items()}
-    return type(value)(rearrange(part, change) for part in value)
+        return {key: map_tensors(part, change) for key, part in value.items()}
+    return type(value)(map_tensors(part, change) for part in value)
 
 
 def world_size() -> int:
@@ -256,7 +256,11 @@ def wrap(method: nn.Module, devices: Devices, find_unused: bool) -> nn.Module:
     if devices.world == 1:
         return method
     ids = [devices.device] if devices.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=find_unused)
+    # Queues and memories are equal in all processes by themselves, and large; batch norms' running statistics are
+    # used in evaluation alone, which is the main process's.
+    return nn.parallel.DistributedDataParallel(
+        method, device_ids=ids, find_unused_parameters=find_unused, broadcast_buffers=False
+    )
 
 
 def finish() -> None:

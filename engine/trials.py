@@ -27,13 +27,15 @@ RESULTS = (
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`.
+    """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`, and
+    adds `--run` to the seed.
 
     Raises:
         InputError: for a `--resume` that names a file, or an `--init` that is not there.
     """
     if args.resume not in ("auto", "never"):
         raise InputError(f"--resume {args.resume}: fine-tuning continues what is in --output; use auto or never")
+    args.seed += args.run
     if args.init not in ("random", "imagenet"):
         # The path alone would take results of older weights under the same name for finished trials.
         args.init_digest = file_digest(args.init)

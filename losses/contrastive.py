@@ -1,5 +1,7 @@
 """Losses between embeddings of views."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from medssl.engine.parallel import gather, gather_with_gradient, process_rank
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """n(x): rows of (B, C) scaled to unit length, in float32."""
     return F.normalize(x.float(), dim=1)
 
@@ -50,7 +52,7 @@ class NCE(nn.Module):
     P = exp(s / T) / Z, h = P / (P + K/n + ε) for the positive, and 1 − h = (K/n) / (P + K/n + ε) for each negative;
     the loss is −log h − Σ log(1 − h), ε = 1e-5. Z, the number of images n times the mean of exp(s / T), is
     estimated once, on the first call of the first step (§3.2 there), and then kept. The published code cuts it to an
-    integer; here it stays what it is.
+    integer; here it stays what it is. All is computed in logarithms, so that no temperature overflows.
 
     Args:
         temperature: T. images: n.
@@ -59,32 +61,33 @@ class NCE(nn.Module):
     def __init__(self, temperature: float, images: int) -> None:
         super().__init__()
         self.temperature, self.images = temperature, images
-        self.register_buffer("z", torch.zeros(()))  # 0: not estimated yet
+        self.register_buffer("log_z", torch.tensor(-torch.inf))  # −∞: not estimated yet
         self.estimated = False
         self.first: Tensor | None = None
 
-    def probabilities(self, s: Tensor) -> Tensor:
-        """P of each candidate, (B, 1 + K)."""
-        p = torch.exp(s / self.temperature)
-        self.estimated = self.estimated or bool(self.z > 0)
+    def log_probabilities(self, s: Tensor) -> Tensor:
+        """log P of each candidate, (B, 1 + K)."""
+        logits = s / self.temperature
+        self.estimated = self.estimated or bool(self.log_z > -torch.inf)
         if self.estimated:
-            return p / self.z
+            return logits - self.log_z
         if self.first is None:
-            self.first = gather(p.mean()[None]).mean() * self.images
-        return p / self.first
+            sums = gather(logits.detach().logsumexp((0, 1))[None])  # of each process, over equally many candidates
+            self.first = sums.logsumexp(0) - math.log(len(sums) * logits.numel()) + math.log(self.images)
+        return logits - self.first
 
     def forward(self, s: Tensor) -> Tensor:
         """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate."""
-        p = self.probabilities(s)
+        log_p = self.log_probabilities(s)
         noise = (s.shape[1] - 1) / self.images
-        positive = torch.log(p[:, 0] / (p[:, 0] + noise + 1e-5))
-        negative = torch.log(noise / (p[:, 1:] + noise + 1e-5))
+        log_all = torch.logaddexp(log_p, log_p.new_tensor(math.log(noise + 1e-5)))
+        positive, negative = log_p[:, 0] - log_all[:, 0], math.log(noise) - log_all[:, 1:]
         return -(positive + negative.sum(1)).mean()
 
     def after_step(self) -> None:
         """Keep the first step's estimate of Z."""
         if not self.estimated and self.first is not None:
-            self.z.copy_(self.first)
+            self.log_z.copy_(self.first)
         self.first = None
 
 
@@ -108,7 +111,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """
     b = len(z1)
     with torch.autocast(z1.device.type, enabled=False):
-        own = torch.cat([unit(z1), unit(z2)])  # (2B, C)
+        own = torch.cat([l2_normalize(z1), l2_normalize(z2)])  # (2B, C)
         everything = gather_with_gradient(own)
         s = own @ everything.T / temperature
         first = process_rank() * 2 * b  # where this process's embeddings lie among all

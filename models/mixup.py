@@ -25,14 +25,14 @@ class Mixup:
     @classmethod
     def draw(cls, run: Run, images: int) -> "Mixup":
         """λ ~ Beta(1, 1), the uniform distribution, folded to its upper half; `images` are those of this process."""
-        return cls(upper_half(run), run.permutation(images), run)
+        return cls(mixing_weight(run), run.permutation(images), run)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Mix (B, …); what comes from other images has no gradient."""
         return torch.lerp(self.run.rows(x, self.order), x, self.weight)
 
 
-def upper_half(run: Run) -> float:
+def mixing_weight(run: Run) -> float:
     """max(λ, 1 − λ) of λ ~ Beta(1, 1), the same in all processes."""
     weight = torch.rand((), generator=run.generator).item()
     return max(weight, 1 - weight)

@@ -17,15 +17,16 @@ def make_teacher(student: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move a teacher's weights: θ' ← m θ' + (1 − m) θ (MoCo, arXiv 1911.05722, Eq. 2). Statistics stay its own."""
     get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
 
 
-def cosine_momentum(start: float, progress: float) -> float:
-    """Momentum that rises from `start` to 1 along half a cosine (BYOL, arXiv 2006.07733, §3.3).
+def momentum_at(progress: float, base: float, schedule: str) -> float:
+    """The teacher's momentum: "constant", or "cosine", which rises to 1 along half a cosine (BYOL, arXiv 2006.07733,
+    §3.3).
 
     Args:
-        progress: share of the run done, in [0, 1].
+        progress: share of the run done, in [0, 1]. base: m at the start.
     """
-    return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
+    return base if schedule == "constant" else 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2

@@ -50,7 +50,8 @@ class MemoryBank(nn.Module):
         """slot ← n(m · slot + (1 − m) · embedding), in all processes for the rows of all.
 
         Args:
-            index: (B,) int64 image numbers. One may come twice, where a batch spans two epochs: the last counts.
+            index: (B,) int64 image numbers. One may come twice, where a batch spans two epochs, is
+                larger than the set, or an unreadable image is replaced: the last counts.
             embeddings: (B, C) unit length.
             momentum: m.
         """

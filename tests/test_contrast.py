@@ -13,11 +13,11 @@ from medssl import train_c2l, train_insdis, train_moco, train_pcrl
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
-from medssl.losses.contrastive import InfoNCE, make_contrast, similarities, unit
+from medssl.losses.contrastive import InfoNCE, l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
-from medssl.models.mixup import Mixup, upper_half
-from medssl.models.momentum import cosine_momentum, follow, make_teacher
+from medssl.models.mixup import Mixup, mixing_weight
+from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import KeyQueue, MemoryBank
 from medssl.train_c2l import C2L
 from medssl.train_insdis import InsDis
@@ -51,19 +51,20 @@ def test_three_published_steps(kind):
         s = similarities(q, k, queue.keys)
         if kind == "nce" and i == 0:
             contrast(s)
-            assert int(contrast.first) == step["Z"]
-            assert contrast.first == pytest.approx(step["Z"], rel=1 / step["Z"])
-            contrast.first.floor_()
+            z = float(contrast.first.exp())
+            assert step["Z"] <= z < step["Z"] + 1
+            contrast.first.fill_(math.log(step["Z"]))
         loss = contrast(s)
         loss.backward()
         assert loss.item() == pytest.approx(step["loss"], rel=1e-5)
-        assert_close(s / 0.2 if kind == "infonce" else contrast.probabilities(s), step["logits"], f"logits {i}")
+        candidates = s / 0.2 if kind == "infonce" else contrast.log_probabilities(s).exp()
+        assert_close(candidates, step["logits"], f"logits {i}")
         assert_close(q.grad, step["grad_q"], f"gradient {i}")
         queue.enqueue(k)
         contrast.after_step()
     assert_close(queue.keys, numbers["queue_after"], "queue")
     assert queue.pointer == numbers["pointer"]
-    assert kind == "infonce" or contrast.z == numbers["steps"][0]["Z"]
+    assert kind == "infonce" or float(contrast.log_z.exp()) == pytest.approx(numbers["steps"][0]["Z"], rel=1e-6)
 
 
 def test_infonce_by_hand():
@@ -89,15 +90,24 @@ def test_nce_by_hand():
     assert contrast(s).item() == pytest.approx(expected, rel=1e-6)
     # The first call of the first step decides Z for its other calls, and for all steps.
     contrast(2 * s)
-    assert contrast.z == 0
+    assert contrast.log_z == -math.inf
     contrast.after_step()
-    assert contrast.z.item() == pytest.approx(z, rel=1e-6)
+    assert contrast.log_z.exp().item() == pytest.approx(z, rel=1e-6)
     contrast(5 * s)
     contrast.after_step()
-    assert contrast.z.item() == pytest.approx(z, rel=1e-6)
+    assert contrast.log_z.exp().item() == pytest.approx(z, rel=1e-6)
     again = make_contrast("nce", 0.5, images=10)
     again.load_state_dict(contrast.state_dict())
     assert again(s).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_nce_of_a_low_temperature_is_finite():
+    """exp(1/T) leaves float32 at T = .01."""
+    s = torch.tensor([[1.0, 0.9, -torch.inf]], requires_grad=True)
+    loss = make_contrast("nce", 0.001, images=10)(s)
+    loss.backward()
+    assert loss.isfinite()
+    assert s.grad.isfinite().all()
 
 
 def test_similarities_stay_exact_under_autocast():
@@ -112,9 +122,9 @@ def test_similarities_stay_exact_under_autocast():
     assert q.grad is not None
 
 
-def test_unit():
+def test_l2_normalize():
     x = torch.tensor([[3.0, 4.0], [0.0, -2.0]], dtype=torch.bfloat16)
-    assert torch.equal(unit(x), torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
+    assert torch.equal(l2_normalize(x), torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
 
 
 # Teacher, queue, memory ----------------------------------------------------------------------------
@@ -129,15 +139,16 @@ def test_teacher_follows():
         for p in student.parameters():
             p.add_(1)
     student[1].running_mean.fill_(7)
-    follow(teacher, student, 0.9)
+    ema_update(teacher, student, 0.9)
     for name, p in teacher.named_parameters():
         assert torch.allclose(p, start[name] + 0.1, atol=1e-6), name
     assert torch.equal(teacher[1].running_mean, torch.zeros(3))  # its own
     assert torch.equal(student[0].weight, start["0.weight"] + 1)
 
 
-def test_cosine_momentum():
-    assert [cosine_momentum(0.996, p) for p in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1.0])
+def test_momentum_schedules():
+    assert [momentum_at(p, 0.996, "cosine") for p in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1.0])
+    assert [momentum_at(p, 0.996, "constant") for p in (0, 0.5, 1)] == [0.996] * 3
 
 
 def test_queue_wraps_around():
@@ -170,7 +181,7 @@ def test_mixup():
     assert 0.5 <= mix.weight <= 1
     assert sorted(mix.order.tolist()) == list(range(6))
     assert torch.allclose(mix(x), mix.weight * x + (1 - mix.weight) * x[mix.order], atol=1e-6)
-    weights = torch.tensor([upper_half(run) for _ in range(2000)])
+    weights = torch.tensor([mixing_weight(run) for _ in range(2000)])
     assert weights.min() >= 0.5
     assert weights.mean().item() == pytest.approx(0.75, abs=0.02)
     assert weights.std().item() == pytest.approx(0.5 / 12**0.5, abs=0.01)  # uniform
@@ -305,9 +316,12 @@ def test_insdis_is_the_papers_loss(views):
 SCRIPTS = {
     "c2l": (train_c2l, ["--queue", "40"]),
     "c2l_nce": (train_c2l, ["--queue", "40", "--loss", "nce"]),
-    "moco1": (train_moco, ["--queue", "40", "--version", "1"]),
+    "moco1": (train_moco, ["--queue", "40", "--version", "1", "--ema-schedule", "cosine"]),
+    "moco2_nce": (train_moco, ["--queue", "40", "--loss", "nce"]),
     "moco2": (train_moco, ["--queue", "40"]),
     "insdis": (train_insdis, ["--negatives", "16"]),
+    "insdis_nce": (train_insdis, ["--negatives", "16", "--loss", "nce"]),
+    "pcrl_nce": (train_pcrl, ["--queue", "40", "--loss", "nce"]),
     "pcrl": (train_pcrl, ["--queue", "40"]),
     "pcrl_3d": (
         train_pcrl,
@@ -333,6 +347,8 @@ def test_four_steps_are_two_and_two(script, tmp_path):
     assert whole["step"] == parts["step"] == 4
     kept = [key for key in whole["method"] if key.split(".")[0] in ("teacher", "queue", "memory")]
     assert len(kept) > 0
+    if "log_z" in "".join(whole["method"]):
+        assert whole["method"]["contrast.log_z"].isfinite()  # estimated, and not anew after the pause
     for key, value in whole["method"].items():
         assert torch.equal(value, parts["method"][key]), key
     for name in ("whole", "parts"):
@@ -355,6 +371,61 @@ def test_another_queue_is_not_continued(tmp_path):
     module.main(command)
     with pytest.raises(InputError, match="was started with queue 40, now 50"):
         module.main([*command, "--queue", "50", "--steps", "2"])
+
+
+COMMON = ["--temperature", "0.3", "--jitter", "0.1", "0.2", "0.3", "0.4", "--blur", "0.7", "--crop-scale", "0.6"]
+TAUGHT = ["--queue", "40", "--ema", "0.7", "--ema-schedule", "cosine"]
+
+
+@pytest.mark.parametrize("kind", ["infonce", "nce"])
+@pytest.mark.parametrize(
+    ("module", "more", "negatives"),
+    [
+        (train_c2l, [*TAUGHT, "--no-mixup"], 40), (train_moco, [*TAUGHT, "--version", "1"], 40),
+        (train_insdis, ["--negatives", "40", "--memory-momentum", "0.7"], 40), (train_pcrl, TAUGHT, 40),
+    ],
+)  # fmt: skip
+def test_options_reach_the_method_and_its_views(module, more, negatives, kind, tmp_path, monkeypatch):
+    weights = make_encoder("resnet18").state_dict()
+    torch.save({"state_dict": weights, "arch": "resnet18", "dims": 2}, tmp_path / "start.pt")
+    seen = []
+    monkeypatch.setattr(module, "pretrain", lambda *given: seen.append(given))
+    given = ["--init", str(tmp_path / "start.pt"), "--output", str(tmp_path / "out"), "--loss", kind]
+    module.main([*SMALL, "--image-size", "32", *COMMON, *more, *given])
+    ((method, data, views, _, _),) = seen
+    assert method.contrast.temperature == 0.3
+    assert type(method.contrast).__name__.lower() == kind
+    assert kind == "infonce" or method.contrast.images == len(data)
+    assert method.momentum == 0.7
+    assert torch.equal(method.student.encoder.state_dict()["conv1.weight"], weights["conv1.weight"])
+    if module is not train_insdis:
+        assert method.schedule == "cosine"
+        assert len(method.queue.keys) == negatives
+        for key, value in method.student.state_dict().items():
+            assert torch.equal(method.teacher.state_dict()[key], value), key
+    else:
+        assert (method.negatives, len(method.memory.slots)) == (negatives, len(data))
+    assert (views.jitter, views.blur, views.scale, views.size) == ([0.1, 0.2, 0.3, 0.4], 0.7, (0.6, 1.0), 32)
+    assert module is not train_c2l or not method.mixup
+    assert module is not train_moco or isinstance(method.student.head, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("version", "temperature", "schedule", "jitter", "chance", "blur"),
+    [(1, 0.07, "step", [0.4, 0.4, 0.4, 0.4], 1.0, 0.0), (2, 0.2, "cosine", [0.4, 0.4, 0.4, 0.1], 0.8, 0.5)],
+)
+def test_moco_recipes(version, temperature, schedule, jitter, chance, blur, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_moco, "pretrain", lambda *given: seen.append(given))
+    train_moco.main([*SMALL, "--version", str(version), "--epochs", "50", "--queue", "8", "--output", str(tmp_path)])
+    ((method, _, views, args, _),) = seen
+    assert (method.contrast.temperature, args.schedule, args.milestones) == (temperature, schedule, [30, 40])
+    assert (views.jitter, views.jitter_chance, views.blur) == (jitter, chance, blur)
+
+
+def test_one_image_is_refused(tmp_path):
+    with pytest.raises(InputError, match="1 image; there is nothing to tell it from"):
+        train_insdis.main([*SMALL, "--ratio", "0.0005", "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("module", [train_c2l, train_moco, train_insdis])

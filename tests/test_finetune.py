@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from sklearn.metrics import roc_auc_score
 
 from medssl import (
@@ -21,6 +22,7 @@ from medssl import (
     evaluate_features,
     finetune_classification,
     finetune_segmentation,
+    prepare_models,
     train_c2l,
     train_insdis,
     train_magical,
@@ -29,7 +31,7 @@ from medssl import (
     train_pcrlv2,
 )
 from medssl.datasets.registry import Info
-from medssl.engine import trials
+from medssl.engine import options, trials
 from medssl.engine.metrics import auroc_interval, score, score_with_intervals
 from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
@@ -336,6 +338,7 @@ SCRIPTS = {
     "finetune_classification.py": finetune_classification,
     "finetune_segmentation.py": finetune_segmentation,
     "evaluate_features.py": evaluate_features,
+    "prepare_models.py": prepare_models,
     "preprocess/check_data.py": check_data,
     "preprocess/cache_images.py": cache_images,
     "preprocess/get_samples.py": get_samples,
@@ -349,11 +352,34 @@ def commands() -> list[str]:
     folders = ROOT / "benchmarks" / "results", ROOT / "docs"
     pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
     text = "\n".join(page.read_text() for page in pages)
-    return re.findall(r"^(?:python|torchrun --nproc-per-node 4) (\S+\.py .*)$", text, flags=re.M)
+    return re.findall(r"^(?:python|torchrun --nproc-per-node 4 --) (\S+\.py .*)$", text, flags=re.M)
+
+
+def texts() -> list[str]:
+    """Everything that a reader copies commands from."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md"), *ROOT.glob("*.py")]
+    return [page.read_text() for page in pages]
+
+
+def test_torchrun_leaves_the_scripts_options_alone():
+    """torchrun takes `--n` and `--d` for beginnings of options of its own, unless they stand after `--`."""
+    lines = [line for text in texts() for line in re.findall(r"^ *torchrun (.*\.py .*)$", text, flags=re.M)]
+    assert len(lines) > 5
+    for line in lines:
+        parsed = torch.distributed.run.get_args_parser().parse_args(shlex.split(line))
+        words = line.split(".py ", 1)[1].split("   ")[0].split()
+        assert [word for word in parsed.training_script_args if not word.startswith("(")][: len(words)] == words
+
+
+def test_links_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("command", commands())
-def test_documented_commands_parse(command):
+def test_documented_commands_parse(command, monkeypatch):
+    monkeypatch.setattr(options, "resolve_init", lambda init, folder: init)  # MODELS is the reader's
     script, *words = shlex.split(command)
     if script == "compare.py":
         args, rest = compare.get_parser().parse_known_args(words)

@@ -98,7 +98,7 @@ CASES = {
     ),
     "moco1": Case(MoCo, {"version": 1, "queue": 60}, pair_batch, plain_share, lr=0.05),
     "moco2": Case(MoCo, {"queue": 60}, pair_batch, plain_share, lr=0.05),
-    "moco2_nce": Case(MoCo, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.05),
+    "moco2_nce": Case(MoCo, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.02),
     "insdis": Case(InsDis, {"images": 20, "negatives": 16}, pair_batch, plain_share, lr=0.05),
     "insdis_nce": Case(InsDis, {"images": 20, "negatives": 16, "loss": "nce"}, pair_batch, plain_share, lr=0.05),
     "c2l": Case(C2L, {"queue": 60}, pair_batch, plain_share, lr=0.05),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from parity_tools import assert_close, deterministic, published
 
-from medssl import train_pcrl
+from medssl import train_pcrl, train_pcrlv2
 from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.views import Columns, Draws, RestorationViews, draw_transform, transform, transform_code
 from medssl.datasets.views3d import PCRL_SIZES, RestorationCubeViews, iou, random_boxes, z_normalise
@@ -208,6 +208,35 @@ def test_3d_views():
         assert any(mirrored)
     half = views({"image": batch["image"][3:]}, Draws((0,), 6, 3, 3))
     assert torch.allclose(half["view2"], out["view2"][3:], atol=1e-6)
+
+
+def test_3d_views_are_shuffled_and_painted():
+    batch = {"image": torch.rand(6, 2, 32, 32, 32, generator=seeded(0)).half()}
+    still = {"scale": 0, "degrees": 0, "blur": 0}
+    shuffled = RestorationCubeViews((32, 32, 32), **still, shuffle=1, paint=0)(batch, Draws((0,), 6))
+    changed = shuffled["view1"] != shuffled["target"]
+    assert (changed.flatten(1).float().mean(1) > 0.3).all()
+    for view, target in zip(shuffled["view1"], shuffled["target"]):  # values come from near by, none is new
+        assert torch.isin(view, target).all()
+    for inner, least, most in ((1.0, 0.005, 0.35), (0.0, 0.3, 1.0)):
+        painted = RestorationCubeViews((32, 32, 32), **still, shuffle=0, paint=1, inner=inner)(batch, Draws((0,), 6))
+        share = (painted["view1"] != painted["target"]).flatten(1).float().mean(1)
+        assert ((share >= least) & (share <= most)).sum() >= 5, share
+    none = RestorationCubeViews((32, 32, 32), **still, shuffle=0, paint=0)(batch, Draws((0,), 6))
+    assert torch.equal(none["view1"], none["target"])
+    default = RestorationCubeViews()
+    assert (default.shuffle, default.paint, default.inner) == (0.5, 0.9, 0.2)
+    assert (default.crops, default.min_iou) == (PCRL_SIZES, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("d", "option", "kind"), [("3", ["--blur", "1"], "images"), ("2", ["--cube-size", "8", "8", "8"], "volumes")]
+)
+def test_options_of_the_other_dimension_are_refused(d, option, kind, tmp_path):
+    for module in (train_pcrl, train_pcrlv2):
+        with pytest.raises(InputError, match=f"{option[0]}: is for {kind}, and phantom{d}d has {d} dimensions"):
+            module.main(["--d", d, *option, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_3d_crops_of_whole_volumes():

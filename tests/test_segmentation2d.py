@@ -363,6 +363,9 @@ def test_trials_continue_and_differ(tmp_path):
         assert one["dice"] == two["dice"]
         assert one["train_images"] == 4
     assert first["trials"][0]["auroc"] != first["trials"][1]["auroc"]
+    published = ["--steps", "1", "--annotation_percent", "50", "--run", "1", "--trial", "1"]
+    second = script(root, tmp_path / "second", *published, dataset="montgomery")
+    assert second["trials"][0]["auroc"] == first["trials"][1]["auroc"]
 
 
 def test_pre_training_is_loaded_with_and_without_its_decoder(tmp_path, capsys):

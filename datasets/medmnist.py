@@ -73,6 +73,28 @@ def flag_of(name: str) -> str | None:
     return f"{flag}_{size}" if match[2] else flag
 
 
+def evaluate(name: str, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
+    """The numbers of the package's own evaluator, which published results are given in.
+
+    Args:
+        name: of a data set; others than MedMNIST's have no such numbers.
+        probabilities: (N, L). targets: (N, L) 0 or 1; of classes, one-hot.
+
+    Returns:
+        {"medmnist_auc", "medmnist_acc"}, None where a class is missing; {} for other sets.
+    """
+    flag = flag_of(name)
+    if flag is None:
+        return {}
+    from medmnist.evaluator import getACC, getAUC
+
+    task = _package().INFO[flag.partition("_")[0]]["task"]
+    known = targets.any(0) & ~targets.all(0)
+    truth = targets if TASKS[task] == "multi-label" else targets.argmax(1)
+    auc = float(getAUC(truth, probabilities, task)) if known.all() else None
+    return {"medmnist_auc": auc, "medmnist_acc": float(getACC(truth, probabilities, task))}
+
+
 def _dims(flag: str) -> int:
     return 3 if flag.endswith("3d") else 2
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from medssl.datasets import medmnist
 from medssl.datasets.registry import ImageDataset, Info, collate
 from medssl.datasets.views import ClassificationViews
 from medssl.datasets.views3d import VolumeClassificationViews
@@ -113,8 +114,9 @@ def test_classes(
     args: argparse.Namespace,
     devices: Devices,
 ) -> dict:
-    """`score_with_intervals` of a split, and `froc` where its images are weighted candidates; the main process leaves
-    predictions.csv in `--output`: a row an image, with truth and probability of every class."""
+    """`score_with_intervals` of a split, `froc` where its images are weighted candidates, and of a MedMNIST set its own
+    numbers; the main process leaves predictions.csv in `--output`: a row an image, with truth and probability of every
+    class."""
     p, targets, indices, _ = predict_classes(network, views, data, args, devices, args.tta)
     patients = None if data.patients is None else [data.patients[i] for i in indices]
     columns, detection = {"id": [data.ids[i] for i in indices]}, {}
@@ -127,12 +129,14 @@ def test_classes(
         columns |= {f"probability {name}": [f"{q:.6f}" for q in each] for name, each in zip(data.info.classes, p.T)}
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         _write_csv(Path(args.output) / "predictions.csv", rows)
-    return {**score_with_intervals(p, targets, data.info, patients), **detection}
+    own = medmnist.evaluate(data.info.name, p, targets)
+    return {**score_with_intervals(p, targets, data.info, patients), **detection, **own}
 
 
 def summarise_classes(entries: list[dict], info: Info) -> dict:
     """Means over the trials of what `test_classes` gave, for results.json."""
-    summary = {key: mean_of(entry[key] for entry in entries) for key in ("accuracy", "f1")}
+    keys = ["accuracy", "f1", *(key for key in ("medmnist_auc", "medmnist_acc") if key in entries[0])]
+    summary = {key: mean_of(entry[key] for entry in entries) for key in keys}
     if "cpm" in entries[0]:
         sampled = entries[0]["largest_weight"] > 1
         summary |= {

@@ -204,3 +204,23 @@ def test_default_folder_and_download(tmp_path, monkeypatch):
     assert (tmp_path / "fetched").exists()
     monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)  # now it is there
     assert len(family.open_splits(request, ["val"])["val"]) == 4
+
+
+def test_the_evaluators_numbers():
+    """AUC and ACC of every kind of task, from their definitions."""
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    for name, labels in (("pneumoniamnist", 2), ("bloodmnist_64", 8), ("retinamnist", 5), ("chestmnist", 14)):
+        several = name == "chestmnist"
+        truth = rng.integers(0, 2, (200, labels)) if several else np.eye(labels)[rng.integers(0, labels, 200)]
+        p = rng.random((200, labels)) + truth
+        p = p / p.max() if several else p / p.sum(1, keepdims=True)
+        found = family.evaluate(name, p, truth.astype(np.float32))
+        areas = [roc_auc_score(truth[:, i], p[:, i]) for i in range(labels)]
+        assert found["medmnist_auc"] == pytest.approx(areas[1] if labels == 2 else np.mean(areas))
+        right = ((p > 0.5) == truth).mean() if several else (p.argmax(1) == truth.argmax(1)).mean()
+        assert found["medmnist_acc"] == pytest.approx(right)
+        missing = family.evaluate(name, p, truth * (np.arange(labels) != 1))
+        assert missing["medmnist_auc"] is None
+    assert family.evaluate("phantom2d", p, truth) == {}

@@ -7,7 +7,14 @@ from setuptools import setup
 HERE = Path(__file__).parent
 FOLDERS = ["engine", "models", "losses", "datasets", "preprocess"]
 SCRIPTS = ["train_c2l", "train_insdis", "train_magical", "train_moco", "train_pcrl", "train_pcrlv2"]
-SCRIPTS += ["finetune_classification", "finetune_segmentation", "evaluate_features", "compare", "prepare_models"]
+SCRIPTS += [
+    "finetune_classification",
+    "finetune_segmentation",
+    "evaluate_features",
+    "compare",
+    "prepare_models",
+    "export_encoder",
+]
 TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct"]
 
 setup(
@@ -19,7 +26,10 @@ setup(
     package_dir={"medssl": "."},
     packages=["medssl", *(f"medssl.{folder}" for folder in FOLDERS)],
     install_requires=(HERE / "requirements.txt").read_text().split(),
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.9"],
+        "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31"],
+    },
     entry_points={
         "console_scripts": [f"medssl-{name.replace('_', '-')} = medssl.{name}:cli" for name in SCRIPTS]
         + [f"medssl-{name.replace('_', '-')} = medssl.preprocess.{name}:cli" for name in TOOLS]

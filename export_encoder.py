@@ -1,0 +1,271 @@
+"""Write a pre-trained encoder for other tools, and check it there.
+
+  python export_encoder.py --file OUT/encoder.pt --to torchvision timm smp --output EXPORTS
+  python export_encoder.py --file OUT/encoder.pt --to onnx --image-size 224 --output EXPORTS
+
+  torchvision   encoder_torchvision.pth: torchvision.models.resnet18() and the like, all but the last layer
+  timm          encoder_timm.pth: timm.create_model("resnet18", num_classes=0)
+  smp           encoder_smp.pth: segmentation_models_pytorch.Unet("resnet18"), encoder and, where there is one, decoder
+  detectron2    encoder_detectron2.pkl: MODEL.WEIGHTS of ResNet-18, 34, 50, 101 and 152
+  safetensors   encoder.safetensors: the same names, no pickle; the run's facts as metadata
+  onnx          encoder.onnx: normalised images (B, 3, H, W) → features (B, F), the average of the last map
+
+Every file is loaded into the tool's own network, which must give the same features as ours. ONNX wants the packages
+`onnx`, `onnxscript` and `onnxruntime` (pip install medssl[export]); where detectron2 is not installed, its file is
+checked against its published layout instead, and a note says so.
+"""
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from torch import Tensor, nn
+
+from medssl.engine import options
+from medssl.engine.checkpoint import load_safe, save_atomic
+from medssl.engine.options import InputError
+from medssl.models.encoders import make_encoder
+from medssl.models.heads import Averaged
+
+SIDE = 64  # pixels of the images on which features are compared
+TOLERANCE = 1e-4
+HEADS = ("fc", "classifier", "head", "heads")  # last layers in torchvision's models
+
+
+class Exported:
+    """What an `encoder.pt` of a 2D run holds.
+
+    Attributes:
+        content: the file's. arch: the encoder's name. network: the encoder and the average of its last map, in
+            evaluation mode. decoder: its state dict, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.content = path, load_safe(path)
+        fields = {"state_dict", "arch", "dims"}
+        if not isinstance(self.content, dict) or not fields <= self.content.keys():
+            raise InputError(f"--file {path}: not an encoder.pt of a pre-training run")
+        if self.content["dims"] != 2:
+            raise InputError(f"--file {path}: of volumes, which other tools' networks are not for; leave it as it is")
+        self.arch, self.decoder = self.content["arch"], self.content.get("decoder_state_dict")
+        encoder = make_encoder(self.arch)
+        nn.Module.load_state_dict(encoder, self.content["state_dict"])
+        self.network = Averaged(encoder).eval()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The encoder's entries."""
+        return self.content["state_dict"]
+
+    def images(self, side: int = SIDE) -> Tensor:
+        """Random images (2, 3, side, side)."""
+        return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def compare(self, tool: str, features: Callable[[Tensor], Tensor]) -> None:
+        """Raise InputError unless `features` of images are ours, or ours with a ReLU before the average, as
+        classifiers of DenseNets have it."""
+        images = self.images()
+        with torch.no_grad():
+            last, theirs = self.network.encoder(images)[-1], features(images).flatten(1)
+        for ours in (last.mean((2, 3)), last.relu().mean((2, 3))):
+            if ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max():
+                return
+        raise InputError(f"--to {tool}: its {self.arch} gives other features; leave it out")
+
+
+def load_into(network: nn.Module, state: dict[str, Tensor], tool: str, arch: str) -> None:
+    """Load all of `state`, and nothing else; an InputError where names or shapes differ."""
+    try:
+        nn.Module.load_state_dict(network, state)
+    except RuntimeError:
+        raise InputError(f"--to {tool}: its {arch} has other layers than this encoder; leave it out") from None
+
+
+# Formats -------------------------------------------------------------------------------------------
+
+
+def to_torchvision(source: Exported, folder: Path) -> Path:
+    """torchvision's classifier without its last layer."""
+    from torchvision.models import get_model, list_models
+
+    if source.arch not in list_models():
+        raise InputError(f"--to torchvision: it has no {source.arch}; leave it out")
+    with warnings.catch_warnings():  # of another weight initialisation in some models' future
+        warnings.simplefilter("ignore")
+        network = get_model(source.arch, weights=None)
+    for name in HEADS:
+        if hasattr(network, name):
+            setattr(network, name, nn.Identity())
+    load_into(network, source.state, "torchvision", source.arch)
+    source.compare("torchvision", network.eval())
+    return _save(source.state, folder / "encoder_torchvision.pth")
+
+
+def to_timm(source: Exported, folder: Path) -> Path:
+    """timm's model without a classifier."""
+    import timm
+
+    if source.arch not in timm.list_models():
+        raise InputError(f"--to timm: it has no {source.arch}; leave it out")
+    network = timm.create_model(source.arch, pretrained=False, num_classes=0)
+    load_into(network, source.state, "timm", source.arch)
+    source.compare("timm", network.eval())
+    return _save(source.state, folder / "encoder_timm.pth")
+
+
+def to_smp(source: Exported, folder: Path) -> Path:
+    """The U-Net of segmentation-models-pytorch: encoder, and the decoder where the run had one with skips."""
+    network = smp.Unet(source.arch, encoder_weights=None)
+    load_into(network.encoder, source.state, "smp", source.arch)
+    state = {f"encoder.{key}": value for key, value in source.state.items()}
+    if source.decoder is not None:
+        load_into(network.decoder, source.decoder, "smp", source.arch)
+        state |= {f"decoder.{key}": value for key, value in source.decoder.items()}
+    source.compare("smp", lambda images: network.eval().encoder(images)[-1].mean((2, 3)))
+    return _save(state, folder / "encoder_smp.pth")
+
+
+def to_detectron2(source: Exported, folder: Path) -> Path:
+    """detectron2's names of a ResNet, as numpy arrays in a pickle."""
+    if not re.fullmatch(r"resnet\d+", source.arch):
+        raise InputError(f"--to detectron2: {source.arch} is no ResNet; leave it out")
+    model = {
+        detectron2_name(key): value.numpy()
+        for key, value in source.state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    path = folder / "encoder_detectron2.pkl"
+    content = {"model": model, "__author__": "medssl", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    back = pickle.loads(path.read_bytes())["model"]
+    restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
+    if any(not torch.equal(restored[key], source.state[key]) for key in restored):
+        raise InputError(f"--file {source.path}: {path} does not hold what was written")
+    try:
+        from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+    except ImportError:
+        print("note: detectron2 is not installed; its file's names were checked, its features were not")
+        return path
+    network = detectron2_network(source.arch, ResNet, BasicBlock, BottleneckBlock)
+    network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in back.items()}, strict=False)
+    source.compare("detectron2", lambda images: network.eval()(images)["res5"].mean((2, 3)))
+    return path
+
+
+def detectron2_name(key: str) -> str:
+    """torchvision's name of a ResNet's entry → detectron2's: `stem`, `res2` to `res5`, norms inside convolutions."""
+    key = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", key)
+    key = key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    key = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", key)
+    return key if key.startswith("res") else f"stem.{key}"
+
+
+def torchvision_name(key: str) -> str:
+    """The inverse of `detectron2_name`."""
+    key = re.sub(r"conv(\d)\.norm\.", r"bn\1.", key.removeprefix("stem."))
+    key = key.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+    return re.sub(r"^res(\d)", lambda found: f"layer{int(found[1]) - 1}", key)
+
+
+def detectron2_network(arch: str, resnet: type, basic: type, bottleneck: type) -> nn.Module:
+    """detectron2's ResNet with the strides of torchvision's: in the 3 × 3 convolutions."""
+    from detectron2.modeling.backbone.resnet import BasicStem
+
+    depth = int(arch.removeprefix("resnet"))
+    blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}[depth]
+    stages, c_in = [], 64
+    for i, count in enumerate(blocks):
+        c_out = 64 * 2**i * (1 if depth < 50 else 4)
+        more = {} if depth < 50 else {"bottleneck_channels": 64 * 2**i, "stride_in_1x1": False}
+        stages.append(
+            resnet.make_stage(
+                basic if depth < 50 else bottleneck, count, in_channels=c_in, out_channels=c_out, norm="BN",
+                stride_per_block=[2 if i else 1, *[1] * (count - 1)], **more,
+            )
+        )  # fmt: skip
+        c_in = c_out
+    return resnet(BasicStem(3, 64, "BN"), stages, out_features=["res5"])
+
+
+def to_safetensors(source: Exported, folder: Path) -> Path:
+    """safetensors, with the run's facts as metadata."""
+    from safetensors.torch import load_file, save_file
+
+    facts = {key: value for key, value in source.content.items() if not key.endswith("state_dict")}
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    path = folder / "encoder.safetensors"
+    save_file({key: value.contiguous() for key, value in source.state.items()}, path, metadata)
+    back = load_file(path)
+    if back.keys() != source.state.keys() or any(not torch.equal(back[key], source.state[key]) for key in back):
+        raise InputError(f"--file {source.path}: {path} does not hold what was written")
+    return path
+
+
+def to_onnx(source: Exported, folder: Path, side: int = SIDE) -> Path:
+    """ONNX for any batch size; run once by onnxruntime."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter wants it
+    except ImportError as error:
+        raise InputError(f"--to onnx: needs {error.name}; pip install onnx onnxscript onnxruntime") from None
+    path = folder / "encoder.onnx"
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        source.network, (source.images(side),), path, input_names=["image"], output_names=["features"],
+        dynamic_shapes={"x": {0: batch}}, dynamo=True, external_data=False, verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = source.images(side)
+    for count in (1, 2):
+        (theirs,) = session.run(None, {"image": images[:count].numpy()})
+        with torch.no_grad():
+            ours = source.network(images[:count]).numpy()
+        if np.abs(ours - theirs).max() > TOLERANCE * np.abs(ours).max():
+            raise InputError("--to onnx: onnxruntime gives other features; another version of onnx or torch may not")
+    return path
+
+
+TO = {
+    "torchvision": to_torchvision, "timm": to_timm, "smp": to_smp, "detectron2": to_detectron2,
+    "safetensors": to_safetensors, "onnx": to_onnx,
+}  # fmt: skip
+
+
+def _save(state: dict[str, Tensor], path: Path) -> Path:
+    save_atomic(state, path)
+    return path
+
+
+# The script ----------------------------------------------------------------------------------------
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--file", required=True, metavar="FILE", help="encoder.pt of a 2D pre-training run")
+    parser.add_argument("--to", nargs="+", choices=tuple(TO), default=["torchvision"], help="tools")
+    parser.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
+    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of ONNX's images, pixels")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    source, folder = Exported(Path(args.file)), Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for tool in args.to:
+        path = to_onnx(source, folder, args.image_size) if tool == "onnx" else TO[tool](source, folder)
+        print(f"{tool}: {path}", flush=True)
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -27,6 +27,7 @@ view where the set has one.
 
   drive, stare, chase, fundus2d   512 pixels, cross-entropy, mirrored both ways
   montgomery, shenzhen            224 pixels, cross-entropy
+  lits (preprocess/slices.py)     512 pixels, cross-entropy and Dice
   phantom2d                        64 pixels, cross-entropy and Dice
   folder                          256 pixels, cross-entropy and Dice
 
@@ -65,6 +66,7 @@ LUNGS = {"image_size": 224, "b": 16, "loss": "bce", "flip": "horizontal"}  # MAG
 PROTOCOLS_2D = {
     **dict.fromkeys(("drive", "stare", "chase", "fundus2d"), VESSELS),
     **dict.fromkeys(("montgomery", "shenzhen"), LUNGS),
+    "lits": {"image_size": 512, "b": 4, "loss": "bce+dice", "flip": "none"},
     "phantom2d": {"image_size": 64, "b": 16, "loss": "bce+dice", "flip": "horizontal"},
     "folder": {"image_size": 256, "b": 8, "loss": "bce+dice", "flip": "horizontal"},
 }

@@ -15,7 +15,7 @@ SCRIPTS += [
     "prepare_models",
     "export_encoder",
 ]
-TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct"]
+TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct", "slices"]
 
 setup(
     name="medssl",

@@ -32,14 +32,10 @@ def open_segmented(args: argparse.Namespace, protocols: Mapping[str, Mapping]) -
     size = args.image_size or protocols.get(name, protocols["folder"])["image_size"]
     request = replace(registry.request_of(args), name=name, dims=args.d, image_size=size)
     request = replace(request, texture_size=request.texture_size or size)
-    dims = 3 if name in segmentation3d.SETS else 2
-    if name == "folder":
-        dims = args.d or _dims_of(request.folder())
-    if dims == 3 and name in segmentation3d.SETS:
-        if args.d not in (None, 3):
-            raise InputError(f"--d {args.d}: data set {name} has 3 dimensions")
+    of_images = name == "folder" and (args.d or _dims_of(request.folder())) == 2
+    if name in segmentation3d.SETS and not of_images:
         opened = registry.finish(request, segmentation3d.open_splits(request, SPLITS))
-    elif name == "folder":
+    elif of_images:
         _refuse(request, name, OF_VOLUMES)
         opened = registry.finish(request, segmentation2d.open_folder(request, SPLITS, folder.channels_of))
     else:

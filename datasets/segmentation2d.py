@@ -6,6 +6,7 @@
   chase       `Image_01L.jpg`, `Image_01L_1stHO.png`
   montgomery  `CXR_png/MCUCXR_0001_0.png`, `ManualMask/leftMask/`, `ManualMask/rightMask/`, files of the same name
   shenzhen    `CXR_png/CHNCXR_0001_0.png`; where it is there, `mask/CHNCXR_0001_0_mask.png`
+  lits        slices that `preprocess/slices.py` cuts: `images/volume-N/0000.png`, `masks/volume-N/0000.png`
   folder      `images/` with `masks/` or `labels/`, where a mask has the name of its image, with or without `_seg`,
               `_mask` or `_label`. Where all masks hold one value beside 0, it is the label; else each value is one
 
@@ -20,7 +21,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ class MaskFiles(MaskedImages):
 
     Args:
         cases: of the split.
-        values: in the masks' files of each of `names`; None for one label, all that is not 0.
+        values: in the masks' files of each of `names`, one or several; None for one label, all that is not 0.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class MaskFiles(MaskedImages):
         info: Info,
         cases: Sequence[Case],
         names: Sequence[str],
-        values: Sequence[int] | None = None,
+        values: Sequence[Sequence[int]] | None = None,
         tubular: bool = False,
         texture_size: int = 512,
     ) -> None:
@@ -127,7 +128,7 @@ class MaskFiles(MaskedImages):
         if self.values is None:
             masks = np.any(np.stack(found) > 0, 0)[None]
         else:
-            masks = np.stack([found[0] == value for value in self.values])
+            masks = np.stack([np.isin(found[0], group) for group in self.values])
         field = np.ones(masks.shape[1:], bool) if case.field is None else read_mask(case.field) > 0
         return masks, field
 
@@ -284,7 +285,31 @@ def open_folder(request: Request, splits: Sequence[str], channels: Callable[[lis
     names = [f"label {value}" for value in values] if values else ["foreground"]
     info = Info("folder", 2, channels([case.image for case in cases]))
     texture = request.resolve_texture(info)
-    return {split: MaskFiles(info, part, names, values, False, texture) for split, part in chosen.items()}
+    groups = values and [(value,) for value in values]
+    return {split: MaskFiles(info, part, names, groups, False, texture) for split, part in chosen.items()}
+
+
+LITS = {"liver": (1, 2), "tumour": (2,)}  # the challenge's liver includes its tumours
+
+
+def open_lits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
+    """Open splits of LiTS' slices, by volume.
+
+    Raises:
+        InputError: as `open_splits`.
+    """
+    cases = [replace(case, patient=case.image.parent.name) for case in find_pairs(_folder(request))]
+    info = Info("lits", 2, 1)
+    texture = request.resolve_texture(info)
+    return {
+        split: MaskFiles(info, part, tuple(LITS), tuple(LITS.values()), False, texture)
+        for split, part in choose(cases, request, splits).items()
+    }
+
+
+def has_slices(root: Path) -> bool:
+    """Whether a folder is one of `preprocess/slices.py`."""
+    return any((root / "images").glob("volume-*/*.png"))
 
 
 def _folder(request: Request) -> Path:

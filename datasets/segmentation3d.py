@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets import volumes
+from medssl.datasets import segmentation2d, volumes
 from medssl.datasets.cache import DecodedVolumes
 from medssl.datasets.lists import asked_for, read_list, split_all
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
@@ -367,6 +367,13 @@ def open_splits(request: Request, splits: Sequence[str] = SPLITS) -> dict[str, I
     root, window = request.folder(), request.window
     if not root.is_dir():
         raise InputError(f"--data {root}: not a folder")
+    if request.name == "lits" and segmentation2d.has_slices(root):
+        for option in ("labels", "spacing", "window"):
+            if getattr(request, option):
+                raise InputError(f"--{option}: is for volumes, and {root} has slices of them; leave it out")
+        return segmentation2d.open_lits(request, splits)
+    if request.name == "lits" and request.dims == 2:
+        raise InputError(f"--d 2: {root} has volumes; cut them with preprocess/slices.py --data {root} --output DIR")
     if window is not None and not window[0] < window[1]:
         raise InputError(f"--window {window[0]:g} {window[1]:g}: the first number must be below the second")
     cases = SETS[request.name](root)

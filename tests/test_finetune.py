@@ -38,7 +38,7 @@ from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
 from medssl.models.heads import EncoderClassifier
-from medssl.preprocess import cache_images, check_data, get_samples, luna, make_lists, make_phantom_ct
+from medssl.preprocess import cache_images, check_data, get_samples, luna, make_lists, make_phantom_ct, slices
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
@@ -347,6 +347,7 @@ SCRIPTS = {
     "preprocess/luna.py": luna,
     "preprocess/make_lists.py": make_lists,
     "preprocess/make_phantom_ct.py": make_phantom_ct,
+    "preprocess/slices.py": slices,
 }
 
 

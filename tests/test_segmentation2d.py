@@ -430,3 +430,56 @@ def test_the_loss_falls_on_one_batch():
     assert {name: x.shape[1] for name, x in method.pictures(batch).items()} == dict.fromkeys(
         ("view", "true", "predicted"), 3
     )
+
+
+# Slices of volumes ---------------------------------------------------------------------------------
+
+
+def test_slices_of_lits(tmp_path, capsys):
+    import SimpleITK as sitk
+
+    from medssl.preprocess import slices
+
+    root, cut = tmp_path / "lits", tmp_path / "slices"
+    root.mkdir()
+    for i in range(4):
+        hu = np.full((6, 8, 10), -1000, np.int16)  # z, y, x
+        hu[2:4, 1:4, 2:9], hu[3, 2, 3:5] = 100 + i, 0
+        labels = np.zeros(hu.shape, np.uint8)
+        labels[2:4, 1:4, 2:9], labels[3, 2, 3:5] = 1, 2
+        for name, array in (("volume", hu), ("segmentation", labels)):
+            sitk.WriteImage(sitk.GetImageFromArray(array), str(root / f"{name}-{i}.nii"))
+    command = ["--data", str(root), "--output", str(cut)]
+    slices.main(command)
+    assert "volume-3: 6 slices" in capsys.readouterr().out
+    splits = opened(cut, "lits")
+    assert [len(data) for data in splits.values()] == [12, 6, 6]
+    assert all(len(set(data.patients)) == len(data) / 6 for data in splits.values())
+    for data in splits.values():
+        assert data.mask_labels == ("liver", "tumour")
+        for i, identity in enumerate(data.ids):
+            volume, z = int(identity.split("/")[1][-1]), int(identity[-8:-4])
+            masks, _ = data.truth(i)
+            assert (masks[0].sum(), masks[1].sum()) == ((21, 2 if z == 3 else 0) if z in (2, 3) else (0, 0))
+            assert (masks[0][1:4, 2:9] == (z in (2, 3))).all()
+            grey = data.read(data.positions[i])
+            assert grey[1, 2] == (round((100 + volume + 200) / 400 * 255) if z in (2, 3) else 0)
+    # What is finished stays as it is; what is not is made anew.
+    (cut / "images" / "volume-0" / "0000.png").write_bytes(b"")
+    (cut / "masks" / "volume-1").rename(cut / "masks" / ".volume-1.tmp")
+    slices.main(command)
+    assert (cut / "images" / "volume-0" / "0000.png").read_bytes() == b""
+    assert len(list((cut / "masks" / "volume-1").iterdir())) == 6
+    assert not list(cut.glob("*/.*"))
+    with pytest.raises(InputError, match="slices there have the window -200 200"):
+        slices.main([*command, "--window", "0", "100"])
+    with pytest.raises(InputError, match=r"--d 2: .* has volumes; cut them with preprocess/slices.py"):
+        opened(root, "lits", d=2)
+    with pytest.raises(InputError, match="takes images of 2; cut it with preprocess/slices.py"):
+        train_magical.main(
+            ["--dataset", "lits", "--data", str(root), "--arch", "resnet18", "--output", str(tmp_path / "o")]
+        )
+    (root / "volume-2.nii").write_bytes((root / "volume-2.nii").read_bytes()[:400])
+    with pytest.raises(InputError, match="1 of 4 volumes could not be read"):
+        slices.main(["--data", str(root), "--output", str(tmp_path / "again")])
+    assert len(list((tmp_path / "again" / "images").iterdir())) == 3

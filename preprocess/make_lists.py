@@ -9,7 +9,9 @@ its path from `train/` or `valid/` on, then its 14 labels. They are for the same
 the five reported ones, and where a label is -1, what its own `--uncertain` says.
 
 `--split official` takes the set's own test images (CheXpert: valid.csv) and a seeded share of the other patients
-for validation; with the default seed and share these are the patients that `--dataset` itself holds out.
+for validation; with the default seed and share these are the patients that `--dataset` itself holds out. Of drive,
+stare, chase, montgomery and shenzhen it takes the split that `--dataset` makes itself; their lists hold the images, and
+where their names tell it, whether they show tuberculosis.
 """
 
 from collections.abc import Sequence
@@ -19,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medssl.datasets import chexpert
+from medssl.datasets import chexpert, segmentation2d
 from medssl.datasets.chest import FINDINGS, patients_of, read_entries
 from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, read_list, split_by_patient, write_list
+from medssl.datasets.registry import Request
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
 
@@ -44,7 +47,9 @@ class Table:
 def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
-    parser.add_argument("--dataset", choices=("chest", "chexpert"), required=True, help="which set")
+    parser.add_argument(
+        "--dataset", choices=("chest", "chexpert", *segmentation2d.KINDS), required=True, help="which set"
+    )
     parser.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
     parser.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
     parser.add_argument(
@@ -121,6 +126,27 @@ def chest_splits(folder: Path, split: str, val_fraction: float, test_fraction: f
     return {"train": rest.rows(train), "valid": rest.rows(val), "test": table(official["test_list.txt"])}
 
 
+def masked_splits(
+    name: str, folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, Table]:
+    """Images of a set with masks by split; the arguments are this script's options."""
+    cases = segmentation2d.KINDS[name].find(folder)
+    if split == "official":
+        own = segmentation2d.choose(cases, Request(name, str(folder)), ("train", "val", "test"))
+        parts = {"train": own["train"], "valid": own["val"], "test": own["test"]}
+    else:
+        drawn = random_split([case.patient for case in cases], val_fraction, test_fraction, seed)
+        parts = {part: [cases[i] for i in rows] for part, rows in drawn.items()}
+    return {
+        part: Table(
+            [case.id for case in own],
+            torch.tensor([[case.label] for case in own if case.label is not None], dtype=torch.float32),
+            [case.patient for case in own],
+        )
+        for part, own in parts.items()
+    }
+
+
 def random_split(patients: Sequence[str], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[int]]:
     """Draw validation and test patients; fractions are of all patients. Positions of the images of each split."""
     if val_fraction + test_fraction >= 1:
@@ -168,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.dataset == "chest":
         classes, splits = FINDINGS, chest_splits(folder, **drawn)
+    elif args.dataset in segmentation2d.KINDS:
+        splits = masked_splits(args.dataset, folder, **drawn)
+        classes = segmentation2d.TUBERCULOSIS[1:] if len(splits["train"].labels) else ()
     else:
         classes = chexpert.LABELS
         splits = chexpert_splits(folder, **drawn, uncertain=args.uncertain, view=args.view)
@@ -181,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report(splits, classes))
     for split, table in splits.items():
         path = Path(args.output) / f"{args.dataset}_{split}.txt"
-        write_list(path, table.names, table.labels)
+        write_list(path, table.names, table.labels if len(table.labels) else None)
         print(f"wrote {path}")
 
 

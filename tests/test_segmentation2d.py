@@ -483,3 +483,25 @@ def test_slices_of_lits(tmp_path, capsys):
     with pytest.raises(InputError, match="1 of 4 volumes could not be read"):
         slices.main(["--data", str(root), "--output", str(tmp_path / "again")])
     assert len(list((tmp_path / "again" / "images").iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["drive", "chase", "montgomery", "shenzhen"])
+def test_made_lists(tmp_path, name):
+    from medssl.preprocess import make_lists
+
+    root = make(tmp_path / "data", name, 20)
+    for split, more in (("official", []), ("random", ["--seed", "3", "--test-fraction", "0.25"])):
+        out = tmp_path / split
+        make_lists.main(["--dataset", name, "--data", str(root), "--split", split, *more, "--output", str(out)])
+        files = {"list": "train", "val_list": "valid", "test_list": "test"}
+        lists = {option: str(out / f"{name}_{part}.txt") for option, part in files.items()}
+        listed = open_splits(Request(name, str(root), image_size=32, **lists), ["train", "val", "test"])
+        if split == "official":
+            own = open_splits(Request(name, str(root), image_size=32), ["train", "val", "test"])
+            assert {part: data.ids for part, data in listed.items()} == {part: data.ids for part, data in own.items()}
+        else:
+            patients = [set(data.patients) for data in listed.values()]
+            assert sum(map(len, patients)) == len(set.union(*patients))
+            assert len(patients[2]) == (10 if name == "drive" else 5)
+    text = (tmp_path / "official" / f"{name}_train.txt").read_text().splitlines()
+    assert all(len(line.split()) == (2 if name in ("montgomery", "shenzhen") else 1) for line in text)

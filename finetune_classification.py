@@ -11,7 +11,7 @@ nor selects.
 The protocol follows the data set; every value of it is an option:
 
   chest    Adam 1e-4, ×0.5 every 50 epochs, batch 32, random crop (0.08, 1), test: centre 224/256, the epoch with
-           the best validation loss (the published chest X-ray protocol)
+           the best validation loss (the published chest X-ray protocol); also of chexpert, montgomery and shenzhen
   others   Adam 1e-3, constant, batch 64, random crop (0.5, 1), test: whole image, the epoch with the best
            validation AUROC (MedMNIST's); volumes: batch 16, no crop
   luna     Adam 1e-4, cosine, batch 32, every third training cube a nodule, the epoch with the best validation AUROC.
@@ -64,7 +64,10 @@ PROTOCOLS |= {  # for volumes, which are not cropped
         "b": 32, "epochs": 100, "patience": 30, "select": "auroc", "positive_share": 1 / 3,
     },
 }  # fmt: skip
-PROTOCOL_OF = {"chest": "chest", "luna": "luna", 2: "medmnist", 3: "volumes"}  # of a data set, or of its dimension
+PROTOCOL_OF = {  # of a data set, or of its dimension
+    **dict.fromkeys(("chest", "chexpert", "montgomery", "shenzhen"), "chest"),
+    "luna": "luna", 2: "medmnist", 3: "volumes",
+}  # fmt: skip
 EVAL_B = {2: 128, 3: 16}
 
 

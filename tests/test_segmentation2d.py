@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medssl import finetune_segmentation, train_magical
+from medssl import finetune_classification, finetune_segmentation, train_magical
 from medssl.datasets import phantom
 from medssl.datasets.lists import write_list
 from medssl.datasets.phantom_fundus import fundi
@@ -133,6 +133,17 @@ def test_radiographs_are_classified_too(tmp_path):
         assert data.info.task == "binary"
         assert data.info.classes == ("normal", "tuberculosis")
         assert data.labels.tolist() == [int(identity[-5]) for identity in data.ids]
+
+
+def test_radiographs_are_fine_tuned(tmp_path):
+    root = make(tmp_path / "data", "shenzhen", 20)
+    run = ["--dataset", "shenzhen", "--data", str(root), "--image-size", "32", "--steps", "1", "--b", "4"]
+    finetune_classification.main(
+        [*run, "--workers", "0", "--device", "cpu", "--no-tensorboard", "--output", str(tmp_path / "out")]
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["config"]["protocol"], results["config"]["select"]) == ("chest", "loss")
+    assert list(results["per_class"]) == ["normal", "tuberculosis"]
 
 
 def test_without_test_masks_drive_is_split(tmp_path):

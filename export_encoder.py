@@ -34,7 +34,7 @@ from medssl.models.encoders import make_encoder
 from medssl.models.heads import Averaged
 
 SIDE = 64  # pixels of the images on which features are compared
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5  # of the largest feature
 HEADS = ("fc", "classifier", "head", "heads")  # last layers in torchvision's models
 
 

@@ -6,7 +6,8 @@
   torchvision   encoder_torchvision.pth: torchvision.models.resnet18() and the like, all but the last layer
   timm          encoder_timm.pth: timm.create_model("resnet18", num_classes=0)
   smp           encoder_smp.pth: segmentation_models_pytorch.Unet("resnet18"), encoder and, where there is one, decoder
-  detectron2    encoder_detectron2.pkl: MODEL.WEIGHTS of ResNet-18, 34, 50, 101 and 152
+  detectron2    encoder_detectron2.pkl: MODEL.WEIGHTS of ResNet-18, 34, 50, 101 and 152, with INPUT.FORMAT RGB, the mean
+                and deviation that are printed, times 255, and MODEL.RESNETS.STRIDE_IN_1X1 False
   safetensors   encoder.safetensors: the same names, no pickle; the run's facts as metadata
   onnx          encoder.onnx: normalised images (B, 3, H, W) → features (B, F), the average of the last map
 
@@ -54,8 +55,13 @@ class Exported:
         if self.content["dims"] != 2:
             raise InputError(f"--file {path}: of volumes, which other tools' networks are not for; leave it as it is")
         self.arch, self.decoder = self.content["arch"], self.content.get("decoder_state_dict")
-        encoder = make_encoder(self.arch)
-        nn.Module.load_state_dict(encoder, self.content["state_dict"])
+        try:
+            encoder = make_encoder(self.arch)
+            nn.Module.load_state_dict(encoder, self.content["state_dict"])
+        except (InputError, RuntimeError, TypeError, AttributeError):
+            raise InputError(
+                f"--file {path}: does not hold a whole {self.arch} encoder; give a run's encoder.pt"
+            ) from None
         self.network = Averaged(encoder).eval()
 
     @property
@@ -261,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for tool in args.to:
         path = to_onnx(source, folder, args.image_size) if tool == "onnx" else TO[tool](source, folder)
         print(f"{tool}: {path}", flush=True)
+    normalization = source.content.get("normalization") or {}
+    if normalization:
+        print(f"images in [0, 1], less {normalization['mean']}, divided by {normalization['std']}")
 
 
 def cli() -> None:

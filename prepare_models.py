@@ -13,6 +13,7 @@ Models Genesis and this project's own files need no preparation: give them to `-
 
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -170,6 +171,13 @@ class ByolState(dict):
         """All is kept already."""
 
 
+def to_bytes(text: str, encoding: str) -> bytes:
+    """How pickles of protocol 2 write bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("refused: bytes in another encoding than latin1")
+    return text.encode("latin1")
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Reads numpy arrays and plain containers; anything else in the file is refused, so that nothing of it runs."""
 
@@ -186,6 +194,8 @@ class PlainUnpickler(pickle.Unpickler):
             return getattr(np._core.multiarray, name)
         if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
             return np._core.numeric._frombuffer
+        if (module, name) == ("_codecs", "encode"):
+            return to_bytes
         if name == "_ByolExperimentState":
             return ByolState
         if module.split(".")[0] in ("haiku", "byol", "jax", "optax", "jaxlib"):
@@ -201,7 +211,8 @@ def read_pickle(path: Path) -> object:
     except pickle.UnpicklingError as error:
         reason = str(error) if str(error).startswith("refused") else "not a pickle, or a truncated one"
         raise InputError(f"{path}: {reason}") from None
-    except (EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError, UnicodeDecodeError):
+    except (ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, RuntimeError, SystemError,
+            TypeError, ValueError):  # fmt: skip
         raise InputError(f"{path}: not a pickle of arrays, or a truncated one") from None
 
 
@@ -267,6 +278,8 @@ def files_of(name: str, given: Path) -> list[tuple[str, Path]]:
     found: dict[str, Path] = {}
     for path in sorted(given.iterdir()):
         model = model_of(path.name) if path.is_file() else None
+        if model is None and path.is_file():
+            print(f"note: {path.name}: not named after a model; left out", file=sys.stderr)
         if model in found:
             raise InputError(f"{path}: {found[model].name} is {model} too; keep one of them")
         if model:

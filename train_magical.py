@@ -164,6 +164,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--nb_class {args.nb_class}: the restoration has {CHANNELS} channels, grey images too")
     name, family = resolve(args.dataset, args.data, args.d)
     args = options.complete(args, DEFAULTS.get(name) or DEFAULTS.get(family) or DEFAULTS["others"])
+    args.nb_class = None  # checked, and nothing that a continuation must repeat
     if args.suffix:
         args.output, args.suffix = f"{args.output}_{args.suffix}", None
     return args

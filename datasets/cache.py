@@ -307,23 +307,20 @@ class _Rows:
             self._images = np.memmap(self.file, np.uint8, "r", shape=self.shape)
         return np.array(self._images[row])
 
-    def __call__(self, row: int) -> np.ndarray:
-        """The texture as a source gives images: (S, S) or (S, S, 3)."""
-        texture = self.texture(row)
-        return texture[0] if len(texture) == 1 else np.ascontiguousarray(texture.transpose(1, 2, 0))
 
+class Cached:
+    """Items of a data set by the positions of its images, read from a cache.
 
-class CachedDataset(ImageDataset):
-    """An `ImageDataset` whose textures come from a cache; `positions` are the cache's rows."""
+    Args:
+        row_of: the cache's row of each position.
+    """
 
-    def __init__(self, data: ImageDataset, rows: _Rows, positions: Sequence[int]) -> None:
-        super().__init__(data.info, rows, data.ids, data.labels, data.patients, data.texture_size)
-        self.positions = positions
-        self.contents = data.contents  # so that a run may continue with or without a cache
+    def __init__(self, rows: _Rows, row_of: dict[int, int]) -> None:
+        self.rows, self.row_of = rows, row_of
 
-    def load(self, i: int) -> dict[str, torch.Tensor]:
-        row = self.positions[i]
-        return {"image": torch.from_numpy(self.read.texture(row)), "size": self.read.sizes[row].clone()}
+    def __call__(self, position: int) -> dict[str, torch.Tensor]:
+        row = self.row_of[position]
+        return {"image": torch.from_numpy(self.rows.texture(row)), "size": self.rows.sizes[row].clone()}
 
 
 class DecodedVolumes(ImageDataset):
@@ -453,4 +450,6 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
             f"--cache {folder}: {data.ids[wrong]} is not the image that was cached: it has changed, or --data is "
             f"another set with the same names; remove the folder and {command}"
         )
-    return CachedDataset(data, _Rows(folder, index), rows)
+    data = copy.copy(data)
+    data.cached = Cached(_Rows(folder, index), dict(zip(data.positions, rows)))
+    return data

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets import luna
+from medssl.datasets import luna, segmentation2d
 from medssl.datasets.cache import DecodedVolumes
 from medssl.datasets.lists import (
     SPLIT_SEED,
@@ -70,6 +70,8 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     in a folder are of one series. Cubes that `preprocess/luna.py` made are opened as `luna` does.
 
     Which images and labels:
+        * a folder of `images` and `masks` (2D): as `segmentation2d` says, so that masks are no images, and pre-training
+          sees no image that segmentation holds out;
         * lists where given, with names relative to the folder: one column of 0 and 1 is a binary task, of
           0…K−1 a multi-class one, several columns are a multi-label one (0, 1, or −1: not known). `--list`
           alone is split 70/10/20 when "val" or "test" is asked, and used whole when not.
@@ -83,6 +85,8 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     root = _root(request)
     if request.dims != 2 and (luna.find_pairs(root) or (root / "nodules.csv").is_file()):
         return luna.open_splits(request, splits)
+    if request.dims != 3 and segmentation2d.has_pairs(root) and not sort_out(root)[1]:
+        return segmentation2d.open_folder(request, splits, channels_of)
     found, dims = _find(root, request.dims)
     if request.lists:
         chosen, info = _from_lists(request, splits, root, found, dims)

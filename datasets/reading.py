@@ -83,6 +83,8 @@ def read_mask(path: str | Path) -> np.ndarray:
         image = Image.open(file)
         _refuse_stack(image)
         values = np.asarray(_upright(image))
+        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+            values = values[..., :-1]
         return values.max(2) if values.ndim == 3 else values
 
     return _decoded(path, stored)

@@ -80,11 +80,13 @@ class ImageDataset(torch.utils.data.Dataset):
         order: the patients, one an image, of the list that the split was taken from, in its order, where `--ratio`
             parts that list between patients; None where it parts the split between two images.
         contents: what `sample_contents` said of the split when it was opened; "" for generated images.
+        cached: gives the texture's item of a position from a cache, which then is not decoded; or None.
     """
 
     weights: np.ndarray | None = None
     order: Sequence[str] | None = None
     contents: str | None = None
+    cached: Callable[[int], dict[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -145,6 +147,8 @@ class ImageDataset(torch.utils.data.Dataset):
         Raises:
             UnreadableImage: for a file that cannot be decoded.
         """
+        if self.cached is not None:
+            return self.cached(self.positions[i])
         pixels = self.read(self.positions[i])
         texture = to_texture(pixels, self.texture_size, self.info.channels)
         return {"image": torch.from_numpy(texture), "size": torch.tensor(pixels.shape[:2], dtype=torch.float32)}

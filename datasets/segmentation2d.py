@@ -12,9 +12,11 @@
 
 The last digit of a radiograph's name says whether it shows tuberculosis: montgomery and shenzhen are classified too.
 
-Images are split by `--list`, `--val-list` and `--test-list` (paths in `--data`, or file names); else drive as
-published, where its test masks are there, shenzhen's test images are a fifth drawn by scikit-learn with seed 42, and
-all others are split 70/10/20 by patient, always in the same way.
+Images are split by `--list`, `--val-list` and `--test-list` (paths in `--data`, file names, or volumes of lits); else
+drive as published, where its test masks are there, shenzhen's test images are a fifth drawn by scikit-learn with seed
+42, and all others, and a `--list` alone, are split 70/10/20 by patient, always in the same way. Pre-training sees the
+training images only. Patients of a folder are known from names as ChestX-ray14's and CheXpert's; else each image
+counts as one.
 """
 
 import re
@@ -29,7 +31,16 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, asked_for, line_of, read_list, split_all, split_by_patient
+from medssl.datasets.lists import (
+    HELD_OUT,
+    SPLIT_SEED,
+    asked_for,
+    line_of,
+    patient_of,
+    read_list,
+    split_all,
+    split_by_patient,
+)
 from medssl.datasets.reading import Files, find_images, read_mask
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, to_texture
 from medssl.engine.options import InputError
@@ -220,14 +231,20 @@ def find_pairs(root: Path) -> list[Case]:
     masks = next((root / folder for folder in MASK_FOLDERS if (root / folder).is_dir()), None)
     if not (root / "images").is_dir() or masks is None:
         raise InputError(f"--data {root}: wanted are the folders images and masks")
-    known = {path.relative_to(masks).with_suffix("").as_posix(): path for path in find_images(masks)}
+    known: dict[str, Path] = {}
+    for path in find_images(masks):
+        stem = path.relative_to(masks).with_suffix("").as_posix()
+        if stem in known:
+            raise InputError(f"{path}: the same name as {known[stem].name}; keep one of them, or rename it")
+        known[stem] = path
     cases = []
     for path in find_images(root / "images"):
         stem = path.relative_to(root / "images").with_suffix("").as_posix()
         mask = next((known[stem + end] for end in MASK_ENDS if stem + end in known), None)
         if mask is None:
             raise InputError(f"{path}: no mask of that name in {masks}; add it, or move the image away")
-        cases.append(Case(path.relative_to(root).as_posix(), path, (mask,), None, stem))
+        name = path.relative_to(root).as_posix()
+        cases.append(Case(name, path, (mask,), None, patient_of(name) or stem))
     return _there(root, cases, "images in images/")
 
 
@@ -280,6 +297,12 @@ def open_folder(request: Request, splits: Sequence[str], channels: Callable[[lis
     """
     root = _folder(request)
     cases = find_pairs(root)
+    if not request.lists and len({case.patient for case in cases}) == len(cases):
+        print(
+            f"note: patients of {root} are unknown: split 70/10/20 by image; where a patient has several images, give "
+            "--list, --val-list and --test-list, also to pre-training",
+            file=sys.stderr,
+        )
     chosen = choose(cases, request, splits)
     values = discover(cases, request.labels)
     names = [f"label {value}" for value in values] if values else ["foreground"]
@@ -305,6 +328,11 @@ def open_lits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset
         split: MaskFiles(info, part, tuple(LITS), tuple(LITS.values()), False, texture)
         for split, part in choose(cases, request, splits).items()
     }
+
+
+def has_pairs(root: Path) -> bool:
+    """Whether a folder is one of images and masks."""
+    return (root / "images").is_dir() and any((root / folder).is_dir() for folder in MASK_FOLDERS)
 
 
 def has_slices(root: Path) -> bool:
@@ -349,7 +377,7 @@ def choose(cases: Sequence[Case], request: Request, splits: Sequence[str]) -> di
     """The cases of the splits that are asked for."""
     if request.lists:
         chosen = _listed(cases, request)
-        if list(chosen) == ["train"] and set(splits) != {"train"}:
+        if list(chosen) == ["train"]:  # one list is split as the whole set is, also for pre-training
             chosen = _drawn(chosen["train"], request.name)
     elif request.name == "drive" and any(case.id.startswith("test/") for case in cases):
         train = [case for case in cases if case.id.startswith("training/")]
@@ -363,16 +391,25 @@ def choose(cases: Sequence[Case], request: Request, splits: Sequence[str]) -> di
 
 
 def _listed(cases: Sequence[Case], request: Request) -> dict[str, list[Case]]:
-    names: dict[str, Case] = {}
+    """The cases that lists name, by path, by file name where there is one of it, or by patient (LiTS' volumes)."""
+    names: dict[str, list[Case]] = {}
     for case in cases:
-        names |= {case.id: case, case.image.name: case}
+        for name in {case.id, case.image.name, case.patient}:
+            names.setdefault(name, []).append(case)
     chosen = {}
     for split, path in request.lists.items():
         written, _ = read_list(path)
+        found: dict[str, Case] = {}
         for name in written:
-            if name not in names:
+            named = names.get(name)
+            if named is None:
                 raise InputError(f"{path}, line {line_of(path, name)}: {name} is not in --data {request.data}")
-        chosen[split] = [names[name] for name in written]
+            if len({case.patient for case in named}) > 1:
+                raise InputError(
+                    f"{path}, line {line_of(path, name)}: {len(named)} images are called {name}; give paths"
+                )
+            found |= {case.id: case for case in named}
+        chosen[split] = list(found.values())
     return chosen
 
 

@@ -356,8 +356,42 @@ def fit(
         if saved["images"] != n:
             raise InputError(f"{folder}: the data set had {saved['images']} images, now {n}; use another --output")
     last = min(total, args.steps or total)
+
+    def ends_epoch(step: int) -> bool:
+        return step * args.b // n > (step - 1) * args.b // n or step == total
+
+    def validated() -> dict:
+        """The state after this step, and its score."""
+        scores = {}
+        if devices.main:
+            method.eval()
+            views.eval()
+            scores = evaluate()
+            if monitor:
+                monitor.write({"step": step, "epoch": round(step * args.b / n, 4), **scores})
+                monitor.start_window()
+        scores = devices.broadcast(scores)
+        score = scores["score"] if math.isfinite(scores["score"]) else -math.inf
+        return {"score": score, "epoch": step * args.b / n}
+
+    def with_state(candidate: dict) -> dict:
+        return {**candidate, "state": {k: v.detach().cpu().clone() for k, v in method.state_dict().items()}}
+
+    def better(candidate: dict) -> bool:
+        return best is None or candidate["score"] > best["score"]
+
+    def report(seconds: float) -> dict:
+        chosen = best
+        # `--steps` may stop within an epoch: that state is judged too, but the run's own record, by which it
+        # continues, knows nothing of it.
+        if evaluate and not over and not ends_epoch(step):
+            candidate = validated()
+            chosen = with_state(candidate) if better(candidate) else best
+        return {"step": step, "epoch": step * args.b / n, "best": chosen, "seconds": seconds}
+
+    monitor = None
     if over or step >= last:
-        return {"step": step, "epoch": step * args.b / n, "best": best, "seconds": 0.0}
+        return report(0.0)
     if args.compile:
         # Decoder blocks share their code and see large and small views: more shapes than torch allows by default.
         torch._dynamo.config.recompile_limit = 64
@@ -373,7 +407,6 @@ def fit(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
     )
-    monitor = None
     if devices.main:
         monitor = Monitor(folder, last, step, args.log_every, name, tensorboard)
     pending: list[tuple[int, list[int], list[str], Tensor, object]] = []
@@ -473,23 +506,11 @@ def fit(
                 values |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
                 if monitor:
                     monitor.log(step, step * args.b / n, values, method.features)
-            epoch_ends = step * args.b // n > (step - 1) * args.b // n or step == last
-            if evaluate and epoch_ends:
-                scores = {}
-                if devices.main:
-                    method.eval()
-                    views.eval()
-                    scores = evaluate()
-                    monitor.write({"step": step, "epoch": round(step * args.b / n, 4), **scores})
-                    monitor.start_window()
-                scores = devices.broadcast(scores)
+            if evaluate and ends_epoch(step):
+                candidate = validated()
                 since_best += 1
-                if not math.isfinite(scores["score"]):
-                    scores["score"] = -math.inf
-                if best is None or scores["score"] > best["score"]:
-                    state = {k: v.detach().cpu().clone() for k, v in method.state_dict().items()}
-                    best = {"score": scores["score"], "epoch": step * args.b / n, "state": state}
-                    since_best = 0
+                if better(candidate):
+                    best, since_best = with_state(candidate), 0
                 over = bool(args.patience) and since_best >= args.patience
             stopped = devices.any(stop.signal is not None)
             late = devices.any(time.perf_counter() - saved_at > LONGEST_UNSAVED)
@@ -502,7 +523,8 @@ def fit(
                 if devices.main:
                     print(f"stopped after step {step}; state saved, the same command continues", flush=True)
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-    return {"step": step, "epoch": step * args.b / n, "best": best, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return report(seconds)
 
 
 def save_views(method: Method, inputs: dict[str, Tensor], views: Views, path: Path) -> None:

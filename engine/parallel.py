@@ -179,7 +179,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         # A sum of everything, not a reduce-scatter, which gloo lacks: embeddings are small.
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # others may hold the same tensor
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[process_rank()]
 

@@ -3,6 +3,7 @@ is written."""
 
 import argparse
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,32 +145,37 @@ def test_images(
     Leaves in `--output` predictions/*.png at the images' own size, 255 inside or, of several labels, their numbers
     from 1 on, and overlays/*.png of the first `--overlays` images.
     """
-    folder, rows = Path(args.output), []
+    folder, rows, files = Path(args.output), [], file_names(data.ids)
     for name in ("predictions", "overlays"):
         shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
     for number, (i, probability) in enumerate(predict_images(network, views, data, args, devices)):
         masks, field = data.truth(i)
         rows += judge(data.ids[i], probability, masks, field, data.mask_labels, data.tubular)
-        name = f"{file_name(data.ids[i])}.png"
+        name = f"{files[i]}.png"
         found = (probability >= THRESHOLD) & field
-        save_png(folder / "predictions" / name, label_map(probability, found))
+        save_png(folder / "predictions" / name, label_map(found))
         if number < args.overlays:
             pixels = to_three_channels(data.read(data.positions[i]))
             save_png(folder / "overlays" / name, panels(pixels, masks & field, found))
     return {**summarise_images(rows, data.mask_labels), "cases": rows}
 
 
-def file_name(identity: str) -> str:
-    """An image's path without its extension, as one file's name."""
-    return Path(identity).with_suffix("").as_posix().replace("/", "_")
+def file_names(ids: Sequence[str]) -> list[str]:
+    """A file's name for each image: its path in one word, without the extension where that is enough."""
+    short = [Path(identity).with_suffix("").as_posix().replace("/", "_") for identity in ids]
+    again = {name for name, count in Counter(short).items() if count > 1}
+    return [f"{name}_{i}" if name in again else name for i, name in enumerate(short)]
 
 
-def label_map(probability: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """(K, H, W) → (H, W) uint8: 255 inside the one label, or the number of the likeliest of several, from 1 on."""
+def label_map(found: np.ndarray) -> np.ndarray:
+    """(K, H, W) bool → (H, W) uint8: 255 inside the one label, or the number of one of several, from 1 on: where they
+    overlap of the last, which is the inner one where they are nested (LiTS' tumours in the liver)."""
     if len(found) == 1:
         return found[0] * np.uint8(255)
-    likeliest = np.where(found, probability, -1).argmax(0) + 1
-    return np.where(found.any(0), likeliest, 0).astype(np.uint8)
+    numbers = np.zeros(found.shape[1:], np.uint8)
+    for number, mask in enumerate(found, 1):
+        numbers[mask] = number
+    return numbers
 
 
 def to_three_channels(pixels: np.ndarray) -> np.ndarray:

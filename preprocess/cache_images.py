@@ -21,7 +21,7 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--data", metavar="DIR", help="the data set's folder or file; without it, phantom images")
     parser.add_argument(
-        "--dataset", "--n", "--data_set", metavar="NAME", help="chest, folder, phantom2d or a MedMNIST name"
+        "--dataset", "--n", "--data_set", metavar="NAME", help="any set of images; see a script's --help"
     )
     parser.add_argument("--list", metavar="FILE", help="cache the images of this list only")
     parser.add_argument(

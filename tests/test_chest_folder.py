@@ -348,3 +348,16 @@ def test_an_unreadable_file_is_replaced_and_named(tmp_path):
     sample = open_splits(folder_request(tmp_path), ["train"])["train"][1]
     assert sample["index"] == 2
     assert sample["bad"] == ["b.png: not an image that Pillow or pydicom can read"]
+
+
+def test_a_cache_keeps_the_order_that_ratio_parts(nih, tmp_path):
+    from medssl.preprocess import cache_images
+
+    common = ["--dataset", "chest", "--data", str(nih), "--texture-size", "16", "--workers", "0"]
+    cache_images.main([*common, "--output", str(tmp_path / "cache")])
+    options = {"dataset": "chest", "data": str(nih), "image_size": 16, "texture_size": 16, "list": None, "d": None}
+    plain, cached = (
+        open_pretraining(Namespace(**options, cache=cache, ratio=0.4)) for cache in (None, str(tmp_path / "cache"))
+    )
+    assert cached.cached is not None
+    assert cached.ids == plain.ids

@@ -127,6 +127,14 @@ def test_bad_input(tmp_path):
         torch.save(content, tmp_path / "bad.pt")
         with pytest.raises(InputError, match=message):
             main(["--file", str(tmp_path / "bad.pt"), "--output", str(tmp_path / "out")])
+    whole = torch.load(path, weights_only=True)
+    for damaged in (
+        {**whole, "state_dict": [1]}, {**whole, "arch": "resnet17"},
+        {**whole, "state_dict": {f"encoder.{key}": value for key, value in whole["state_dict"].items()}},
+    ):  # fmt: skip
+        torch.save(damaged, tmp_path / "bad.pt")
+        with pytest.raises(InputError, match="bad.pt: does not hold a whole resnet1. encoder"):
+            main(["--file", str(tmp_path / "bad.pt"), "--output", str(tmp_path / "out")])
     with pytest.raises(InputError, match="no such checkpoint file"):
         main(["--file", str(tmp_path / "gone.pt")])
     export(tmp_path, "mit_b0")

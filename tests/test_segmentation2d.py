@@ -16,16 +16,18 @@ from medssl import finetune_classification, finetune_segmentation, train_magical
 from medssl.datasets import phantom
 from medssl.datasets.lists import write_list
 from medssl.datasets.phantom_fundus import fundi
+from medssl.datasets.reading import read_mask
 from medssl.datasets.registry import Request, UnreadableImage, open_splits
 from medssl.datasets.segmentation import open_segmented
 from medssl.datasets.views import Draws, SegmentationViews
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
-from medssl.engine.segmentation2d import centreline_dice, judge, label_map, summarise_images
+from medssl.engine.segmentation2d import centreline_dice, file_names, judge, label_map, summarise_images
 from medssl.finetune_segmentation import PROTOCOLS_2D, ImageSegmenter
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.encoders import IMAGENET, initialise_unet
 from medssl.models.unet2d import UNet2d
+from medssl.preprocess import cache_images
 
 
 def save(path, pixels, **options):
@@ -167,6 +169,53 @@ def test_lists(tmp_path):
     write_list(tmp_path / "val.txt", ["im9999.ppm"])
     with pytest.raises(InputError, match=r"val.txt, line 1: im9999.ppm is not in --data"):
         opened(root, "stare", **given)
+
+
+def test_alpha_is_no_label(tmp_path):
+    mask = np.zeros((6, 6), np.uint8)
+    mask[2:4, 2:4] = 255
+    for mode in ("L", "LA", "RGBA", "1", "P"):
+        Image.fromarray(mask).convert(mode).save(tmp_path / f"{mode}.png")
+        assert np.array_equal(read_mask(tmp_path / f"{mode}.png") > 0, mask > 0), mode
+
+
+def test_pre_training_on_a_folder_with_masks(tmp_path):
+    """Neither masks nor held-out images are seen."""
+    root = make(tmp_path, "folder", 16)
+    own = open_splits(Request(None, str(root), image_size=32), ["train"])["train"]
+    splits = opened(root, "folder")
+    assert own.ids == splits["train"].ids
+    assert all(identity.startswith("images/") for identity in own.ids)
+    names = tmp_path / "all.txt"
+    write_list(names, sorted(name for data in splits.values() for name in data.ids))
+    listed = open_splits(Request(None, str(root), list=str(names), image_size=32), ["train"])["train"]
+    assert not set(listed.ids) & set(opened(root, "folder", list=str(names))["test"].ids)
+
+
+def test_patients_in_names_are_kept_together(tmp_path):
+    for patient in range(8):
+        for number in range(3):
+            image, mask, _ = picture(patient)
+            save(tmp_path / "images" / f"{patient:08d}_{number:03d}.png", image)
+            save(tmp_path / "masks" / f"{patient:08d}_{number:03d}.png", mask)
+    patients = [set(data.patients) for data in opened(tmp_path, "folder").values()]
+    assert sum(map(len, patients)) == 8
+
+
+@pytest.mark.parametrize("name", ["drive", "folder", "phantom2d"])
+def test_masks_beside_cached_images(tmp_path, name):
+    root = None if name == "phantom2d" else str(make(tmp_path / "data", name))
+    data = [] if root is None else ["--data", root]
+    cache_images.main(
+        ["--dataset", name, *data, "--texture-size", "32", "--workers", "0", "--output", str(tmp_path / "c")]
+    )
+    options = {"dataset": name, "data": root, "d": None, "image_size": 32, "texture_size": 0}
+    plain, cached = (open_segmented(argparse.Namespace(**options, cache=cache), PROTOCOLS_2D)
+                     for cache in (None, str(tmp_path / "c")))  # fmt: skip
+    for split, own in plain.items():
+        for i in range(min(3, len(own))):
+            for key in ("image", "mask", "field"):
+                assert torch.equal(cached[split][i][key], own[i][key])
 
 
 def test_label_maps_of_a_folder(tmp_path):
@@ -325,9 +374,14 @@ def test_centreline_dice():
 
 
 def test_label_maps():
-    p = np.array([[[0.9, 0.6, 0.1]], [[0.2, 0.7, 0.1]]])
-    assert label_map(p, p >= 0.5).tolist() == [[1, 2, 0]]
-    assert label_map(p[:1], p[:1] >= 0.5).tolist() == [[255, 255, 0]]
+    found = np.array([[[True, True, False]], [[False, True, False]]])
+    assert label_map(found).tolist() == [[1, 2, 0]]
+    assert label_map(found[:1]).tolist() == [[255, 255, 0]]
+
+
+def test_files_of_one_name_stay_apart():
+    assert file_names(["images/1.png", "images/2.png"]) == ["images_1", "images_2"]
+    assert len(set(file_names(["images/1.png", "images/1.jpg", "a/b_c.png", "a_b/c.png"]))) == 4
 
 
 # The script ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from medssl.models.encoders import IMAGENET, initialise
 from medssl.models.heads import global_average, mlp
 from medssl.models.unet2d import UNet2d
 
-CHANNELS, DIM = 3, 128
+DIM = 128
 DEFAULTS = {  # by data set, MedMNIST by its family: the published scripts
     "lits": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
     "chexpert": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
@@ -51,13 +51,13 @@ DEFAULTS = {  # by data set, MedMNIST by its family: the published scripts
 class RestoringUNet(UNet2d):
     """U-Net with skips, whose output is an image in [0, 1], and a projector of its deepest map."""
 
-    def __init__(self, arch: str) -> None:
-        super().__init__(arch, CHANNELS)
+    def __init__(self, arch: str, channels: int) -> None:
+        super().__init__(arch, channels)
         width = self.encoder.out_channels[-1]
         self.projector = mlp(width, width, DIM)
 
     def forward(self, x: Tensor, restore: bool = True) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised → "features" (B, F), "z" (B, 128) and, if asked for, "restored" (B, 3, H, W)."""
+        """(B, 3, H, W) normalised → "features" (B, F), "z" (B, 128) and, if asked for, "restored" (B, C, H, W)."""
         maps = self.encoder(x)
         features = global_average(maps[-1].float())
         out = {"features": features, "z": self.projector(features)}
@@ -71,7 +71,8 @@ class MAGICAL(Method):
 
     L = NT-Xent(z, z⁺; T) + L1(d(x⁺), x), weights 1:1.
 
-    Batch: "image", "changed" (B, 3, H, W) normalised, x and x⁺; "target" (B, 3, H, W), x in [0, 1].
+    Batch: "image", "changed" (B, 3, H, W) normalised, x and x⁺; "target" (B, C, H, W), x in [0, 1], one channel of grey
+    images, three of colour.
 
     Differences from the published code, on purpose:
       * The projector sees the average of the deepest map; there, maps larger than 1 × 1 are reshaped, which scrambles
@@ -82,9 +83,11 @@ class MAGICAL(Method):
       * The learning rate changes every step, not every epoch.
     """
 
-    def __init__(self, arch: str = "resnet50", temperature: float = 0.1, normalization: dict = IMAGENET) -> None:
+    def __init__(
+        self, arch: str = "resnet50", channels: int = 3, temperature: float = 0.1, normalization: dict = IMAGENET
+    ) -> None:
         super().__init__()
-        self.network = RestoringUNet(arch)
+        self.network = RestoringUNet(arch, channels)
         self.temperature, self.normalization = temperature, normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
@@ -117,12 +120,14 @@ def validate(
     """Mean absolute error of the restorations of held-out images; their changes are the same every time."""
     total = torch.zeros((), device=devices.device)
     count = 0
-    for number, batch in enumerate(evaluation_batches(data, args.b, args, devices)):
+    for number, batch in enumerate(evaluation_batches(data, max(1, args.b // devices.world), args, devices)):
         inputs = views(batch, Draws((args.seed, number), len(batch["index"])))
         with autocast(args, devices.device):
             restored = Run(devices.device_ids)(network, inputs["changed"])["restored"]
         total += F.l1_loss(restored, inputs["target"]) * len(restored)
         count += len(restored)
+    if not count:
+        raise InputError(f"none of the {len(data)} images that validate can be read; see bad_files.txt")
     error = float(total) / count
     return {"score": -error, "val_restoration": error}
 
@@ -146,7 +151,7 @@ def get_parser() -> options.Parser:
     group.add_argument("--patience", type=options.non_negative_int, default=30,
                        help="epochs without gain in the validation's restoration; 0 never stops")  # fmt: skip
     group.add_argument("--nb_class", type=options.positive_int,
-                       help="channels of the restoration; only checked, it has 3")  # fmt: skip
+                       help="channels of the restoration, which are the images'; only checked")  # fmt: skip
     parser.set_defaults(  # the paper and the published scripts; None: the data set decides
         arch="resnet50", optimizer="adam", betas=[0.9, 0.99], weight_decay=0.0, schedule="cosine",
         **dict.fromkeys(DEFAULTS["others"]),
@@ -155,16 +160,9 @@ def get_parser() -> options.Parser:
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """The options with the data set's values where the user gave none.
-
-    Raises:
-        InputError: for `--nb_class` other than what the network has.
-    """
-    if args.nb_class not in (None, CHANNELS):
-        raise InputError(f"--nb_class {args.nb_class}: the restoration has {CHANNELS} channels, grey images too")
+    """The options with the data set's values where the user gave none."""
     name, family = resolve(args.dataset, args.data, args.d)
     args = options.complete(args, DEFAULTS.get(name) or DEFAULTS.get(family) or DEFAULTS["others"])
-    args.nb_class = None  # checked, and nothing that a continuation must repeat
     if args.suffix:
         args.output, args.suffix = f"{args.output}_{args.suffix}", None
     return args
@@ -174,8 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = complete(get_parser().parse_args(argv))
     devices = setup(args.gpus, args.device, args.deterministic)
     train, val = hold_out(open_pretraining(args, (2,)))
+    if args.nb_class not in (None, train.info.channels):
+        raise InputError(f"--nb_class {args.nb_class}: images of {train.info.name} have {train.info.channels} channels")
+    args.nb_class = None  # checked, and nothing that a continuation must repeat
     torch.manual_seed(args.seed)
-    method = MAGICAL(args.arch, args.temperature)
+    method = MAGICAL(args.arch, train.info.channels, args.temperature)
     start = initialise(method.network.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
     views = MaskedToneViews(**start["normalization"], size=args.image_size, mask_ratio=args.mask_ratio, grid=args.grid)

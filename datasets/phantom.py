@@ -39,9 +39,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     Raises:
         InputError: for an unknown split, a list file, a data folder, or a texture below 32 pixels.
     """
-    for option, value in (("--data", request.data), ("--list", request.list)):
-        if value:
-            raise InputError(f"{option} {value}: the images of phantom2d are generated; leave {option} out")
+    refuse_files(request)
     size = request.texture_size or DEFAULT_SIZE
     info = replace(INFO, native_size=size)
     opened = {}
@@ -53,11 +51,21 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     return opened
 
 
+def refuse_files(request: Request) -> None:
+    """Raise InputError for a folder or a list, which generated images do not have."""
+    given = {"--data": request.data, "--list": request.list, "--val-list": request.val_list,
+             "--test-list": request.test_list}  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise InputError(f"{option} {value}: the images of {request.name} are generated; leave {option} out")
+
+
 class GeneratedMasks(MaskedImages):
     """Generated images with masks of one label.
 
     Args:
         images: (N, S, S[, 3]) uint8. masks: (N, S, S) uint8, 0 or 1. labels: as for `ImageDataset`.
+        field: (S, S) bool, the field of view; everything by default.
     """
 
     def __init__(
@@ -69,14 +77,15 @@ class GeneratedMasks(MaskedImages):
         names: Sequence[str],
         labels: Tensor | None = None,
         tubular: bool = False,
+        field: np.ndarray | None = None,
     ) -> None:
         ids = [f"{split}/{i:05d}" for i in range(len(images))]
         super().__init__(info, images.__getitem__, ids, labels, texture_size=images.shape[1])
         self.masks, self.mask_labels, self.tubular = masks, tuple(names), tubular
+        self.field = np.ones(masks.shape[1:], bool) if field is None else field
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        mask = self.masks[self.positions[i]].astype(bool)
-        return mask[None], np.ones_like(mask)
+        return self.masks[self.positions[i]].astype(bool)[None], self.field
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from medssl.datasets.phantom import GeneratedMasks
+from medssl.datasets.phantom import GeneratedMasks, refuse_files
 from medssl.datasets.registry import Info, Request
 from medssl.engine.options import InputError
 
@@ -20,6 +20,7 @@ SPLITS = {"train": 128, "val": 16, "test": 32}
 SPLIT_SEEDS = {"train": 201, "val": 202, "test": 203}
 DEFAULT_SIZE = 256
 MIN_SIZE = 64
+RADIUS = 0.95  # of the field of view, in half sides
 FINER = 2  # images are drawn so many times larger, then averaged
 
 INFO = Info("fundus2d", dims=2, channels=3)
@@ -31,16 +32,17 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, GeneratedM
     Raises:
         InputError: for an unknown split, a list file, a data folder, or a texture below 64 pixels.
     """
-    for option, value in (("--data", request.data), ("--list", request.list)):
-        if value:
-            raise InputError(f"{option} {value}: the images of fundus2d are generated; leave {option} out")
+    refuse_files(request)
     size = request.texture_size or DEFAULT_SIZE
     info = Info(INFO.name, INFO.dims, INFO.channels, native_size=size)
     opened = {}
     for split in splits:
         if split not in SPLITS:
             raise InputError(f"fundus2d has the splits {', '.join(SPLITS)}, not {split}")
-        opened[split] = GeneratedMasks(info, split, *_generated(split, size), ("vessels",), tubular=True)
+        images, masks = _generated(split, size)
+        opened[split] = GeneratedMasks(
+            info, split, images, masks, ("vessels",), tubular=True, field=field_of_view(size)
+        )
     return opened
 
 
@@ -48,6 +50,12 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, GeneratedM
 def _generated(split: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The images and masks of a split, made once in a process."""
     return fundi(SPLITS[split], size, SPLIT_SEEDS[split])
+
+
+def field_of_view(size: int) -> np.ndarray:
+    """Where the photographs are not black, (S, S) bool: a disc."""
+    axis = (np.arange(size) + 0.5) / size * 2 - 1
+    return np.hypot(axis[None, :], axis[:, None]) < RADIUS
 
 
 def fundi(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +82,7 @@ def _photograph(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
     left = rng.random() < 0.5  # which eye
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     x, y = axis[None, :], axis[:, None]
-    field = np.clip((0.95 - np.hypot(x, y)) * size / 3, 0, 1)  # round, its edge a few pixels wide
+    field = np.clip((RADIUS - np.hypot(x, y)) * size / 3, 0, 1)  # its edge is a few pixels wide
     disc = rng.uniform(0.45, 0.6), rng.uniform(-0.1, 0.1)
     macula = disc[0] - rng.uniform(0.75, 0.9), disc[1] + rng.uniform(0, 0.15)
 

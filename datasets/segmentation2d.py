@@ -3,7 +3,7 @@
   drive       `training/images/*_training.tif`, `training/1st_manual/*_manual1.gif`, `training/mask/*_training_mask.gif`
               (the field of view), and `test/` alike, where there is one with `1st_manual`
   stare       `stare-images/*.ppm[.gz]`, `labels-ah/*.ah.ppm[.gz]`
-  chase       `Image_01L.jpg`, `Image_01L_1stHO.png`
+  chase       `Image_01L.jpg`, `Image_01L_1stHO.png`; their field of view, and stare's, is what is not black
   montgomery  `CXR_png/MCUCXR_0001_0.png`, `ManualMask/leftMask/`, `ManualMask/rightMask/`, files of the same name
   shenzhen    `CXR_png/CHNCXR_0001_0.png`; where it is there, `mask/CHNCXR_0001_0_mask.png`
   lits        slices that `preprocess/slices.py` cuts: `images/volume-N/0000.png`, `masks/volume-N/0000.png`
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -49,6 +50,7 @@ MASK_FOLDERS = ("masks", "labels")
 MASK_ENDS = ("", "_mask", "_seg", "_label")
 TUBERCULOSIS = ("normal", "tuberculosis")
 SHENZHEN_SEED = 42
+FUNDUS_BLACK = 35  # grey levels that the surroundings of a fundus reach, noise and JPEG's ripples included
 MOST_LABELS = 32  # a folder's masks with more values are no label maps
 
 
@@ -61,11 +63,17 @@ class MaskedImages(ImageDataset):
     Attributes:
         mask_labels: names of the labels.
         tubular: whether they are trees of thin lines, whose centre lines are judged too.
+        by_patient: whether a patient's images are one case (slices of a volume), whose Dice is that of all of them.
     """
 
     mask_labels: tuple[str, ...] = ()
     tubular = False
+    by_patient = False
     segmented = False
+
+    def case_of(self, i: int) -> str:
+        """The case that image i is of, by which numbers are averaged."""
+        return self.patients[i] if self.by_patient else self.ids[i]
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Masks (K, H, W) and field of view (H, W) of image i at its own size, bool.
@@ -140,8 +148,26 @@ class MaskFiles(MaskedImages):
             masks = np.any(np.stack(found) > 0, 0)[None]
         else:
             masks = np.stack([np.isin(found[0], group) for group in self.values])
-        field = np.ones(masks.shape[1:], bool) if case.field is None else read_mask(case.field) > 0
+        if case.field is not None:
+            field = read_mask(case.field) > 0
+        elif self.tubular:
+            field = fundus_field(self.read(self.positions[i]))
+        else:
+            field = np.ones(masks.shape[1:], bool)
         return masks, field
+
+
+def fundus_field(pixels: np.ndarray) -> np.ndarray:
+    """The field of view of a fundus photograph that comes without one, (H, W) bool: the largest part that is not
+    black, its holes filled.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+    """
+    parts, count = ndimage.label(pixels.max(-1) > FUNDUS_BLACK)
+    if not count:
+        return np.ones(pixels.shape[:2], bool)
+    return ndimage.binary_fill_holes(parts == 1 + np.bincount(parts.ravel())[1:].argmax())
 
 
 # Finding cases -------------------------------------------------------------------------------------
@@ -324,10 +350,11 @@ def open_lits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset
     cases = [replace(case, patient=case.image.parent.name) for case in find_pairs(_folder(request))]
     info = Info("lits", 2, 1)
     texture = request.resolve_texture(info)
-    return {
-        split: MaskFiles(info, part, tuple(LITS), tuple(LITS.values()), False, texture)
-        for split, part in choose(cases, request, splits).items()
-    }
+    opened = {}
+    for split, part in choose(cases, request, splits).items():
+        opened[split] = MaskFiles(info, part, tuple(LITS), tuple(LITS.values()), False, texture)
+        opened[split].by_patient = True
+    return opened
 
 
 def has_pairs(root: Path) -> bool:

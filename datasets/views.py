@@ -639,7 +639,7 @@ class MaskedToneViews(Views):
         mask_ratio: share of the cells blacked out. grid: cells along a side.
 
     Returns, from `forward`:
-        {"image", "changed" (B, 3, size, size) normalised; "target" (B, 3, size, size) the image in [0, 1]}.
+        {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the image in [0, 1]}.
 
     Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells.
     """
@@ -656,7 +656,7 @@ class MaskedToneViews(Views):
         x = sample(batch["image"], whole, self.size).clamp_(0, 1)
         changed = change_tones(x, Columns(draws.uniform(0, 2)))
         changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
-        return {"image": self.normalise(x), "changed": self.normalise(changed), "target": x.expand(-1, 3, -1, -1)}
+        return {"image": self.normalise(x), "changed": self.normalise(changed), "target": x}
 
 
 class SegmentationViews(Views):
@@ -665,7 +665,7 @@ class SegmentationViews(Views):
     Args:
         size: side in pixels to which whole images are resized.
         patch: side of the part that training cuts out of the resized image; all of it by default.
-        zoom: range of the part's side over `patch` pixels.
+        zoom: range of the part's side over `patch` pixels; of a part that would be larger than the image, the image.
         degrees: largest rotation. flips: mirrored left–right, upside down, each with chance ½.
         jitter: strengths of brightness and contrast.
 

@@ -45,15 +45,20 @@ def predict_images(
         with autocast(args, devices.device):
             return run(network, windows).float().sigmoid()
 
-    for batch in evaluation_batches(data, 1, args, devices):
+    whole = views.patch == views.size
+    for batch in evaluation_batches(data, args.eval_b if whole else 1, args, devices):
+        images = views(batch)["view"]
         window = (views.patch, views.patch)
-        probability = sliding_window(predict, views(batch)["view"][0], window, args.overlap, args.eval_b)
-        size = [int(n) for n in batch["size"][0]]
-        full = F.interpolate(probability[None], size=size, mode="bilinear", antialias=True)[0]
-        yield int(batch["index"]), full.cpu().numpy()
+        found = (
+            predict(images) if whole else sliding_window(predict, images[0], window, args.overlap, args.eval_b)[None]
+        )
+        for i, probability, size in zip(batch["index"].tolist(), found, batch["size"].int().tolist()):
+            full = F.interpolate(probability[None], size=size, mode="bilinear", antialias=True)[0]
+            yield i, full.cpu().numpy()
 
 
 def judge(
+    image: str,
     case: str,
     probability: np.ndarray,
     masks: np.ndarray,
@@ -69,13 +74,13 @@ def judge(
         tubular: measure clDice too. everything: not Dice alone.
 
     Returns:
-        rows of "case", "label", `MEASURES` (None where they are undefined) and numbers of pixels.
+        rows of "image", "case", "label", `MEASURES` (None where they are undefined) and numbers of pixels.
     """
     rows = []
     for name, p, t in zip(names, probability, masks):
         found, true = (p >= THRESHOLD) & field, t & field
         shared, positive, inside = int((found & true).sum()), int(true.sum()), int(field.sum())
-        row = {"case": case, "label": name, **dict.fromkeys(MEASURES), "dice": dice(found, true)}
+        row = {"image": image, "case": case, "label": name, **dict.fromkeys(MEASURES), "dice": dice(found, true)}
         if everything:
             negative, wrong = inside - positive, int(found.sum()) - shared
             if positive and negative:
@@ -110,12 +115,26 @@ def centreline_dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
     return float(2 * precision * sensitivity / both) if both else 0.0
 
 
+def by_case(rows: list[dict]) -> list[dict]:
+    """A row a case from the rows of a label: of several images, the Dice of all their pixels, others' means."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["case"], []).append(row)
+    joined = []
+    for group in groups.values():
+        counts = {key: sum(row[key] for row in group) for key in ("true_pixels", "predicted_pixels", "shared_pixels")}
+        size = counts["true_pixels"] + counts["predicted_pixels"]
+        means = {measure: mean_of(row[measure] for row in group) for measure in MEASURES}
+        joined.append({**group[0], **means, **counts, "dice": 2 * counts["shared_pixels"] / size if size else None})
+    return joined
+
+
 def summarise_images(rows: list[dict], names: Sequence[str]) -> dict:
-    """Numbers of a split: each measure's mean over the images of each label, then over the labels; "pooled_dice" of all
-    pixels of the split together, ×100; "per_class": the same of each label. None where no image has it."""
+    """Numbers of a split: each measure's mean over the cases of each label, then over the labels; "pooled_dice" of all
+    pixels of the split together, ×100; "per_class": the same of each label. None where no case has it."""
     per_class = {}
     for name in names:
-        own = [row for row in rows if row["label"] == name]
+        own = by_case([row for row in rows if row["label"] == name])
         shared = sum(row["shared_pixels"] for row in own)
         pixels = sum(row["true_pixels"] + row["predicted_pixels"] for row in own)
         per_class[name] = {measure: mean_of(row[measure] for row in own) for measure in MEASURES}
@@ -132,7 +151,7 @@ def validate_images(
     """What chooses the epoch: the mean Dice at the images' own size, 0 where there is none."""
     rows = []
     for i, probability in predict_images(network, views, data, args, devices):
-        rows += judge(data.ids[i], probability, *data.truth(i), data.mask_labels, everything=False)
+        rows += judge(data.ids[i], data.case_of(i), probability, *data.truth(i), data.mask_labels, everything=False)
     found = summarise_images(rows, data.mask_labels)["dice"]
     return {"score": found or 0.0, "val_dice": found}
 
@@ -150,7 +169,7 @@ def test_images(
         shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
     for number, (i, probability) in enumerate(predict_images(network, views, data, args, devices)):
         masks, field = data.truth(i)
-        rows += judge(data.ids[i], probability, masks, field, data.mask_labels, data.tubular)
+        rows += judge(data.ids[i], data.case_of(i), probability, masks, field, data.mask_labels, data.tubular)
         name = f"{files[i]}.png"
         found = (probability >= THRESHOLD) & field
         save_png(folder / "predictions" / name, label_map(found))

@@ -31,7 +31,8 @@ def binary_dice_cross_entropy(logits: Tensor, target: Tensor, field: Tensor, kin
         kind: "bce", "dice" or "bce+dice".
 
     Returns:
-        the terms by name; cross-entropy is the mean over the pixels of all fields and over labels.
+        the terms by name; cross-entropy is the mean over the pixels of all fields and over labels (of this process:
+        where processes have fields of different size, theirs count alike).
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, terms = logits.float(), {}

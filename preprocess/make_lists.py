@@ -10,8 +10,8 @@ the five reported ones, and where a label is -1, what its own `--uncertain` says
 
 `--split official` takes the set's own test images (CheXpert: valid.csv) and a seeded share of the other patients
 for validation; with the default seed and share these are the patients that `--dataset` itself holds out. Of drive,
-stare, chase, montgomery and shenzhen it takes the split that `--dataset` makes itself; their lists hold the images, and
-where their names tell it, whether they show tuberculosis.
+stare, chase, montgomery, shenzhen and lits it takes the split that `--dataset` makes itself; their lists hold the
+images (of lits the volumes), and where their names tell it, whether they show tuberculosis.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from medssl.datasets import chexpert, segmentation2d
 from medssl.datasets.chest import FINDINGS, patients_of, read_entries
 from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, read_list, split_by_patient, write_list
 from medssl.datasets.registry import Request
+from medssl.datasets.segmentation3d import find_lits
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
 
@@ -48,7 +49,7 @@ def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--dataset", choices=("chest", "chexpert", *segmentation2d.KINDS), required=True, help="which set"
+        "--dataset", choices=("chest", "chexpert", "lits", *segmentation2d.KINDS), required=True, help="which set"
     )
     parser.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
     parser.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
@@ -130,7 +131,12 @@ def masked_splits(
     name: str, folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, Table]:
     """Images of a set with masks by split; the arguments are this script's options."""
-    cases = segmentation2d.KINDS[name].find(folder)
+    if name != "lits":
+        cases = segmentation2d.KINDS[name].find(folder)
+    else:
+        volumes = sorted(path.name for path in (folder / "images").glob("volume-*"))
+        volumes = volumes or [case.id for case in find_lits(folder)]
+        cases = [segmentation2d.Case(volume, folder / volume, patient=volume) for volume in volumes]
     if split == "official":
         own = segmentation2d.choose(cases, Request(name, str(folder)), ("train", "val", "test"))
         parts = {"train": own["train"], "valid": own["val"], "test": own["test"]}
@@ -184,7 +190,8 @@ def report(splits: dict[str, Table], classes: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the lists and print what is in them."""
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     folder = Path(args.data)
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder")
@@ -194,7 +201,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.dataset == "chest":
         classes, splits = FINDINGS, chest_splits(folder, **drawn)
-    elif args.dataset in segmentation2d.KINDS:
+    elif args.dataset in (*segmentation2d.KINDS, "lits"):
+        if args.split == "official":
+            drawn_by_set = ("seed", "val_fraction", "test_fraction")
+            options.refuse_changed(parser, args, drawn_by_set, f"{args.dataset}'s own split is fixed")
         splits = masked_splits(args.dataset, folder, **drawn)
         classes = segmentation2d.TUBERCULOSIS[1:] if len(splits["train"].labels) else ()
     else:

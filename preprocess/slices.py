@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from medssl.datasets.registry import UnreadableImage
-from medssl.datasets.segmentation3d import READ_AS, Case, check_headers, find_lits
+from medssl.datasets.segmentation3d import LITS, READ_AS, Case, check_headers, find_lits
 from medssl.datasets.volumes import read_labels, read_volume, scale
 from medssl.engine import options
 from medssl.engine.options import InputError, Parser, run_script
@@ -41,6 +41,7 @@ def write_slices(case: Case, output: Path, window: tuple[float, float]) -> tuple
     try:
         scan = read_volume(case.images[0])
         labels = read_labels(case.mask, scan)
+        LITS.encode(labels)  # for what it refuses
     except UnreadableImage as error:
         return 0, str(error)
     grey = np.rint(scale(scan.array, *window) * 255).astype(np.uint8)

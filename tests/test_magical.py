@@ -88,7 +88,7 @@ def test_views(channels):
     views = MaskedToneViews(**IMAGENET, size=28)
     batch, draws = {"image": image, "size": torch.full((4, 2), 28.0)}, Draws((0, 1), 8, 2, 4)
     out = views(batch, draws)
-    assert torch.allclose(out["target"], image.expand(-1, 3, -1, -1) / 255, atol=1e-5)
+    assert torch.allclose(out["target"], image / 255, atol=1e-5)
     assert torch.allclose(out["image"], views.normalise(image / 255), atol=1e-4)
     changed = mask_cells(
         change_tones(image / 255, Columns(draws.uniform(0, 2))), Columns(draws.uniform(1, 1024)), 0.25, 32
@@ -104,7 +104,7 @@ def test_views(channels):
 @torch.no_grad()
 def test_loss_is_the_papers():
     torch.manual_seed(0)
-    method = MAGICAL("resnet18").train()
+    method = MAGICAL("resnet18", channels=1).train()
     images = {"image": torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8), "size": torch.full((4, 2), 64.0)}
     batch = MaskedToneViews(**IMAGENET, size=64)(images, Draws((5,), 4))
     losses = method(batch, Run())
@@ -172,7 +172,7 @@ def test_the_best_restoration_is_exported(tmp_path, monkeypatch):
 def test_validation_is_the_mean_over_images(tmp_path):
     args = complete(get_parser().parse_args([*SMALL, "--output", str(tmp_path)]))
     data = open_splits(Request(image_size=32), ["train"])["train"].subset(range(20))
-    method = MAGICAL("resnet18").eval()
+    method = MAGICAL("resnet18", channels=1).eval()
     views = MaskedToneViews(**IMAGENET, size=32).eval()
     devices = train_magical.setup(None, "cpu", True)
     found = [train_magical.validate(method.network, views, data, args, devices)["val_restoration"] for _ in range(2)]
@@ -218,9 +218,10 @@ def test_published_defaults(given, size, b, lr, epochs):
 
 
 def test_published_options(tmp_path):
-    args = complete(get_parser().parse_args(["--suffix", "x", "--nb_class", "3", "--output", str(tmp_path / "o")]))
-    assert args.output == str(tmp_path / "o_x")
-    with pytest.raises(InputError, match="--nb_class 1: the restoration has 3 channels"):
-        complete(get_parser().parse_args(["--nb_class", "1"]))
+    published = ["--suffix", "x", "--nb_class", "1", "--steps", "1", "--output", str(tmp_path / "o")]
+    main([*SMALL, *published])
+    assert load_safe(tmp_path / "o_x" / "last.pt")["method"]["network.output.weight"].shape[0] == 1
+    with pytest.raises(InputError, match="--nb_class 3: images of phantom2d have 1 channels"):
+        main([*SMALL, "--nb_class", "3", "--output", str(tmp_path / "p")])
     with pytest.raises(InputError, match="--dataset nothing: unknown"):
         complete(get_parser().parse_args(["--data_set", "nothing"]))

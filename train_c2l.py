@@ -100,13 +100,7 @@ class C2L(Method):
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    options.add_output(parser, default="runs/c2l")
+    parser = options.pretraining_parser(__doc__, output="runs/c2l")
     group = options.add_contrast(parser)
     options.flag(group, "--mixup", True, "the two terms with mixtures; without them this is MoCo")
     group = parser.add_argument_group("views")

@@ -77,13 +77,7 @@ class InsDis(Method):
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    options.add_output(parser, default="runs/insdis")
+    parser = options.pretraining_parser(__doc__, output="runs/insdis")
     group = options.add_contrast(parser, queue=False)
     group.add_argument(
         "--negatives", "--nce_k", type=options.positive_int, default=4096, metavar="K", help="slots drawn as negatives"

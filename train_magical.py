@@ -133,15 +133,9 @@ def validate(
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    group = options.add_output(parser, default="runs/magical")
-    group.add_argument("--suffix", type=options.filled, help="of the output folder's name, after an underscore")
+    parser = options.pretraining_parser(__doc__, output="runs/magical")
     group = parser.add_argument_group("MAGICAL")
+    group.add_argument("--suffix", type=options.filled, help="of the output folder's name, after an underscore")
     group.add_argument("--image-size", type=options.positive_int, help="side of the views, pixels")
     group.add_argument("--mask-ratio", type=options.fraction, default=0.25, help="share of the cells blacked out")
     group.add_argument("--grid", type=options.positive_int, default=32, help="cells along a side of the image")

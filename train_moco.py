@@ -90,13 +90,7 @@ class MoCo(Method):
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    options.add_output(parser, default="runs/moco")
+    parser = options.pretraining_parser(__doc__, output="runs/moco")
     group = options.add_contrast(parser)
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of MoCo: head, views and recipe")
     group = parser.add_argument_group("views")

@@ -227,13 +227,7 @@ def blend(one: list[Tensor], other: list[Tensor], weight: float) -> list[Tensor]
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    options.add_output(parser, default="runs/pcrl")
+    parser = options.pretraining_parser(__doc__, output="runs/pcrl")
     group = options.add_contrast(parser)
     group.add_argument(
         "--inchannel",

@@ -169,13 +169,7 @@ def agreement(a: dict[str, Tensor], b: dict[str, Tensor], level: int) -> Tensor:
 
 
 def get_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
-    options.add_chexpert(options.add_data(parser), labelled=False)
-    options.add_pretraining(parser)
-    options.add_training(parser)
-    options.add_network(parser)
-    options.add_runtime(parser)
-    options.add_output(parser, default="runs/pcrlv2")
+    parser = options.pretraining_parser(__doc__, output="runs/pcrlv2")
     group = parser.add_argument_group("PCRLv2")
     size = options.positive_int
     group.add_argument("--local-views", type=options.non_negative_int, default=6, help="local views V per image")

@@ -226,6 +226,18 @@ def add_chexpert(group: argparse._ArgumentGroup, labelled: bool = True) -> None:
         )
 
 
+def pretraining_parser(description: str, output: str) -> Parser:
+    """The options that all pre-training scripts have; `output` is the default folder."""
+    parser = Parser(description)
+    add_chexpert(add_data(parser), labelled=False)
+    add_pretraining(parser)
+    add_training(parser)
+    add_network(parser)
+    add_runtime(parser)
+    add_output(parser, default=output)
+    return parser
+
+
 def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     """How much of the training list pre-training uses."""
     group = parser.add_argument_group("pre-training")

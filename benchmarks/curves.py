@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.plot(epochs, losses, label=config["method"], linewidth=1.2)
     for value in sorted({chance(config) for config, *_ in runs} - {None}):
         axes.axhline(value, color="grey", linestyle="--", linewidth=1)
-        axes.text(
-            0, value, f" chance, log {round(math.exp(value))} = {value:.2f}", va="bottom", fontsize=8, color="grey"
-        )
+        label = f" chance, log {round(math.exp(value))} = {value:.2f}"
+        # Out of the layout: chance may lie beyond the picture.
+        axes.text(0, value, label, va="bottom", fontsize=8, color="grey", clip_on=True, in_layout=False)
     values = [value for *_, losses in runs for value in losses]
     # InsDis begins at twice its chance value, beside which the other curves would be flat.
     top = min(max(values), 1.05 * max((chance(config) or math.inf for config, *_ in runs), default=math.inf))

@@ -355,7 +355,10 @@ def test_absent_gpus(images, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--b", "0"], "argument --b/--batch-size/--batch_size: '0' is not a whole number above 0"),
+        (
+            ["--b", "0"],
+            "argument -b/--b/--batch-size/--batch_size/--train_batch_size: '0' is not a whole number above 0",
+        ),
         (["--lr", "-1"], "'-1' is not a finite number of at least 0"),
         (["--lr", "nan"], "'nan' is not a finite number"),
         (["--lr", "inf"], "'inf' is not a finite number"),
@@ -612,7 +615,7 @@ def test_learning_rate_reaches_the_optimiser(tmp_path):
 
 def test_optimisers():
     p = [{"params": [torch.nn.Parameter(torch.ones(2))]}]
-    args = argparse.Namespace(lr=0.3, momentum=0.8, weight_decay=0.01)
+    args = argparse.Namespace(lr=0.3, momentum=0.8, betas=[0.7, 0.95], weight_decay=0.01)
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     for name, kind in kinds.items():
         args.optimizer = name
@@ -621,6 +624,7 @@ def test_optimisers():
         group = optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"]) == (0.3, 0.01)
         assert group.get("momentum", 0.8) == 0.8
+        assert tuple(group.get("betas", (0.7, 0.95))) == (0.7, 0.95)
 
 
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "os.replace"])

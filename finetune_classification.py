@@ -191,10 +191,11 @@ def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
     of_images |= {f"--protocol {name}": args.protocol == name for name in ("chest", "medmnist")}
     of_volumes = {"--cube-size": args.cube_size}
     of_volumes |= {f"--protocol {name}": args.protocol == name for name in ("luna", "volumes")}
-    for kind, dims, given in (("images", 2, of_images), ("volumes", 3, of_volumes)):
-        wrong = [option for option, value in given.items() if value and info.dims != dims]
-        if wrong:
-            raise InputError(f"{wrong[0]}: is for {kind}, and {info.name} has {info.dims} dimensions; leave it out")
+    given = {
+        2: [key for key, value in of_images.items() if value],
+        3: [key for key, value in of_volumes.items() if value],
+    }
+    options.refuse_other_dims(info.dims, info.name, given)
     name = PROTOCOL_OF.get(info.name, PROTOCOL_OF[info.dims]) if args.protocol == "auto" else args.protocol
     by_dims = {"arch": DEFAULT_ARCH[info.dims], "eval_b": EVAL_B[info.dims]}
     args = options.complete(args, {**PROTOCOLS[name], **by_dims})

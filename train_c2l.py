@@ -18,12 +18,11 @@ from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
 from medssl.models.mixup import Mixup
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
-from medssl.models.queue import KeyQueue
+from medssl.models.queue import QueueContrast
 
 DIM = 128
 
@@ -62,33 +61,24 @@ class C2L(Method):
         encoder = make_encoder(arch)
         self.student = Embedder(encoder, nn.Linear(encoder.out_channels[-1], DIM))
         self.teacher = make_teacher(self.student)
-        self.queue = KeyQueue(queue, DIM)
-        self.contrast = make_contrast(loss, temperature, images)
+        self.contrast = QueueContrast(loss, temperature, images, queue, DIM)
         self.momentum, self.schedule, self.mixup = momentum, schedule, mixup
-        self.keys: list[Tensor] = []
-
-    def compare(self, q: Tensor, k: Tensor) -> Tensor:
-        """ℓ(n q, n k); the key is kept for the queue."""
-        self.keys.append(l2_normalize(k))
-        return self.contrast(similarities(l2_normalize(q), self.keys[-1], self.queue.keys))
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         x1, x2 = batch["view1"], batch["view2"]
-        self.keys = []
         features, q = run(self.student, x1)
         _, k = run.shuffled(self.teacher, x2)
         self.features = features.detach()
-        if not self.mixup:
-            return {"contrast": self.compare(q, k)}
-        mix = Mixup.draw(run, len(x1))
-        _, q_mixed = run(self.student, mix(x1))
-        _, k_mixed = run.shuffled(self.teacher, mix(x2))
-        terms = {"contrast": (q, k), "mixed_images": (q_mixed, k_mixed), "mixed_features": (q_mixed, mix(k))}
-        return {name: self.compare(*pair) / 3 for name, pair in terms.items()}
+        pairs = {"contrast": (q, k)}
+        if self.mixup:
+            mix = Mixup.draw(run, len(x1))
+            _, q_mixed = run(self.student, mix(x1))
+            _, k_mixed = run.shuffled(self.teacher, mix(x2))
+            pairs |= {"mixed_images": (q_mixed, k_mixed), "mixed_features": (q_mixed, mix(k))}
+        losses = self.contrast(pairs.values())
+        return {name: loss / len(pairs) for name, loss in zip(pairs, losses)}
 
     def after_step(self, progress: float) -> None:
-        for keys in self.keys:
-            self.queue.enqueue(keys)
         self.contrast.after_step()
         ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 

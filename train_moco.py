@@ -24,11 +24,10 @@ from medssl.datasets.views import MultiCropViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
-from medssl.models.queue import KeyQueue
+from medssl.models.queue import QueueContrast
 
 DIM = 128
 VERSIONS = {  # §3 of both papers, and their published code
@@ -67,18 +66,17 @@ class MoCo(Method):
         c = encoder.out_channels[-1]
         self.student = Embedder(encoder, nn.Linear(c, DIM) if version == 1 else mlp(c, c, DIM))
         self.teacher = make_teacher(self.student)
-        self.queue = KeyQueue(queue, DIM)
-        self.contrast = make_contrast(loss, temperature, images)
+        self.contrast = QueueContrast(loss, temperature, images, queue, DIM)
         self.momentum, self.schedule = momentum, schedule
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, batch["view1"])
         _, k = run.shuffled(self.teacher, batch["view2"])
-        self.features, self.keys = features.detach(), l2_normalize(k)
-        return {"contrast": self.contrast(similarities(l2_normalize(z), self.keys, self.queue.keys))}
+        self.features = features.detach()
+        (loss,) = self.contrast([(z, k)])
+        return {"contrast": loss}
 
     def after_step(self, progress: float) -> None:
-        self.queue.enqueue(self.keys)
         self.contrast.after_step()
         ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 

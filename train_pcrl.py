@@ -26,96 +26,20 @@ from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run, setup
-from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
-from medssl.models.encoders import DEFAULT_ARCH, initialise, width_of
-from medssl.models.heads import global_average
+from medssl.models.context_unet import CHANNELS, ContextUNet2d, ContextUNet3d, attend, blend
+from medssl.models.encoders import DEFAULT_ARCH, initialise
 from medssl.models.mixup import Mixup, mixing_weight
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
-from medssl.models.queue import KeyQueue
-from medssl.models.unet2d import UNet2d
-from medssl.models.unet3d import UNet3d
+from medssl.models.queue import QueueContrast
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
     3: {"arch": DEFAULT_ARCH[3], "b": 16, "lr": 1e-3},
 }
-CHANNELS = {2: 3, 3: 1}  # of inputs and restorations
-OF_IMAGES = ("image_size", "crop_scale", "rotation", "jitter", "blur", "blur_sigma", "cutout")
-OF_VOLUMES = ("cube_size",)
-
-
-class ContextHeads:
-    """What PCRL adds to a U-Net with skips, under the published names: an embedding of the deepest map, and attention
-    on it by a transform code."""
-
-    def add_heads(self, channels: int, axes: int, dim: int = 128, hidden: int = 256) -> None:
-        """`channels` of the deepest map; a code has axes + 4 numbers."""
-        self.fc1, self.fc2 = nn.Linear(channels, dim), nn.Linear(dim, dim)
-        self.aug_fc1, self.aug_fc2 = nn.Linear(axes + 4, hidden), nn.Linear(hidden, channels)
-
-    def embed(self, deepest: Tensor) -> tuple[Tensor, Tensor]:
-        """The deepest map (B, C, *S) → its average (B, C) and the embedding (B, 128)."""
-        features = global_average(deepest)
-        return features, self.fc2(F.relu(self.fc1(features)))
-
-    def attention(self, code: Tensor) -> Tensor:
-        """Codes (B, axes + 4) → a, (B, C) in (0, 1)."""
-        return torch.sigmoid(self.aug_fc2(F.relu(self.aug_fc1(code))))
-
-    def forward(self, x: Tensor, *others: Tensor, decode: bool = False) -> dict[str, Tensor] | Tensor:
-        """Encode images, or decode maps.
-
-        Args:
-            x: (B, C, *S) images; with `decode` the shallowest map, followed by the others.
-
-        Returns:
-            {"features", "z", "maps": shallow to deep}, or the restored image (B, C, *S).
-        """
-        if decode:
-            return self.restore([x, *others])
-        maps = self.encode(x)
-        features, z = self.embed(maps[-1])
-        return {"features": features, "z": z, "maps": list(maps)}
-
-
-class ContextUNet2d(ContextHeads, UNet2d):
-    """2D U-Net with skips on any encoder. The first of its maps is the image itself, whose size a restoration has."""
-
-    def __init__(self, arch: str) -> None:
-        super().__init__(arch, CHANNELS[2])
-        self.add_heads(self.encoder.out_channels[-1], axes=2)
-
-    def encode(self, x: Tensor) -> list[Tensor]:
-        return self.encoder(x)
-
-    def restore(self, maps: list[Tensor]) -> Tensor:
-        return self.decode(maps)
-
-    def encoder_state(self) -> dict[str, Tensor]:
-        """What is exported: the encoder, with torchvision's names."""
-        return self.encoder.state_dict()
-
-    def decoder_state(self) -> dict[str, Tensor]:
-        """What is exported beside it."""
-        return self.decoder.state_dict()
-
-
-class ContextUNet3d(ContextHeads, UNet3d):
-    """3D U-Net with skips; restorations are in [0, 1]. All keys are the published ones."""
-
-    def __init__(self, arch: str) -> None:
-        super().__init__(CHANNELS[3], width=width_of(arch))
-        self.add_heads(self.out_channels[-1], axes=3)
-
-    def restore(self, maps: list[Tensor]) -> Tensor:
-        return torch.sigmoid(self.out_tr(self.decode(maps)[-1]))
-
-    def encoder_state(self) -> dict[str, Tensor]:
-        """What is exported: the whole network, under the published names."""
-        return self.state_dict()
-
-    def decoder_state(self) -> None:
-        """It is in there."""
+ONLY_OF = {
+    2: ("image_size", "crop_scale", "rotation", "jitter", "blur", "blur_sigma", "cutout"),
+    3: ("cube_size",),
+}
 
 
 class PCRL(Method):
@@ -161,10 +85,8 @@ class PCRL(Method):
         super().__init__()
         self.student = ContextUNet2d(arch) if dims == 2 else ContextUNet3d(arch)
         self.teacher = make_teacher(self.student)
-        self.queue = KeyQueue(queue)
-        self.contrast = make_contrast(loss, temperature, images)
+        self.contrast = QueueContrast(loss, temperature, images, queue)
         self.momentum, self.schedule = momentum, schedule
-        self.keys: list[Tensor] = []
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         x1, x2 = batch["view1"], batch["view2"]
@@ -175,10 +97,8 @@ class PCRL(Method):
         teacher, mixed_teacher = run.shuffled(self.teacher, x2), run.shuffled(self.teacher, mix(x2))
         self.features = student["features"].detach()
 
-        q, q_mixed = l2_normalize(student["z"]), l2_normalize(mixed["z"])
-        self.keys = [l2_normalize(k) for k in (teacher["z"], mixed_teacher["z"], mix(teacher["z"]))]
-        pairs = zip((q, q_mixed, q_mixed), self.keys)
-        contrasts = [self.contrast(similarities(query, key, self.queue.keys)) for query, key in pairs]
+        q, q_mixed, k, k_mixed = (out["z"] for out in (student, mixed, teacher, mixed_teacher))
+        contrasts = self.contrast([(q, k), (q_mixed, k_mixed), (q_mixed, mix(k))])
 
         a1, a2 = (self.student.attention(batch[code]) for code in ("code1", "code2"))
         own, other = attend(student["maps"], a1), attend(teacher["maps"], a2)
@@ -194,8 +114,6 @@ class PCRL(Method):
         return {"contrast": sum(contrasts) / 3, "restoration": sum(errors) / 4}
 
     def after_step(self, progress: float) -> None:
-        for keys in self.keys:
-            self.queue.enqueue(keys)
         self.contrast.after_step()
         ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
 
@@ -213,17 +131,6 @@ class PCRL(Method):
         maps = attend(self.student(some["view1"])["maps"], self.student.attention(some["code1"]))
         names = {"view 1": "view1", "view 2": "view2", "clean 1": "target", "transformed 1": "turned1"}
         return {title: batch[name] for title, name in names.items()} | {"restored": self.student(*maps, decode=True)}
-
-
-def attend(maps: list[Tensor], attention: Tensor) -> list[Tensor]:
-    """Multiply the deepest map (B, C, *S) channel by channel with (B, C)."""
-    deepest = maps[-1]
-    return [*maps[:-1], deepest * attention.view(*attention.shape, *[1] * (deepest.ndim - 2))]
-
-
-def blend(one: list[Tensor], other: list[Tensor], weight: float) -> list[Tensor]:
-    """weight · one + (1 − weight) · other, map by map."""
-    return [torch.lerp(b, a, weight) for a, b in zip(one, other)]
 
 
 def get_parser() -> options.Parser:
@@ -280,8 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     if args.arch == "pcrl":  # the published command names the method here
         args.arch = None
-    others, kind = (OF_VOLUMES, "volumes") if dims == 2 else (OF_IMAGES, "images")
-    options.refuse_changed(parser, args, others, f"is for {kind}, and {data.info.name} has {dims} dimensions")
+    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
+    options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
     method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss, args.ema_schedule)

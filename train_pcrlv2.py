@@ -36,8 +36,10 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-2},
     3: {"arch": DEFAULT_ARCH[3], "b": 32, "lr": 1e-3},
 }
-OF_IMAGES = ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout")
-OF_VOLUMES = ("cube_size", "local_cube_size")
+ONLY_OF = {
+    2: ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout"),
+    3: ("cube_size", "local_cube_size"),
+}
 
 
 class MultiScaleUNet(nn.Module):
@@ -208,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    others, kind = (OF_VOLUMES, "volumes") if dims == 2 else (OF_IMAGES, "images")
-    options.refuse_changed(parser, args, others, f"is for {kind}, and {data.info.name} has {dims} dimensions")
+    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
+    options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims)

@@ -81,9 +81,11 @@ class Draws:
 def contrast(q: Tensor, k: Tensor, method: C2L | PCRL, enqueue: bool) -> Tensor:
     """InfoNCE against the queue, into which the keys go at once."""
     q, k = (x / x.pow(2).sum(1, keepdim=True).sqrt() for x in (q.float(), k.float()))
-    queue = method.queue
+    queue = method.contrast.queue
     logits = torch.cat([(q * k.detach()).sum(1, keepdim=True), q @ queue.keys.clone().T], 1)
-    loss = F.cross_entropy(logits / method.contrast.temperature, torch.zeros(len(q), dtype=torch.long, device=q.device))
+    loss = F.cross_entropy(
+        logits / method.contrast.loss.temperature, torch.zeros(len(q), dtype=torch.long, device=q.device)
+    )
     if enqueue:
         with torch.no_grad():
             places = torch.fmod(torch.arange(len(k), device=k.device) + queue.pointer, len(queue.keys)).long()

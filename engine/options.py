@@ -88,11 +88,21 @@ def complete(args: argparse.Namespace, defaults: Mapping[str, object]) -> argpar
     return argparse.Namespace(**{**defaults, **given})
 
 
-def refuse_changed(parser: Parser, args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Raise InputError where the user changed options that have no effect; `names` as in `args`."""
-    for name in names:
-        if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')}: {why}; leave it out")
+def changed(parser: Parser, args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options, as they are typed, that the user changed; `names` as in `args`."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
+
+
+def refuse_other_dims(dims: int, name: str, given: Mapping[int, Sequence[str]]) -> None:
+    """Raise InputError where the user gave an option that data of this dimension do not have.
+
+    Args:
+        dims, name: of the data set. given: by dimension, the options given that only data of it have, as typed.
+    """
+    for other, options in given.items():
+        if other != dims and options:
+            kind = {2: "images", 3: "volumes"}[other]
+            raise InputError(f"{options[0]}: is for {kind}, and {name} has {dims} dimensions; leave it out")
 
 
 def check_inits(inits: Sequence[str]) -> None:

@@ -1,10 +1,13 @@
 """Memories of embeddings of earlier steps: what a contrastive loss takes its negatives from."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.engine.parallel import gather
+from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 
 
 class KeyQueue(nn.Module):
@@ -32,6 +35,33 @@ class KeyQueue(nn.Module):
         places = (self.pointer + torch.arange(skipped, len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, places, keys[skipped:])
         self.pointer.add_(len(keys)).remainder_(size)
+
+
+class QueueContrast(nn.Module):
+    """ℓ(n q, n k) of queries and their keys against a queue, which takes the step's keys when the step is done: no
+    query meets a key of its own images among its negatives.
+
+    Args:
+        loss: "infonce" or "nce". temperature: T. images: n of NCE. size: keys K in the queue.
+    """
+
+    def __init__(self, loss: str, temperature: float, images: int, size: int, channels: int = 128) -> None:
+        super().__init__()
+        self.loss = make_contrast(loss, temperature, images)
+        self.queue = KeyQueue(size, channels)
+        self.keys: list[Tensor] = []
+
+    def forward(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The loss of each pair (q, k), both (B, C) of any length; k takes no gradient."""
+        pairs = [(l2_normalize(q), l2_normalize(k)) for q, k in pairs]
+        self.keys = [k for _, k in pairs]
+        return [self.loss(similarities(q, k, self.queue.keys)) for q, k in pairs]
+
+    def after_step(self) -> None:
+        """Enqueue the keys of all pairs, in their order."""
+        for keys in self.keys:
+            self.queue.enqueue(keys)
+        self.loss.after_step()
 
 
 class MemoryBank(nn.Module):

@@ -203,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes, splits = FINDINGS, chest_splits(folder, **drawn)
     elif args.dataset in (*segmentation2d.KINDS, "lits"):
         if args.split == "official":
-            drawn_by_set = ("seed", "val_fraction", "test_fraction")
-            options.refuse_changed(parser, args, drawn_by_set, f"{args.dataset}'s own split is fixed")
+            changed = options.changed(parser, args, ("seed", "val_fraction", "test_fraction"))
+            if changed:
+                raise InputError(f"{changed[0]}: {args.dataset}'s own split is fixed; leave it out")
         splits = masked_splits(args.dataset, folder, **drawn)
         classes = segmentation2d.TUBERCULOSIS[1:] if len(splits["train"].labels) else ()
     else:

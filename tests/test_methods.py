@@ -313,18 +313,18 @@ def test_after_step_moves_teacher_and_queue(taught):
     case, method = taught
     teacher = {k: v.clone() for k, v in method.teacher.named_parameters()}
     student = dict(method.student.named_parameters())
-    queue = method.queue.keys.clone()
+    queue = method.contrast.queue.keys.clone()
     method(case.batch(), run_with(0))
-    assert torch.equal(method.queue.keys, queue)
-    assert method.queue.pointer == 0
+    assert torch.equal(method.contrast.queue.keys, queue)
+    assert method.contrast.queue.pointer == 0
     method.after_step(0.5)
     for name, p in method.teacher.named_parameters():
         expected = 0.999 * teacher[name] + 0.001 * student[name]
         assert torch.allclose(p, expected, atol=1e-6), name
     keys = 8 if case.make is MoCo else 24
-    assert method.queue.pointer == keys
-    assert torch.equal(method.queue.keys[keys:], queue[keys:])
-    new = method.queue.keys[:keys]
+    assert method.contrast.queue.pointer == keys
+    assert torch.equal(method.contrast.queue.keys[keys:], queue[keys:])
+    new = method.contrast.queue.keys[:keys]
     assert not torch.isclose(new, queue[:keys]).all(1).any()
     assert torch.allclose(new.norm(dim=1), torch.ones(keys), atol=1e-5)
     assert not new.requires_grad

@@ -16,9 +16,10 @@ from medssl.datasets.views3d import PCRL_SIZES, RestorationCubeViews, iou, rando
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
+from medssl.models.context_unet import attend, blend
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.models.unet3d import UNet3d
-from medssl.train_pcrl import PCRL, attend, blend, get_parser, main
+from medssl.train_pcrl import PCRL, get_parser, main
 
 ARCH = {2: "resnet18", 3: "unet3d"}
 
@@ -133,7 +134,7 @@ def test_loss_is_the_papers(filled):
 
     def contrast(q, k):
         q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-        s = torch.cat([(q * k).sum(1, keepdim=True), q @ method.queue.keys.T], 1) / 0.2
+        s = torch.cat([(q * k).sum(1, keepdim=True), q @ method.contrast.queue.keys.T], 1) / 0.2
         return F.cross_entropy(s, torch.zeros(4).long())
 
     terms = [(f["z"], t["z"]), (f_mix["z"], t_mix["z"]), (f_mix["z"], mix(t["z"]))]

@@ -34,7 +34,8 @@ view where the set has one.
 An epoch is a pass over the training cases, or `--epoch-steps` steps where that is more, so that few labels train
 as long as many; the one with the best Dice on the validation cases is kept, and 30 without gain stop the run.
 Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
-compared in pairs. Validation and test cases never shrink.
+compared in pairs. Validation and test cases never shrink. predictions/cases.csv has a row a trial, case (image) and
+region, whose last numbers are pixels or voxels; the 95 % Hausdorff distance, hd95, is in mm, of images in pixels.
 
 `--cache DIR` keeps decoded and resampled volumes there, which is several times faster where files are compressed.
 """
@@ -44,81 +45,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from medssl.datasets.registry import ImageDataset, Info
 from medssl.datasets.segmentation import open_segmented
-from medssl.datasets.views import SegmentationViews
-from medssl.datasets.views3d import VolumeSegmentationViews
-from medssl.engine import options, trials
-from medssl.engine.loop import Method
+from medssl.engine import options, segmentation2d, segmentation3d, trials
 from medssl.engine.options import InputError
-from medssl.engine.parallel import Devices, Run, finish, setup
-from medssl.engine.segmentation import join_cases, summarise_segmentation, test_and_write, validate
-from medssl.engine.segmentation2d import summarise_trials_of_images, test_images, validate_images
-from medssl.losses.segmentation import binary_dice_cross_entropy, dice_cross_entropy
-from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise_unet, width_of
-from medssl.models.unet2d import UNet2d
-from medssl.models.unet3d import UNet3d
+from medssl.engine.parallel import Devices, finish, setup
+from medssl.engine.segmentation import average_trials, join_cases
+from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise_unet
 
-VESSELS = {"image_size": 512, "b": 4, "loss": "bce", "flip": "both"}  # MAGICAL's DRIVE protocol
-LUNGS = {"image_size": 224, "b": 16, "loss": "bce", "flip": "horizontal"}  # MAGICAL's Montgomery protocol
-PROTOCOLS_2D = {
-    **dict.fromkeys(("drive", "stare", "chase", "fundus2d"), VESSELS),
-    **dict.fromkeys(("montgomery", "shenzhen"), LUNGS),
-    "lits": {"image_size": 512, "b": 4, "loss": "bce+dice", "flip": "none"},
-    "phantom2d": {"image_size": 64, "b": 16, "loss": "bce+dice", "flip": "horizontal"},
-    "folder": {"image_size": 256, "b": 8, "loss": "bce+dice", "flip": "horizontal"},
-}
-FLIPS = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}
-PROTOCOLS_3D = {
-    # LiTS and BraTS: patches as large as 24 GiB hold at batch 2 × 2; the published LiTS windows have 64 slices.
-    "lits": {"patch": [128, 128, 64], "b": 2, "patches": 2, "largest_component": True},
-    "brats": {"patch": [96, 96, 96], "b": 2, "patches": 2, "largest_component": False},
-    "phantom3d": {"patch": [48, 48, 32], "b": 4, "patches": 1, "largest_component": False},
-    "folder": {"patch": [64, 64, 32], "b": 2, "patches": 4, "largest_component": False},
-}
-
-
-class ImageSegmenter(Method):
-    """A 2D U-Net trained with binary cross-entropy, soft Dice, or both, for labels that may overlap.
-
-    Batch: "view" (B, 3, H, W) normalised, "target" (B, K, H, W) and "field" (B, 1, H, W), 0 or 1.
-    """
-
-    def __init__(self, network: nn.Module, loss: str) -> None:
-        super().__init__()
-        self.network, self.loss = network, loss
-
-    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        logits = run(self.network, batch["view"])
-        return binary_dice_cross_entropy(logits, batch["target"], batch["field"], self.loss)
-
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Views are normalised; so that masks come out black and white, they go from dark to bright of the same.
-        dark, bright = batch["view"].amin(), batch["view"].amax()
-        shades = {"true": batch["target"], "predicted": self.network(batch["view"][:8]).sigmoid()}
-        shown = {name: dark + (bright - dark) * mask.amax(1, keepdim=True) for name, mask in shades.items()}
-        return {"view": batch["view"]} | {name: mask.expand(-1, 3, -1, -1) for name, mask in shown.items()}
-
-
-class VolumeSegmenter(Method):
-    """A 3D U-Net trained with cross-entropy and Dice.
-
-    Batch: "view" (B, C, *S) normalised, and "target" (B, *S) int64 label numbers.
-    """
-
-    def __init__(self, network: nn.Module, labels: int) -> None:
-        super().__init__()
-        self.network, self.labels = network, labels
-
-    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        return dice_cross_entropy(run(self.network, batch["view"]), batch["target"])
-
-    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        predicted = self.network(batch["view"]).argmax(1)
-        shades = {"true": batch["target"], "predicted": predicted}
-        return {"view": batch["view"][:, :1]} | {k: v[:, None] / (self.labels - 1) for k, v in shades.items()}
+KINDS = {2: segmentation2d, 3: segmentation3d}  # functions of the same names for images and volumes
 
 
 def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices: Devices) -> dict:
@@ -130,32 +66,21 @@ def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices
     shown = train.subset([*range(len(train))] * max(1, passes))
 
     torch.manual_seed(args.seed)
-    if info.dims == 2:
-        network = UNet2d(args.arch, len(labels))
-        start = initialise_unet(network, args.arch, args.init, args.load)
-        views = SegmentationViews(
-            **start["normalization"], size=args.image_size, patch=args.patch[0] if args.patch else None,
-            degrees=args.rotation, flips=FLIPS[args.flip],
-        )  # fmt: skip
-        method, judge, test = ImageSegmenter(network, args.loss), validate_images, test_images
-        described = {key: getattr(args, key) for key in ("image_size", "patch")}
-    else:
-        network = UNet3d(len(labels), channels=info.channels, width=width_of(args.arch), norm=args.norm)
-        start = initialise_unet(network, args.arch, args.init, args.load)
-        views = VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **start["normalization"])
-        method, judge, test = VolumeSegmenter(network, len(labels)), validate, test_and_write
-        described = {key: getattr(args, key) for key in ("norm", "patch", "spacing", "window")}
+    kind = KINDS[info.dims]
+    network = kind.make_network(args, info, len(labels))
+    start = initialise_unet(network, args.arch, args.init, args.load)
+    views = kind.make_views(args, start["normalization"])
+    method = kind.make_method(args, network, len(labels))
 
     def evaluate() -> dict[str, float]:
-        return judge(network, views, splits["val"], args, devices)
+        return kind.validate(network, views, splits["val"], args, devices)
 
     report = trials.fit_best(method, shown, views, args, devices, evaluate)
     values = {}
     if devices.main:
-        values = test(network, views, splits["test"], args, devices)
-        described |= {"labels": list(labels), "normalization": start["normalization"]}
-        channels = 3 if info.dims == 2 else info.channels
-        trials.save_network(network, args, info, channels=channels, task="segmentation", **described)
+        values = kind.test(network, views, splits["test"], args, devices)
+        described = {"labels": list(labels), "normalization": start["normalization"], **kind.described(args, info)}
+        trials.save_network(network, args, info, task="segmentation", **described)
     return {**values, **report, "train_images": len(train), "start": start}
 
 
@@ -176,7 +101,11 @@ def get_parser() -> options.Parser:
     network.add_argument(
         "--load", choices=("encoder", "encoder+decoder"), default="encoder", help="what is taken from --init"
     )
-    network.add_argument("--norm", choices=NORMS, help="normalisation layers of the 3D U-Net; batch unless given")
+    network.add_argument(
+        "--norm",
+        choices=("batch", "group", "instance"),
+        help="normalisation layers of the 3D U-Net; batch unless given",
+    )
     options.add_runtime(parser)
     options.add_output(parser, default="runs/segmentation")
     group = options.add_trials(parser)
@@ -194,7 +123,7 @@ def get_parser() -> options.Parser:
     )  # fmt: skip
     by_set.add_argument("--image-size", type=options.positive_int, help="side to which images are resized, pixels")
     by_set.add_argument("--loss", choices=("bce", "dice", "bce+dice"), help="of images")
-    by_set.add_argument("--flip", choices=tuple(FLIPS), help="how images are mirrored in training")
+    by_set.add_argument("--flip", choices=tuple(segmentation2d.FLIPS), help="how images are mirrored in training")
     by_set.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
     by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
     by_set.add_argument("--foreground", type=options.fraction, help="share of patches of volumes around a label; 0.5")
@@ -207,37 +136,25 @@ def get_parser() -> options.Parser:
     return parser
 
 
-NORMS = ("batch", "group", "instance")
-OF_IMAGES = {"image_size": None, "loss": None, "flip": None, "rotation": 10.0}  # and their defaults
-OF_VOLUMES = {"patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch"}
-
-
 def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
     """The options with the data set's values where the user gave none.
 
     Raises:
         InputError: for an option that images, or volumes, do not have, and sides that do not fit.
     """
-    others, kind = (OF_VOLUMES, "volumes") if info.dims == 2 else (OF_IMAGES, "images")
-    for option in others:
-        if getattr(args, option) is not None:
-            raise InputError(f"--{option.replace('_', '-')}: is for {kind}, and {info.name} has {info.dims} dimensions")
-    if args.patch and len(args.patch) != (1 if info.dims == 2 else 3):
-        wanted = "one side" if info.dims == 2 else "three sides"
+    given = {
+        dims: [f"--{key.replace('_', '-')}" for key in kind.OPTIONS if getattr(args, key) is not None]
+        for dims, kind in KINDS.items()
+    }
+    options.refuse_other_dims(info.dims, info.name, given)
+    kind = KINDS[info.dims]
+    if args.patch and len(args.patch) != kind.SIDES:
+        wanted = {1: "one side", 3: "three sides"}[kind.SIDES]
         raise InputError(f"--patch {' '.join(map(str, args.patch))}: {info.name} wants {wanted}")
-    by_dims = {"arch": DEFAULT_ARCH[info.dims], **(OF_IMAGES if info.dims == 2 else OF_VOLUMES)}
-    protocols = PROTOCOLS_2D if info.dims == 2 else PROTOCOLS_3D
-    args = options.complete(args, {**by_dims, **protocols.get(info.name, protocols["folder"])})
+    by_set = kind.PROTOCOLS.get(info.name, kind.PROTOCOLS["folder"])
+    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], **kind.OPTIONS, **by_set})
     check_arch(args.arch, info.dims)
-    if info.dims == 2:
-        if args.patch and args.patch[0] > args.image_size:
-            raise InputError(f"--patch {args.patch[0]}: larger than --image-size {args.image_size}")
-        return args
-    options.check_sides("--patch", args.patch)
-    if args.norm == "instance" and max(args.patch) < 16:
-        raise InputError(
-            "--norm instance: one voxel is left of this --patch in the deepest level; make a side 16 or more"
-        )
+    kind.check(args)
     return args
 
 
@@ -245,27 +162,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     trials.check_start(args)
     devices = setup(args.gpus, args.device, args.deterministic)
-    splits = open_segmented(args, PROTOCOLS_2D)
-    args = complete(args, splits["train"].info)
-    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
+    splits = open_segmented(args, segmentation2d.PROTOCOLS)
+    info = splits["train"].info
+    args = complete(args, info)
+    kind = KINDS[info.dims]
+    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line)
     if devices.main:
-        output, test = Path(args.output), splits["test"]
-        summarise = summarise_trials_of_images if test.info.dims == 2 else summarise_segmentation
-        summary = trials.summarise_trials(entries, "dice", args, test.info, devices)
+        output, regions = Path(args.output), kind.regions_of(splits["test"])
+        summary = trials.summarise_trials(entries, "dice", args, info, devices)
+        summary |= average_trials(entries, regions, kind.MEASURES)
         join_cases(output, [entry.pop("cases") for entry in entries], best)  # which results.json is too small for
-        trials.write_results(output, {**summary, **summarise(entries, test), "load": args.load}, "Dice")
+        trials.write_results(output, {**summary, "load": args.load}, "Dice")
     devices.wait()
     finish()
-
-
-def in_a_line(entry: dict) -> str:
-    """A finished trial."""
-    more = (
-        f"95 % Hausdorff {trials.said(entry['hd95'], 1)} mm"
-        if "hd95" in entry
-        else f"AUROC {trials.said(entry['auroc'])}"
-    )
-    return f"Dice {trials.said(entry['dice'])}, {more}"
 
 
 def cli() -> None:

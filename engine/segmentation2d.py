@@ -1,8 +1,7 @@
-"""Segmentation of whole images: prediction at the image's own size, what is measured inside the field of view, and what
-is written."""
+"""Segmentation of images: a 2D U-Net on any encoder, prediction at the image's own size, what is measured inside the
+field of view, and what is written. `engine/segmentation3d.py` has the same names for volumes."""
 
 import argparse
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,24 +11,102 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 
+from medssl.datasets.registry import Info
 from medssl.datasets.segmentation2d import MaskedImages
 from medssl.datasets.views import SegmentationViews
 from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import autocast
-from medssl.engine.metrics import mean_of
+from medssl.engine.loop import Method, autocast
+from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run
-from medssl.engine.segmentation import dice, sliding_window
+from medssl.engine.segmentation import counts, dice, empty_folders, hausdorff95, sliding_window, summarise_cases
+from medssl.engine.trials import said
+from medssl.losses.segmentation import binary_dice_cross_entropy
+from medssl.models.unet2d import UNet2d
 
+VESSELS = {"image_size": 512, "b": 4, "loss": "bce", "flip": "both"}  # MAGICAL's DRIVE protocol
+LUNGS = {"image_size": 224, "b": 16, "loss": "bce", "flip": "horizontal"}  # MAGICAL's Montgomery protocol
+PROTOCOLS = {
+    **dict.fromkeys(("drive", "stare", "chase", "fundus2d"), VESSELS),
+    **dict.fromkeys(("montgomery", "shenzhen"), LUNGS),
+    "lits": {"image_size": 512, "b": 4, "loss": "bce+dice", "flip": "none"},
+    "phantom2d": {"image_size": 64, "b": 16, "loss": "bce+dice", "flip": "horizontal"},
+    "folder": {"image_size": 256, "b": 8, "loss": "bce+dice", "flip": "horizontal"},
+}
+FLIPS = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}
+OPTIONS = {"image_size": None, "loss": None, "flip": None, "rotation": 10.0}  # of images alone, and their defaults
+SIDES = 1  # numbers of --patch
 THRESHOLD = 0.5
-MEASURES = ("dice", "auroc", "sensitivity", "specificity", "cldice")
+MEASURES = ("dice", "auroc", "sensitivity", "specificity", "cldice", "hd95")
 COLOURS = ((255, 60, 60), (60, 200, 60), (80, 120, 255), (255, 200, 40), (220, 80, 255), (40, 220, 220))
 GREATEST_SIDE = 1024  # of a panel of an overlay, pixels
 
 
+# Training ------------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for patches that are larger than the image."""
+    if args.patch and args.patch[0] > args.image_size:
+        raise InputError(f"--patch {args.patch[0]}: larger than --image-size {args.image_size}")
+
+
+def make_network(args: argparse.Namespace, info: Info, labels: int) -> UNet2d:
+    """The network, with random weights."""
+    return UNet2d(args.arch, labels)
+
+
+def make_views(args: argparse.Namespace, normalization: dict) -> SegmentationViews:
+    """Random parts in training, whole images in evaluation."""
+    return SegmentationViews(
+        **normalization, size=args.image_size, patch=args.patch[0] if args.patch else None,
+        degrees=args.rotation, flips=FLIPS[args.flip],
+    )  # fmt: skip
+
+
+def make_method(args: argparse.Namespace, network: nn.Module, labels: int) -> Method:
+    """What trains the network."""
+    return ImageSegmenter(network, args.loss)
+
+
+def described(args: argparse.Namespace, info: Info) -> dict:
+    """What a network's file says of its input, beside what it always says."""
+    return {"channels": 3, **{key: getattr(args, key) for key in ("image_size", "patch")}}
+
+
+class ImageSegmenter(Method):
+    """A 2D U-Net trained with binary cross-entropy, soft Dice, or both, for labels that may overlap.
+
+    Batch: "view" (B, 3, H, W) normalised, "target" (B, K, H, W) and "field" (B, 1, H, W), 0 or 1.
+    """
+
+    def __init__(self, network: nn.Module, loss: str) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        logits = run(self.network, batch["view"])
+        return binary_dice_cross_entropy(logits, batch["target"], batch["field"], self.loss)
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Views are normalised; so that masks come out black and white, they go from dark to bright of the same.
+        dark, bright = batch["view"].amin(), batch["view"].amax()
+        shades = {"true": batch["target"], "predicted": self.network(batch["view"][:8]).sigmoid()}
+        shown = {name: dark + (bright - dark) * mask.amax(1, keepdim=True) for name, mask in shades.items()}
+        return {"view": batch["view"]} | {name: mask.expand(-1, 3, -1, -1) for name, mask in shown.items()}
+
+
+# Evaluation ----------------------------------------------------------------------------------------
+
+
+def regions_of(data: MaskedImages) -> tuple[str, ...]:
+    """Names of what is judged: each label."""
+    return data.mask_labels
+
+
 @torch.inference_mode()
-def predict_images(
+def predict(
     network: nn.Module, views: SegmentationViews, data: MaskedImages, args: argparse.Namespace, devices: Devices
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Segment every readable image of a split: resized as in training, in windows as large as training's patches.
@@ -41,7 +118,7 @@ def predict_images(
     views.eval()
     run = Run(devices.device_ids)
 
-    def predict(windows: torch.Tensor) -> torch.Tensor:
+    def probabilities(windows: Tensor) -> Tensor:
         with autocast(args, devices.device):
             return run(network, windows).float().sigmoid()
 
@@ -50,7 +127,9 @@ def predict_images(
         images = views(batch)["view"]
         window = (views.patch, views.patch)
         found = (
-            predict(images) if whole else sliding_window(predict, images[0], window, args.overlap, args.eval_b)[None]
+            probabilities(images)
+            if whole
+            else sliding_window(probabilities, images[0], window, args.overlap, args.eval_b)[None]
         )
         for i, probability, size in zip(batch["index"].tolist(), found, batch["size"].int().tolist()):
             full = F.interpolate(probability[None], size=size, mode="bilinear", antialias=True)[0]
@@ -74,22 +153,23 @@ def judge(
         tubular: measure clDice too. everything: not Dice alone.
 
     Returns:
-        rows of "image", "case", "label", `MEASURES` (None where they are undefined) and numbers of pixels.
+        rows of "image", "case", "region", `MEASURES` (None where undefined; the distance in pixels) and `COUNTS`.
     """
     rows = []
     for name, p, t in zip(names, probability, masks):
         found, true = (p >= THRESHOLD) & field, t & field
-        shared, positive, inside = int((found & true).sum()), int(true.sum()), int(field.sum())
-        row = {"image": image, "case": case, "label": name, **dict.fromkeys(MEASURES), "dice": dice(found, true)}
+        count, inside = counts(found, true), int(field.sum())
+        row = {"image": image, "case": case, "region": name, **dict.fromkeys(MEASURES), "dice": dice(count), **count}
         if everything:
-            negative, wrong = inside - positive, int(found.sum()) - shared
+            positive, shared = count["true"], count["shared"]
+            negative, wrong = inside - positive, count["predicted"] - shared
             if positive and negative:
                 row["auroc"] = float(roc_auc_score(t[field], p[field]))
             row["sensitivity"] = shared / positive if positive else None
             row["specificity"] = 1 - wrong / negative if negative else None
             row["cldice"] = centreline_dice(found, true) if tubular else None
-        counts = {"true_pixels": positive, "predicted_pixels": int(found.sum()), "shared_pixels": shared}
-        rows.append({**row, **counts})
+            row["hd95"] = hausdorff95(found, true, (1, 1))
+        rows.append(row)
     return rows
 
 
@@ -115,59 +195,28 @@ def centreline_dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
     return float(2 * precision * sensitivity / both) if both else 0.0
 
 
-def by_case(rows: list[dict]) -> list[dict]:
-    """A row a case from the rows of a label: of several images, the Dice of all their pixels, others' means."""
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row["case"], []).append(row)
-    joined = []
-    for group in groups.values():
-        counts = {key: sum(row[key] for row in group) for key in ("true_pixels", "predicted_pixels", "shared_pixels")}
-        size = counts["true_pixels"] + counts["predicted_pixels"]
-        means = {measure: mean_of(row[measure] for row in group) for measure in MEASURES}
-        joined.append({**group[0], **means, **counts, "dice": 2 * counts["shared_pixels"] / size if size else None})
-    return joined
-
-
-def summarise_images(rows: list[dict], names: Sequence[str]) -> dict:
-    """Numbers of a split: each measure's mean over the cases of each label, then over the labels; "pooled_dice" of all
-    pixels of the split together, ×100; "per_class": the same of each label. None where no case has it."""
-    per_class = {}
-    for name in names:
-        own = by_case([row for row in rows if row["label"] == name])
-        shared = sum(row["shared_pixels"] for row in own)
-        pixels = sum(row["true_pixels"] + row["predicted_pixels"] for row in own)
-        per_class[name] = {measure: mean_of(row[measure] for row in own) for measure in MEASURES}
-        per_class[name]["pooled_dice"] = 200 * shared / pixels if pixels else None
-    return {
-        **{key: mean_of(each[key] for each in per_class.values()) for key in (*MEASURES, "pooled_dice")},
-        "per_class": per_class,
-    }
-
-
-def validate_images(
+def validate(
     network: nn.Module, views: SegmentationViews, data: MaskedImages, args: argparse.Namespace, devices: Devices
 ) -> dict:
     """What chooses the epoch: the mean Dice at the images' own size, 0 where there is none."""
     rows = []
-    for i, probability in predict_images(network, views, data, args, devices):
+    for i, probability in predict(network, views, data, args, devices):
         rows += judge(data.ids[i], data.case_of(i), probability, *data.truth(i), data.mask_labels, everything=False)
-    found = summarise_images(rows, data.mask_labels)["dice"]
+    found = summarise_cases(rows, regions_of(data), MEASURES)["dice"]
     return {"score": found or 0.0, "val_dice": found}
 
 
-def test_images(
+def test(
     network: nn.Module, views: SegmentationViews, data: MaskedImages, args: argparse.Namespace, devices: Devices
 ) -> dict:
-    """`summarise_images` of a split, with its rows as "cases".
+    """`summarise_cases` of a split, with its rows as "cases".
 
     Leaves in `--output` predictions/*.png at the images' own size, 255 inside or, of several labels, their numbers
     from 1 on, and overlays/*.png of the first `--overlays` images.
     """
     folder, rows, files = Path(args.output), [], file_names(data.ids)
-    for name in ("predictions", "overlays"):
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
-    for number, (i, probability) in enumerate(predict_images(network, views, data, args, devices)):
+    empty_folders(folder)
+    for number, (i, probability) in enumerate(predict(network, views, data, args, devices)):
         masks, field = data.truth(i)
         rows += judge(data.ids[i], data.case_of(i), probability, masks, field, data.mask_labels, data.tubular)
         name = f"{files[i]}.png"
@@ -176,7 +225,12 @@ def test_images(
         if number < args.overlays:
             pixels = to_three_channels(data.read(data.positions[i]))
             save_png(folder / "overlays" / name, panels(pixels, masks & field, found))
-    return {**summarise_images(rows, data.mask_labels), "cases": rows}
+    return {**summarise_cases(rows, regions_of(data), MEASURES), "cases": rows}
+
+
+def in_a_line(entry: dict) -> str:
+    """A finished trial."""
+    return f"Dice {said(entry['dice'])}, AUROC {said(entry['auroc'])}"
 
 
 def file_names(ids: Sequence[str]) -> list[str]:
@@ -220,16 +274,3 @@ def save_png(path: Path, pixels: np.ndarray) -> None:
     """Write an image, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
-
-
-def summarise_trials_of_images(entries: list[dict], data: MaskedImages) -> dict:
-    """Means over the trials of what `test_images` gave, for results.json."""
-    keys = (*MEASURES, "pooled_dice")
-    return {
-        "task": "segmentation",
-        **{key: mean_of(entry[key] for entry in entries) for key in keys[1:]},
-        "per_class": {
-            name: {key: mean_of(entry["per_class"][name][key] for entry in entries) for key in keys}
-            for name in data.mask_labels
-        },
-    }

@@ -17,19 +17,21 @@ from medssl.datasets.segmentation import open_segmented
 from medssl.datasets.segmentation3d import find_pairs
 from medssl.datasets.views import Draws
 from medssl.datasets.views3d import VolumeSegmentationViews
+from medssl.engine import segmentation2d as images
+from medssl.engine import segmentation3d as volumes
 from medssl.engine import trials
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
 from medssl.engine.segmentation import (
+    counts,
     dice,
     gaussian_window,
     hausdorff95,
-    judge,
-    largest_component,
     sliding_window,
     summarise_cases,
     window_starts,
 )
+from medssl.engine.segmentation3d import judge, largest_component
 from medssl.models.encoders import initialise_unet
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet3d import UNet3d
@@ -68,9 +70,7 @@ def write_pairs(root, count=5, shapes=((16, 16, 16),), value=1, **geometry):
 
 def opened(root, dataset="folder", d=None, **more):
     options = {"image_size": None, **more}
-    return open_segmented(
-        argparse.Namespace(dataset=dataset, data=str(root), d=d, **options), finetune_segmentation.PROTOCOLS_2D
-    )
+    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), d=d, **options), images.PROTOCOLS)
 
 
 def everything(splits):
@@ -171,7 +171,7 @@ def test_masks_follow_their_image_in_any_orientation(tmp_path):
             assert written.GetSize() == original.GetSize()
             assert written.GetDirection() == pytest.approx(original.GetDirection(), abs=1e-5)
             a, b = (sitk.GetArrayFromImage(each) == 7 for each in (written, original))
-            assert dice(a, b) > (0.9 if data.ids[i] == "c1" else 0.9999)
+            assert dice(counts(a, b)) > (0.9 if data.ids[i] == "c1" else 0.9999)
 
 
 def test_splits_by_lists_and_at_random(tmp_path):
@@ -352,9 +352,9 @@ def test_hausdorff_agrees_with_monai():
 def test_empty_masks():
     empty, some = np.zeros((2, 3, 4, 12), bool)
     some[1, 1, 1] = True
-    assert dice(empty, empty) is None
+    assert dice(counts(empty, empty)) is None
     assert hausdorff95(empty, empty, (1, 1, 1)) is None
-    assert dice(empty, some) == dice(some, empty) == 0
+    assert dice(counts(empty, some)) == dice(counts(some, empty)) == 0
     assert hausdorff95(empty, some, (1, 1, 1)) == hausdorff95(some, empty, (1, 1, 1)) == 13  # the diagonal
 
 
@@ -362,7 +362,7 @@ def test_means_over_cases_and_pooled_voxels():
     regions = {"all": (1, 2), "two": (2,), "never": (3,)}
     rows = judge("a", np.array([1, 2, 2, 0]), np.array([1, 2, 0, 0]), regions)
     rows += judge("b", np.array([0, 1, 1, 1]), np.array([1, 1, 0, 0]), regions)
-    values = summarise_cases(rows, regions)
+    values = summarise_cases(rows, regions, volumes.MEASURES)
     assert values["per_class"]["all"]["dice"] == pytest.approx((4 / 5 + 2 / 5) / 2)
     assert values["per_class"]["all"]["pooled_dice"] == pytest.approx(100 * 2 * 3 / 10)
     assert values["per_class"]["two"] == {
@@ -414,7 +414,7 @@ def test_a_run_leaves_masks_numbers_and_weights(tmp_path):
         assert written.GetDirection() == truth.GetDirection()
         assert written.GetOrigin() == pytest.approx(truth.GetOrigin())
         p, t = (sitk.GetArrayFromImage(each) == 5 for each in (written, truth))
-        assert float(row["dice"]) == pytest.approx(dice(p, t))
+        assert float(row["dice"]) == pytest.approx(dice(counts(p, t)))
         assert float(row["hd95"]) == pytest.approx(hausdorff95(p, t, (2, 1, 1)))
     assert len(list((output / "overlays").iterdir())) == 1
     content = torch.load(output / "best.pt", weights_only=True)
@@ -456,7 +456,7 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
     root = write_pairs(tmp_path / "data", 5)
     more = ["--save-every", "1", "--epochs", "4", "--annotation-percent", "40"]
     whole = script(root, tmp_path / "whole", *more)
-    validate, test = finetune_segmentation.validate, finetune_segmentation.test_and_write
+    validate, test = volumes.validate, volumes.test
     calls = []
 
     class Killed(BaseException):
@@ -472,8 +472,8 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
         return call
 
     # In the middle of training, after a checkpoint that the step before had left; then while testing.
-    monkeypatch.setattr(finetune_segmentation, "validate", dies(validate, 2))
-    monkeypatch.setattr(finetune_segmentation, "test_and_write", dies(test, 1))
+    monkeypatch.setattr(volumes, "validate", dies(validate, 2))
+    monkeypatch.setattr(volumes, "test", dies(test, 1))
     for _ in range(2):
         with pytest.raises(Killed):
             script(root, tmp_path / "killed", *more)
@@ -508,7 +508,7 @@ def test_trials_are_paired(tmp_path, monkeypatch):
 
 def test_the_loss_falls_on_one_batch():
     torch.manual_seed(0)
-    method = finetune_segmentation.VolumeSegmenter(UNet3d(2, width=16), 2)
+    method = volumes.VolumeSegmenter(UNet3d(2, width=16), 2)
     image, mask = zip(*(ball((16, 16, 16), i) for i in range(2)))
     view = torch.from_numpy(np.stack(image))[:, None] / 40 - 1
     batch = {"view": view, "target": torch.from_numpy(np.stack(mask)).long()}

@@ -23,8 +23,16 @@ from medssl.datasets.segmentation2d import fundus_field
 from medssl.datasets.views import Draws, SegmentationViews
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
-from medssl.engine.segmentation2d import centreline_dice, file_names, judge, label_map, summarise_images
-from medssl.finetune_segmentation import PROTOCOLS_2D, ImageSegmenter
+from medssl.engine.segmentation import summarise_cases
+from medssl.engine.segmentation2d import (
+    MEASURES,
+    PROTOCOLS,
+    ImageSegmenter,
+    centreline_dice,
+    file_names,
+    judge,
+    label_map,
+)
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.encoders import IMAGENET, initialise_unet
 from medssl.models.unet2d import UNet2d
@@ -90,7 +98,7 @@ def make(root, name, count=10):
 
 def opened(root, dataset, **more):
     options = {"d": None, "image_size": 32, "texture_size": 0, **more}
-    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), **options), PROTOCOLS_2D)
+    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), **options), PROTOCOLS)
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -215,7 +223,7 @@ def test_masks_beside_cached_images(tmp_path, name):
         ["--dataset", name, *data, "--texture-size", "32", "--workers", "0", "--output", str(tmp_path / "c")]
     )
     options = {"dataset": name, "data": root, "d": None, "image_size": 32, "texture_size": 0}
-    plain, cached = (open_segmented(argparse.Namespace(**options, cache=cache), PROTOCOLS_2D)
+    plain, cached = (open_segmented(argparse.Namespace(**options, cache=cache), PROTOCOLS)
                      for cache in (None, str(tmp_path / "c")))  # fmt: skip
     for split, own in plain.items():
         for i in range(min(3, len(own))):
@@ -288,7 +296,7 @@ def test_phantoms_have_masks():
 
 def opened_phantom(name):
     options = argparse.Namespace(dataset=name, data=None, d=None, image_size=32, texture_size=0)
-    return open_segmented(options, PROTOCOLS_2D)["train"]
+    return open_segmented(options, PROTOCOLS)["train"]
 
 
 # Views and losses ----------------------------------------------------------------------------------
@@ -355,10 +363,13 @@ def test_measures_by_hand():
     # Of 16 × 64 pairs, 8 × 64 are won by the row that was found, 8 × 60 are ties.
     assert row["auroc"] == pytest.approx((8 * 64 + 8 * 60 / 2) / (16 * 64))
     assert row["cldice"] is None
+    assert row["hd95"] == 6  # a third of the predicted pixels lies so far from the true ones
+    (missed,) = judge("c", "c", p[None] * 0, true[None], field, ["x"])
+    assert missed["hd95"] == pytest.approx(10 * 2**0.5)
     (empty,) = judge("b", "b", p[None] * 0, true[None] & False, field, ["x"], tubular=True)
-    assert [empty[key] for key in ("dice", "auroc", "sensitivity", "cldice")] == [None] * 4
+    assert [empty[key] for key in ("dice", "auroc", "sensitivity", "cldice", "hd95")] == [None] * 5
     assert empty["specificity"] == 1
-    summary = summarise_images([row, empty], ["x"])
+    summary = summarise_cases([row, empty], ["x"], MEASURES)
     assert summary["dice"] == row["dice"]
     assert summary["specificity"] == pytest.approx((60 / 64 + 1) / 2)
     assert summary["pooled_dice"] == pytest.approx(100 * row["dice"])
@@ -372,7 +383,7 @@ def test_slices_of_a_case_are_judged_together():
         t[:true], p[:found] = 1, 1
         rows += judge(str(image), "volume", p.reshape(1, 4, 4), t.reshape(1, 4, 4) > 0, field, ["x"])
     rows += judge("3", "other", np.ones((1, 4, 4)), np.ones((1, 4, 4), bool), field, ["x"])
-    assert summarise_images(rows, ["x"])["dice"] == (2 * 4 / (4 + 12) + 1) / 2
+    assert summarise_cases(rows, ["x"], MEASURES)["dice"] == (2 * 4 / (4 + 12) + 1) / 2
 
 
 def test_the_field_of_a_fundus_is_what_is_not_black():

@@ -26,6 +26,7 @@ from medssl.benchmarks.variants import (
     autocast,
     choose_device,
     choose_variants,
+    loop_step,
     set_kernels,
     synchronise,
 )
@@ -173,32 +174,14 @@ def plain_step(args: argparse.Namespace, name: str, variant: Variant) -> Callabl
 
 
 def our_step(args: argparse.Namespace, name: str, variant: Variant) -> Callable[[int], None]:
-    """A function that does one step of engine/loop.py."""
+    """A function that does one step of engine/loop.py with the given seed."""
     method = make_method(args, name).to(memory_format=CHANNELS_LAST[2]).train()
-    optimizer = torch.optim.SGD(method.student.parameters(), LR[name], momentum=0.9, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
     batch = make_batch(args, "ours")
-    pending: list[Tensor] = []
-    if variant.compiled:
-        torch._dynamo.config.recompile_limit = 64  # as engine/loop.py
-        for part in method.compiled_parts():
-            part.compile()
 
-    def step(seed: int) -> None:
-        with autocast(args, variant):
-            losses = method(batch, Run(generator=torch.Generator().manual_seed(seed)))
-        loss = sum(losses.values())
-        pending.append(torch.stack([*losses.values()]).detach())
-        waits = 1 if args.device == "cuda" else 0  # a GPU's step is looked at during the next
-        if len(pending) > waits and not bool(torch.isfinite(pending.pop(0)).all()):
-            raise RuntimeError(f"{variant}: the loss is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        method.after_step(0.0)
+    def losses_of(seed: int) -> dict[str, Tensor]:
+        return method(batch, Run(generator=torch.Generator().manual_seed(seed)))
 
-    return step
+    return loop_step(args, variant, method, method.student.parameters(), LR[name], losses_of)
 
 
 # Measuring -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from medssl.benchmarks.variants import (
     autocast,
     choose_device,
     choose_variants,
+    loop_step,
     set_kernels,
     synchronise,
 )
@@ -147,30 +148,8 @@ def our_step(args: argparse.Namespace, variant: Variant) -> Callable[[list[int]]
     torch.manual_seed(0)
     method = PCRLv2(args.arch, LOCAL_VIEWS, args.d)
     method.to(args.device, memory_format=CHANNELS_LAST[args.d]).train()
-    optimizer = torch.optim.SGD(method.parameters(), 1e-2, momentum=0.9, weight_decay=1e-4)
-    scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
     batch = make_batch(args, "ours")
-    pending: list[Tensor] = []
-    if variant.compiled:
-        torch._dynamo.config.recompile_limit = 64  # as engine/loop.py
-        for part in method.compiled_parts():
-            part.compile()
-
-    def step(levels: list[int]) -> None:
-        with autocast(args, variant):
-            losses = method(batch, Run(), levels)
-        loss = sum(losses.values())
-        pending.append(torch.stack([*losses.values()]).detach())
-        waits = 1 if args.device == "cuda" else 0  # a GPU's step is looked at during the next
-        if len(pending) > waits and not bool(torch.isfinite(pending.pop(0)).all()):
-            raise RuntimeError(f"{variant}: the loss is not finite")
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        method.after_step(0.0)
-
-    return step
+    return loop_step(args, variant, method, method.parameters(), 1e-2, lambda levels: method(batch, Run(), levels))
 
 
 # Measuring -----------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 import argparse
 import contextlib
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+from medssl.engine.loop import Method
 from medssl.engine.options import InputError
 from medssl.engine.parallel import make_deterministic
 
@@ -61,3 +64,37 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no GPU that PyTorch can use")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loop_step(
+    args: argparse.Namespace,
+    variant: Variant,
+    method: Method,
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    losses_of: Callable[[object], dict[str, Tensor]],
+) -> Callable[[object], None]:
+    """A function that does one step of engine/loop.py; what it is given goes to `losses_of`, which calls the method."""
+    optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
+    pending: list[Tensor] = []
+    if variant.compiled:
+        torch._dynamo.config.recompile_limit = 64  # as engine/loop.py
+        for part in method.compiled_parts():
+            part.compile()
+
+    def step(drawn: object) -> None:
+        with autocast(args, variant):
+            losses = losses_of(drawn)
+        loss = sum(losses.values())
+        pending.append(torch.stack([*losses.values()]).detach())
+        waits = 1 if args.device == "cuda" else 0  # a GPU's step is looked at during the next
+        if len(pending) > waits and not bool(torch.isfinite(pending.pop(0)).all()):
+            raise RuntimeError(f"{variant}: the loss is not finite")
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        method.after_step(0.0)
+
+    return step

@@ -107,14 +107,14 @@ def predict(
     views.eval()
     run = Run(devices.device_ids)
 
-    def predict(windows: Tensor) -> Tensor:
+    def probabilities(windows: Tensor) -> Tensor:
         with autocast(args, devices.device):
             logits = run(network, views.normalise(windows))
         return logits.float().softmax(1)
 
     for batch in evaluation_batches(data, 1, args, devices):
         volume = views(batch)["view"][0]
-        labels = sliding_window(predict, volume, views.patch, args.overlap, args.eval_b).argmax(0)
+        labels = sliding_window(probabilities, volume, views.patch, args.overlap, args.eval_b).argmax(0)
         labels = labels.to(torch.uint8).cpu().numpy()
         yield int(batch["index"]), batch, largest_component(labels) if args.largest_component else labels
 

@@ -16,11 +16,13 @@ Every file is loaded into the tool's own network, which must give the same featu
 checked against its published layout instead, and a note says so.
 """
 
+import contextlib
 import json
+import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,17 @@ def to_smp(source: Exported, folder: Path) -> Path:
     return _save(state, folder / "encoder_smp.pth")
 
 
+@contextlib.contextmanager
+def checked(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the checks in the block have passed; else nothing is left."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def to_detectron2(source: Exported, folder: Path) -> Path:
     """detectron2's names of a ResNet, as numpy arrays in a pickle."""
     if not re.fullmatch(r"resnet\d+", source.arch):
@@ -148,19 +161,21 @@ def to_detectron2(source: Exported, folder: Path) -> Path:
     }
     path = folder / "encoder_detectron2.pkl"
     content = {"model": model, "__author__": "medssl", "matching_heuristics": True}
-    path.write_bytes(pickle.dumps(content))
-    back = pickle.loads(path.read_bytes())["model"]
-    restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
-    if any(not torch.equal(restored[key], source.state[key]) for key in restored):
-        raise InputError(f"--file {source.path}: {path} does not hold what was written")
-    try:
-        from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
-    except ImportError:
-        print("note: detectron2 is not installed; its file's names were checked, its features were not")
-        return path
-    network = detectron2_network(source.arch, ResNet, BasicBlock, BottleneckBlock)
-    network.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in back.items()}, strict=False)
-    source.compare("detectron2", lambda images: network.eval()(images)["res5"].mean((2, 3)))
+    with checked(path) as part:
+        part.write_bytes(pickle.dumps(content))
+        back = pickle.loads(part.read_bytes())["model"]
+        restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
+        if any(not torch.equal(restored[key], source.state[key]) for key in restored):
+            raise InputError(f"--file {source.path}: {path} does not hold what was written")
+        try:
+            from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+        except ImportError:
+            print("note: detectron2 is not installed; its file's names were checked, its features were not")
+        else:
+            network = detectron2_network(source.arch, ResNet, BasicBlock, BottleneckBlock)
+            entries = {key: torch.from_numpy(np.array(value)) for key, value in back.items()}
+            network.load_state_dict(entries, strict=False)
+            source.compare("detectron2", lambda images: network.eval()(images)["res5"].mean((2, 3)))
     return path
 
 
@@ -206,10 +221,11 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     facts = {key: value for key, value in source.content.items() if not key.endswith("state_dict")}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
     path = folder / "encoder.safetensors"
-    save_file({key: value.contiguous() for key, value in source.state.items()}, path, metadata)
-    back = load_file(path)
-    if back.keys() != source.state.keys() or any(not torch.equal(back[key], source.state[key]) for key in back):
-        raise InputError(f"--file {source.path}: {path} does not hold what was written")
+    with checked(path) as part:
+        save_file({key: value.contiguous() for key, value in source.state.items()}, part, metadata)
+        back = load_file(part)
+        if back.keys() != source.state.keys() or any(not torch.equal(back[key], source.state[key]) for key in back):
+            raise InputError(f"--file {source.path}: {path} does not hold what was written")
     return path
 
 
@@ -222,18 +238,21 @@ def to_onnx(source: Exported, folder: Path, side: int = SIDE) -> Path:
         raise InputError(f"--to onnx: needs {error.name}; pip install onnx onnxscript onnxruntime") from None
     path = folder / "encoder.onnx"
     batch = torch.export.Dim("batch")
-    torch.onnx.export(
-        source.network, (source.images(side),), path, input_names=["image"], output_names=["features"],
-        dynamic_shapes={"x": {0: batch}}, dynamo=True, external_data=False, verbose=False,
-    )  # fmt: skip
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     images = source.images(side)
-    for count in (1, 2):
-        (theirs,) = session.run(None, {"image": images[:count].numpy()})
-        with torch.no_grad():
-            ours = source.network(images[:count]).numpy()
-        if np.abs(ours - theirs).max() > TOLERANCE * np.abs(ours).max():
-            raise InputError("--to onnx: onnxruntime gives other features; another version of onnx or torch may not")
+    with checked(path) as part:
+        torch.onnx.export(
+            source.network, (images,), part, input_names=["image"], output_names=["features"],
+            dynamic_shapes={"x": {0: batch}}, dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        for count in (1, 2):
+            (theirs,) = session.run(None, {"image": images[:count].numpy()})
+            with torch.no_grad():
+                ours = source.network(images[:count]).numpy()
+            if np.abs(ours - theirs).max() > TOLERANCE * np.abs(ours).max():
+                raise InputError(
+                    "--to onnx: onnxruntime gives other features; another version of onnx or torch may not"
+                )
     return path
 
 

@@ -8,6 +8,9 @@
 MODELS/NAME.pth, torchvision's key names without the classifier, loaded strictly and run once before it is written.
 Then `--init NAME --proxy_dir MODELS`, with `--arch resnet50`, starts from it in every script.
 
+SimCLR's networks were trained on images in [0, 1] that are not normalised, all others on ImageNet's mean and deviation.
+The files say so in their state dict's metadata, and scripts that start from them do the same.
+
 Models Genesis and this project's own files need no preparation: give them to `--init` as they are.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
 from medssl.engine.options import InputError
+from medssl.models.encoders import IMAGENET, METADATA
 
 WRAPPERS = ("state_dict", "model", "resnet")  # keys under which files keep their weights
 PREFIXES = {
@@ -40,6 +44,7 @@ PREFIXES = {
 DROPPED = re.compile(
     r"(?:fc|linear|head|heads|projection|projection_head|projector|prototypes|jigsaw|head_jig)(?:\.|\d|$)|queue"
 )
+RAW = {"mean": [0.0] * 3, "std": [1.0] * 3}  # the converters' own evaluations of SimCLR 1 and 2 do not normalise
 NORM = {"weight": "scale", "bias": "offset", "running_mean": "mean_ema", "running_var": "var_ema"}  # Haiku's names
 
 
@@ -220,7 +225,7 @@ def read_pickle(path: Path) -> object:
 
 
 def convert(name: str, path: Path) -> dict[str, Tensor]:
-    """A model's file → torchvision's state dict, checked.
+    """A model's file → torchvision's state dict, checked. Its metadata say what inputs the model wants.
 
     Raises:
         InputError: for a file that cannot be read, or is of another model.
@@ -242,7 +247,9 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
     unknown = [key for key in state if key not in wanted]
     if unknown:
         raise InputError(f"{path}: has {unknown[0]}, which ResNet-50 has not; is it {name}'s file?")
-    state = {key: state.get(key, wanted[key]).clone() for key in wanted}  # counts of batches may be missing
+    # Counts of batches may be missing.
+    state = OrderedDict((key, state.get(key, wanted[key]).clone()) for key in wanted)
+    state._metadata = {METADATA: {"normalization": RAW if name.startswith("simclr") else IMAGENET}}
     network = bare_resnet50()
     network.load_state_dict(state)
     with torch.no_grad():
@@ -302,9 +309,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     files = files_of(args.name, Path(args.file))
     output.mkdir(parents=True, exist_ok=True)
+    failed = []
     for name, path in files:
-        save_atomic(convert(name, path), output / f"{name}.pth")
+        try:
+            state = convert(name, path)
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            failed.append(path.name)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            continue
+        save_atomic(state, output / f"{name}.pth")
         print(f"{path.name}: {output / f'{name}.pth'}", flush=True)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(files)} files could not be used: {', '.join(failed)}")
 
 
 def cli() -> None:

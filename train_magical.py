@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, hold_out, open_pretraining, resolve
-from medssl.datasets.views import Draws, MaskedToneViews, normalise
+from medssl.datasets.registry import ImageDataset, open_pretraining, resolve, split_for_validation
+from medssl.datasets.views import ImageDraws, MaskedToneViews, normalise
 from medssl.engine import options
 from medssl.engine.evaluation import evaluation_batches
 from medssl.engine.loop import Method, autocast, pretrain
@@ -37,6 +37,7 @@ from medssl.models.heads import global_average, mlp
 from medssl.models.unet2d import UNet2d
 
 DIM = 128
+GREATEST_GRID = 256
 DEFAULTS = {  # by data set, MedMNIST by its family: the published scripts
     "lits": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
     "chexpert": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
@@ -120,8 +121,8 @@ def validate(
     """Mean absolute error of the restorations of held-out images; their changes are the same every time."""
     total = torch.zeros((), device=devices.device)
     count = 0
-    for number, batch in enumerate(evaluation_batches(data, max(1, args.b // devices.world), args, devices)):
-        inputs = views(batch, Draws((args.seed, number), len(batch["index"])))
+    for batch in evaluation_batches(data, max(1, args.b // devices.world), args, devices):
+        inputs = views(batch, ImageDraws(args.seed, batch["index"].tolist()))
         with autocast(args, devices.device):
             restored = Run(devices.device_ids)(network, inputs["changed"])["restored"]
         total += F.l1_loss(restored, inputs["target"]) * len(restored)
@@ -138,7 +139,12 @@ def get_parser() -> options.Parser:
     group.add_argument("--suffix", type=options.filled, help="of the output folder's name, after an underscore")
     group.add_argument("--image-size", type=options.positive_int, help="side of the views, pixels")
     group.add_argument("--mask-ratio", type=options.fraction, default=0.25, help="share of the cells blacked out")
-    group.add_argument("--grid", type=options.positive_int, default=32, help="cells along a side of the image")
+    group.add_argument(
+        "--grid",
+        type=options.positive_int,
+        default=32,
+        help=f"cells along a side of the image, at most {GREATEST_GRID}",
+    )
     group.add_argument(
         "--temperature", type=options.bounded_float(1e-3, 1e6), default=0.1, help="temperature T of the contrast"
     )
@@ -157,6 +163,8 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The options with the data set's values where the user gave none."""
     name, family = resolve(args.dataset, args.data, args.d)
     args = options.complete(args, DEFAULTS.get(name) or DEFAULTS.get(family) or DEFAULTS["others"])
+    if args.grid > GREATEST_GRID:
+        raise InputError(f"--grid {args.grid}: at most {GREATEST_GRID} cells along a side")
     if args.suffix:
         args.output, args.suffix = f"{args.output}_{args.suffix}", None
     return args
@@ -165,7 +173,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = complete(get_parser().parse_args(argv))
     devices = setup(args.gpus, args.device, args.deterministic)
-    train, val = hold_out(open_pretraining(args, (2,)))
+    train, val = split_for_validation(open_pretraining(args, (2,)))
     if args.nb_class not in (None, train.info.channels):
         raise InputError(f"--nb_class {args.nb_class}: images of {train.info.name} have {train.info.channels} channels")
     args.nb_class = None  # checked, and nothing that a continuation must repeat

@@ -436,7 +436,7 @@ def open_pretraining(args: argparse.Namespace, dims: Sequence[int] = (2, 3)) -> 
     return data
 
 
-def hold_out(data: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
+def split_for_validation(data: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     """Training images of a method that validates itself, and a fixed tenth of their patients that judge it.
 
     They come from what pre-training may see. A data set's own validation and test splits stay unseen.

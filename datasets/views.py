@@ -48,6 +48,21 @@ class Draws:
         return numbers[self.start : self.start + count]
 
 
+class ImageDraws:
+    """Uniform random numbers that belong to each image, whatever its batch: `Draws` for evaluation.
+
+    Args:
+        seed, indices: what the numbers of a row depend on.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int]) -> None:
+        self.images = [Draws((seed, index), 1) for index in indices]
+
+    def uniform(self, stream: int, columns: int) -> Tensor:
+        """(images, columns) numbers in [0, 1), on the CPU."""
+        return torch.cat([draws.uniform(stream, columns) for draws in self.images])
+
+
 class Columns:
     """Hands out the columns of a matrix of uniform numbers (N, K) one operation after the other."""
 

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import struct
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -58,7 +59,8 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
         if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
             raise InputError(f"{path}: refused, the file wants to run code on loading") from None
         raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, AttributeError, IndexError, OSError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, OSError,
+            RuntimeError, TypeError, ValueError, struct.error) as error:  # fmt: skip
         if isinstance(error, OSError) and error.filename is not None:
             raise  # no permission, for example; a file cut very short gives an OSError without a name
         raise InputError(f"{path}: not a checkpoint, or a truncated one") from None

@@ -13,6 +13,7 @@ from medssl.engine.options import InputError
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
+METADATA = "medssl"  # under which prepare_models.py keeps what a flat state dict has no place for
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 # Where published checkpoints keep an encoder, longest first so that `module.` does not win by accident.
@@ -102,7 +103,10 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         content = load_safe(init)
         source = Path(init).name
         state = find_state_dict(content, init)
-        fields = content if isinstance(content, dict) else {}
+        fields = {
+            **getattr(content, "_metadata", {}).get(METADATA, {}),
+            **(content if isinstance(content, dict) else {}),
+        }
         found = fields["dims"] if isinstance(fields.get("dims"), int) else _dims_of(state)
         if found not in (None, dims):
             raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")

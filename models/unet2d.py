@@ -73,12 +73,11 @@ class UNet2d(nn.Module):
     Args:
         arch: encoder name.
         outputs: channels of the output.
-        channels: of the input.
     """
 
-    def __init__(self, arch: str, outputs: int, channels: int = 3) -> None:
+    def __init__(self, arch: str, outputs: int) -> None:
         super().__init__()
-        self.encoder = make_encoder(arch, channels)
+        self.encoder = make_encoder(arch)
         self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
         self.output = nn.Conv2d(DECODER_CHANNELS[-1], outputs, 3, padding=1)
 
@@ -87,5 +86,5 @@ class UNet2d(nn.Module):
         return self.output(self.decoder(maps)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) → (B, outputs, H, W), float32, before any sigmoid or softmax."""
+        """(B, 3, H, W) → (B, outputs, H, W), float32, before any sigmoid or softmax."""
         return self.decode(self.encoder(x)).float()

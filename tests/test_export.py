@@ -12,7 +12,7 @@ import torchvision
 from safetensors import safe_open
 
 from medssl.engine.options import InputError
-from medssl.export_encoder import TO, Exported, detectron2_name, main, torchvision_name
+from medssl.export_encoder import TO, Exported, checked, detectron2_name, main, torchvision_name
 from medssl.models.encoders import make_encoder
 from medssl.models.unet2d import UNet2d
 
@@ -116,6 +116,19 @@ def test_onnx(tmp_path):
     images = X[:, :, :64, :64]
     (features,) = session.run(None, {"image": images.numpy()})
     assert np.allclose(features, network.encoder(images)[-1].mean((2, 3)).numpy(), atol=1e-4)
+
+
+def test_files_that_fail_their_check_are_not_left(tmp_path):
+    path = tmp_path / "encoder.onnx"
+    path.write_text("of the last export")
+    with pytest.raises(InputError, match="other features"), checked(path) as part:
+        part.write_text("new")
+        raise InputError("other features")
+    assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]
+    assert path.read_text() == "of the last export"
+    with checked(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
 
 
 def test_bad_input(tmp_path):

@@ -15,7 +15,7 @@ from medssl import prepare_models
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.options import InputError
-from medssl.models.encoders import initialise, make_encoder
+from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.prepare_models import CONVERTERS, PlainUnpickler, convert, files_of, from_byol, main, model_of
 
 
@@ -216,8 +216,13 @@ def test_a_prepared_model_is_an_init_by_its_name(state, tmp_path, capsys):
     files = tmp_path / "downloads"
     files.mkdir()
     torch.save(PUBLISHED["moco-v2"](state), files / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(PUBLISHED["simclr-v2"](state), files / "simclr-v2.pth")
+    (files / "swav.pth").write_bytes(b"junk")  # does not keep the others from being converted
     (files / "README").write_text("")
-    main(["--name", "all", "--file", str(files), "--output", str(tmp_path / "zoo")])
+    with pytest.raises(InputError, match="1 of 3 files could not be used: swav.pth"):
+        main(["--name", "all", "--file", str(files), "--output", str(tmp_path / "zoo")])
+    assert "swav.pth: not a checkpoint" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "zoo").iterdir()} == {"moco-v2.pth", "simclr-v2.pth"}
     prepared = load_safe(tmp_path / "zoo" / "moco-v2.pth")
     assert prepared.keys() == body(state).keys()
     parser = options.Parser("test")
@@ -226,10 +231,15 @@ def test_a_prepared_model_is_an_init_by_its_name(state, tmp_path, capsys):
         args = parser.parse_args(["--init", spelled, "--proxy_dir", str(tmp_path / "zoo")])
         assert args.init == str(tmp_path / "zoo" / "moco-v2.pth")
     encoder = make_encoder("resnet50")
-    assert initialise(encoder, "resnet50", args.init)["missing"] == 0
+    report = initialise(encoder, "resnet50", args.init)
+    assert report["missing"] == 0
+    assert report["normalization"] == IMAGENET
+    raw = initialise(encoder, "resnet50", str(tmp_path / "zoo" / "simclr-v2.pth"))["normalization"]
+    assert raw == {"mean": [0, 0, 0], "std": [1, 1, 1]}  # SimCLR's inputs are not normalised
+    torchvision.models.resnet50().load_state_dict({**state, **prepared})  # flat, for everyone
     assert torch.equal(encoder.conv1.weight, state["conv1.weight"])
     assert parser.parse_args(["--init", "random", "--proxy_dir", "nowhere"]).init == "random"
-    with pytest.raises(InputError, match="no such model in .*zoo, which has moco-v2"):
+    with pytest.raises(InputError, match="no such model in .*zoo, which has moco-v2, simclr-v2"):
         parser.parse_args(["--init", "byol", "--proxy_dir", str(tmp_path / "zoo")])
     with pytest.raises(InputError, match="--proxy-dir .*gone: no such folder"):
         parser.parse_args(["--init", "byol", "--proxy_dir", str(tmp_path / "gone")])

@@ -92,10 +92,16 @@ class C2L(Method):
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/c2l")
     group = options.add_contrast(parser)
+    options.add_nce(group)
+    options.add_queue(group)
+    options.add_teacher(group)
     options.flag(group, "--mixup", True, "the two terms with mixtures; without them this is MoCo")
     group = parser.add_argument_group("views")
     options.add_crops(group)
-    options.add_photometric(group, blur=0.0)
+    options.add_rotation(group)
+    options.add_jitter(group)
+    options.add_blur(group, 0.0)
+    options.add_cutout(group)
     parser.set_defaults(  # §3.1 of the paper and the published script
         b=128, epochs=120, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="step",
         milestones=[60, 80, 100], temperature=0.07,

@@ -78,7 +78,8 @@ class InsDis(Method):
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/insdis")
-    group = options.add_contrast(parser, queue=False)
+    group = options.add_contrast(parser)
+    options.add_nce(group)
     group.add_argument(
         "--negatives", "--nce_k", type=options.positive_int, default=4096, metavar="K", help="slots drawn as negatives"
     )
@@ -87,7 +88,10 @@ def get_parser() -> options.Parser:
     )
     group = parser.add_argument_group("views")
     options.add_crops(group)
-    options.add_photometric(group, blur=0.0)
+    options.add_rotation(group)
+    options.add_jitter(group)
+    options.add_blur(group, 0.0)
+    options.add_cutout(group)
     parser.set_defaults(  # §4 of the paper: 200 epochs, lr .03 divided by 10 after 120 and 160, K 4096, T .07
         b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="step",
         milestones=None, temperature=0.07, rotation=0.0, cutout=0,

@@ -90,10 +90,16 @@ class MoCo(Method):
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/moco")
     group = options.add_contrast(parser)
+    options.add_nce(group)
+    options.add_queue(group)
+    options.add_teacher(group)
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of MoCo: head, views and recipe")
     group = parser.add_argument_group("views")
     options.add_crops(group)
-    options.add_photometric(group)
+    options.add_rotation(group)
+    options.add_jitter(group)
+    options.add_blur(group)
+    options.add_cutout(group)
     parser.set_defaults(  # §4 of 1911.05722; rotation and cutout are C2L's, for radiographs. None: the version decides
         b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", rotation=0.0, cutout=0,
         milestones=None, **dict.fromkeys(VERSIONS[2]),
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     method.teacher.load_state_dict(method.student.state_dict())
     views = MultiCropViews(
         **start["normalization"], **options.large_views(args),
-        jitter_chance=JITTER_CHANCE[args.version], locals_=0, targets=0,
+        jitter_chance=JITTER_CHANCE[args.version], jitter_first=args.version == 2, locals_=0, targets=0,
     )  # fmt: skip
     pretrain(method, data, views, args, devices)
 

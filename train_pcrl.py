@@ -136,6 +136,9 @@ class PCRL(Method):
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/pcrl")
     group = options.add_contrast(parser)
+    options.add_nce(group)
+    options.add_queue(group)
+    options.add_teacher(group)
     group.add_argument(
         "--inchannel",
         type=options.positive_int,
@@ -145,7 +148,10 @@ def get_parser() -> options.Parser:
     group.add_argument("--phase", choices=("pretask",), default="pretask", help="of the published command; only this")
     group = parser.add_argument_group("views of images (2D)")
     options.add_crops(group)
-    options.add_photometric(group)
+    options.add_rotation(group)
+    options.add_jitter(group)
+    options.add_blur(group)
+    options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
     group.add_argument(
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=[64, 64, 32],

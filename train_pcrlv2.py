@@ -178,7 +178,9 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("views of images (2D)")
     group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
-    options.add_photometric(group)
+    options.add_jitter(group)
+    options.add_blur(group)
+    options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
     axes = {"type": size, "nargs": 3, "metavar": ("X", "Y", "Z")}
     group.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels")
@@ -195,10 +197,9 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
         return CubeViews(tuple(args.cube_size), tuple(args.local_cube_size), args.local_views)
     return MultiCropViews(
         **normalization,
-        size=args.image_size,
+        **options.large_views(args),
         local_size=args.local_size,
         locals_=args.local_views,
-        **options.photometric(args),
     )
 
 

@@ -313,6 +313,13 @@ def color_jitter(
     return x
 
 
+def solarise(x: Tensor, draws: Columns, p: Tensor) -> Tensor:
+    """Invert the pixels from ½ up, with chance `p` (N,) of each image (BYOL, arXiv 2006.07733, appendix B). Takes 1
+    column."""
+    chosen = (draws.take(1)[:, 0] < p).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+    return torch.where(chosen & (x >= 0.5), 1 - x, x)
+
+
 def random_gray(x: Tensor, draws: Columns, p: float) -> Tensor:
     """Turn images grey with chance `p`; takes 1 column."""
     chosen = draws.take(1)[:, 0] < p
@@ -322,8 +329,9 @@ def random_gray(x: Tensor, draws: Columns, p: float) -> Tensor:
     return torch.where(mask, luminance(x), x)
 
 
-def random_blur(x: Tensor, draws: Columns, p: float, sigma: tuple[float, float]) -> Tensor:
-    """Gaussian blur with chance `p` and a standard deviation in pixels of its own for every image.
+def random_blur(x: Tensor, draws: Columns, p: float | Tensor, sigma: tuple[float, float]) -> Tensor:
+    """Gaussian blur with chance `p`, of each image (N,) or of all, and a standard deviation in pixels of its own for
+    every image.
 
     Each axis is one product with a banded matrix, whose rows are normalised, so that borders are averages
     of what is there. Takes 2 columns.
@@ -440,7 +448,9 @@ class MultiCropViews(Views):
         targets: of how many large views the state before their colours changed is wanted.
         scale, local_scale: area shares of the crops.
         degrees: largest rotation.
-        gray, blur: chances that a view turns grey, is blurred.
+        gray, blur: chances that a view turns grey, is blurred; blur's may differ between large views (n numbers).
+        solarised: chance of each large view to be solarised; of none by default.
+        jitter_first: jitter before grey and blur, as MoCo and its followers do; PCRL and PCRLv2 do so afterwards.
         jitter: brightness, contrast, saturation, hue of the colour jitter, which has the chance `jitter_chance`.
         blur_sigma: range of the blur's standard deviation in pixels.
         hole: side of each of the three cutout holes in pixels.
@@ -453,7 +463,8 @@ class MultiCropViews(Views):
     Random columns of an image, by stream of `Draws`:
         0: 24 for each large view, 24 for each local view, as `random_crops` takes them;
         1: 18 for each large view: 12 as `color` takes them, 6 for the holes;
-        2: 12 for each local view, as `color` takes them.
+        2: 12 for each local view, as `color` takes them;
+        4: where views are solarised, 1 for each large view.
     """
 
     def __init__(
@@ -469,13 +480,16 @@ class MultiCropViews(Views):
         local_scale: tuple[float, float] = (0.05, 0.3),
         degrees: float = 10.0,
         gray: float = 0.2,
-        blur: float = 0.5,
+        blur: float | Sequence[float] = 0.5,
         jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.4),
         jitter_chance: float = 1.0,
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         hole: int = 32,
+        solarised: Sequence[float] = (),
+        jitter_first: bool = False,
     ) -> None:
         super().__init__(mean, std)
+        self.solarised, self.jitter_first = tuple(solarised), jitter_first
         self.size, self.local_size, self.views, self.locals_ = size, local_size, views, locals_
         self.targets, self.scale, self.local_scale, self.degrees = targets, scale, local_scale, degrees
         self.gray, self.blur, self.jitter, self.jitter_chance = gray, blur, jitter, jitter_chance
@@ -483,9 +497,14 @@ class MultiCropViews(Views):
 
     def color(self, x: Tensor, draws: Columns) -> Tensor:
         """Grey, blur, colour jitter. 12 columns."""
+        blur = self.blur
+        if isinstance(blur, Sequence):
+            blur = torch.tensor(blur).repeat_interleave(len(x) // self.views)  # rows are view-major
+        if self.jitter_first:
+            x = color_jitter(x, draws, *self.jitter, p=self.jitter_chance)
         x = random_gray(x, draws, self.gray)
-        x = random_blur(x, draws, self.blur, self.blur_sigma)
-        return color_jitter(x, draws, *self.jitter, p=self.jitter_chance)
+        x = random_blur(x, draws, blur, self.blur_sigma)
+        return x if self.jitter_first else color_jitter(x, draws, *self.jitter, p=self.jitter_chance)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         b, n, v = len(batch["image"]), self.views, self.locals_
@@ -496,6 +515,9 @@ class MultiCropViews(Views):
         parts = [self.crop_and_color(*some) for some in zip(*(whole.split(part) for whole in rows))]
         # (V, B, C, h, w) → (V·B, C, h, w), view-major
         targets, large, small = (torch.cat(views, 1).flatten(0, 1) for views in zip(*parts))
+        if self.solarised:
+            chances = torch.tensor(self.solarised).repeat_interleave(b)
+            large = solarise(large, view_major(draws.uniform(4, n), n), chances)
         views = self.normalise(large)
         if self.hole:
             columns = view_major(numbers[1], n)
@@ -591,6 +613,45 @@ class RestorationViews(MultiCropViews):
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         return add_transforms(super().forward(batch, draws), view_major(draws.uniform(3, 2 * 3), 2), axes=2)
+
+
+class ConceptViews(MultiCropViews):
+    """ConCL's views (arXiv 2207.06733, §3.2): two crops, and the reference view, the smallest box around both, whose
+    colours stay.
+
+    Returns, from `forward`: what `MultiCropViews` does, "reference" (B, 3, size, size) normalised, and "box1", "box2"
+    (B, 5) on the CPU: the crop's top, left, bottom and right, shares of the reference view, and 1 where the crop is
+    mirrored left to right.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], **options: object) -> None:
+        super().__init__(mean, std, locals_=0, targets=0, degrees=0.0, hole=0, **options)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        out = super().forward(batch, draws)
+        crops = self.random_crops(batch["size"], Columns(draws.uniform(0, 24 * 2)), 2, self.scale, 0.0)  # the same
+        whole, boxes = box_around(crops)
+        out["reference"] = self.normalise(sample(batch["image"], whole[:, None], self.size).clamp_(0, 1))
+        return out | {f"box{i}": box for i, box in enumerate(boxes.unbind(1), 1)}
+
+
+def box_around(crops: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest box around the crops of an image.
+
+    Args:
+        crops: (B, V, 2, 3) maps of crops without rotation, as `affine` makes them.
+
+    Returns:
+        its map (B, 2, 3), and the crops in it, (B, V, 5): top, left, bottom, right, shares of its sides, and 1 where
+        mirrored left to right.
+    """
+    linear, centre = crops[..., :2], crops[..., 2]
+    half = linear.diagonal(dim1=2, dim2=3).abs()  # (B, V, 2), x and y
+    low, high = centre - half, centre + half
+    first, last = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
+    whole = affine(torch.cat([(first + last) / 2, (last - first) / 2], 2)[:, 0])
+    inside = [((side - first) / (last - first)).flip(2) for side in (low, high)]  # y, x
+    return whole, torch.cat([*inside, (linear[..., 0, :1] < 0).float()], 2)
 
 
 # x and y of a cubic Bézier curve, as polynomials of its parameter t: coefficients of t, t², t³

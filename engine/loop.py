@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -43,10 +44,12 @@ class Method(nn.Module):
     """What is trained. Its networks are attributes; everything that must survive a restart is in its state dict.
 
     Attributes:
+        sync_batch_norm: whether batch norms share their statistics under DistributedDataParallel on GPUs.
         find_unused: whether a step may leave parameters without gradient (DistributedDataParallel asks).
         features: (B, C) embeddings of the last forward, before any batch norm, for the collapse alarm.
     """
 
+    sync_batch_norm = False
     find_unused = False
     features: Tensor | None = None
 
@@ -121,7 +124,16 @@ def learning_rate(args: argparse.Namespace, epoch: float) -> float:
 
 
 def make_optimizer(parameters: list[dict], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW over the parameters."""
+    """SGD, LARS, Adam or AdamW over the parameters."""
+    if args.optimizer == "lars":
+        # Biases and the weights of norms neither decay nor have their step adapted (BYOL, arXiv 2006.07733, §3.3).
+        groups = [
+            {**group, "params": [p for p in group["params"] if (p.ndim > 1) == large], **more}
+            for group in parameters
+            for large, more in ((True, {}), (False, {"weight_decay": 0.0}))
+        ]
+        groups = [group for group in groups if group["params"]]
+        return timm.optim.Lars(groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     if args.optimizer == "sgd":
         # Not fused: torch's fused SGD fails when a parameter gets its first gradient later than others,
         # as the heads of decoder levels do.
@@ -397,7 +409,7 @@ def fit(
         torch._dynamo.config.recompile_limit = 64
         for part in method.compiled_parts():
             part.compile()
-    wrapped = wrap(method, devices, method.find_unused)
+    wrapped = wrap(method, devices, method.find_unused, method.sync_batch_norm)
     loader = DataLoader(
         data,
         batch_sampler=Order(n, args.b, share, args.seed, step, last),

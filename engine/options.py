@@ -255,8 +255,21 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_photometric(group: argparse._ArgumentGroup, blur: float = 0.5) -> None:
-    """Colour work of the views, with the strengths that the chest X-ray methods share."""
+def add_crops(group: argparse._ArgumentGroup) -> None:
+    """Size and place of large views."""
+    group.add_argument("--image-size", type=positive_int, default=224, help="side of the views, pixels")
+    group.add_argument(
+        "--crop-scale", "--crop", type=bounded_float(1e-3, 1), default=0.2, help="least share of the image in a crop"
+    )
+
+
+def add_rotation(group: argparse._ArgumentGroup) -> None:
+    """Rotation of large views."""
+    group.add_argument("--rotation", type=non_negative, default=10.0, help="largest rotation, degrees")
+
+
+def add_jitter(group: argparse._ArgumentGroup) -> None:
+    """Strength of the colour jitter, by default that of the chest X-ray methods."""
     group.add_argument(
         "--jitter",
         type=non_negative,
@@ -265,7 +278,11 @@ def add_photometric(group: argparse._ArgumentGroup, blur: float = 0.5) -> None:
         metavar=("B", "C", "S", "H"),
         help="strength of the jitter of brightness, contrast, saturation and hue",
     )
-    group.add_argument("--blur", type=fraction, default=blur, help="chance that a view is blurred")
+
+
+def add_blur(group: argparse._ArgumentGroup, chance: float = 0.5) -> None:
+    """How often and how much views are blurred."""
+    group.add_argument("--blur", type=fraction, default=chance, help="chance that a view is blurred")
     group.add_argument(
         "--blur-sigma",
         type=non_negative,
@@ -274,53 +291,61 @@ def add_photometric(group: argparse._ArgumentGroup, blur: float = 0.5) -> None:
         metavar=("LOW", "HIGH"),
         help="range of the blur's standard deviation, pixels",
     )
+
+
+def add_cutout(group: argparse._ArgumentGroup) -> None:
+    """Holes in large views."""
     group.add_argument(
         "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
     )
 
 
-def add_crops(group: argparse._ArgumentGroup) -> None:
-    """Geometry of large views."""
-    group.add_argument("--image-size", type=positive_int, default=224, help="side of the views, pixels")
-    group.add_argument(
-        "--crop-scale", "--crop", type=bounded_float(1e-3, 1), default=0.2, help="least share of the image in a crop"
-    )
-    group.add_argument("--rotation", type=non_negative, default=10.0, help="largest rotation, degrees")
-
-
-def photometric(args: argparse.Namespace) -> dict:
-    """What `add_photometric` asks of `MultiCropViews`."""
-    check_range("--blur-sigma", *args.blur_sigma)
-    names = ("jitter", "blur", "blur_sigma")
-    return {name: getattr(args, name) for name in names} | {"hole": round(args.cutout * args.image_size / 224)}
-
-
 def large_views(args: argparse.Namespace) -> dict:
-    """What `add_crops` and `add_photometric` ask of `MultiCropViews`."""
-    crops = {"size": args.image_size, "scale": (args.crop_scale, 1.0), "degrees": args.rotation}
-    return crops | photometric(args)
+    """What the options of views that a script has ask of `MultiCropViews`."""
+    given = vars(args)
+    asked = {"size": args.image_size}
+    if "crop_scale" in given:
+        asked["scale"] = (args.crop_scale, 1.0)
+    if "rotation" in given:
+        asked["degrees"] = args.rotation
+    if "blur" in given:
+        check_range("--blur-sigma", *args.blur_sigma)
+    if "cutout" in given:
+        asked["hole"] = round(args.cutout * args.image_size / 224)
+    return asked | {name: given[name] for name in ("jitter", "blur", "blur_sigma") if name in given}
 
 
-def add_contrast(parser: Parser, queue: bool = True) -> argparse._ArgumentGroup:
-    """Contrast with a momentum teacher and a queue, or with a memory bank."""
+def add_contrast(parser: Parser) -> argparse._ArgumentGroup:
+    """The group of a contrast's options, with its temperature."""
     group = parser.add_argument_group("contrast")
     group.add_argument(
         "--temperature", "--moco_t", "--nce_t", type=bounded_float(1e-3, math.inf), default=0.07, help="temperature T"
     )
+    return group
+
+
+def add_nce(group: argparse._ArgumentGroup) -> None:
+    """Which loss a contrast has."""
     group.add_argument(
         "--loss", choices=("infonce", "nce"), default="infonce",
         help="softmax over all candidates, or noise-contrastive estimation",
     )  # fmt: skip
-    if queue:
-        group.add_argument(
-            "--queue", "--nce_k", type=positive_int, default=16384, metavar="K", help="keys in the queue: the negatives"
-        )
-        group.add_argument("--ema", "--alpha", type=fraction, default=0.999, help="momentum of the teacher's weights")
-        group.add_argument(
-            "--ema-schedule", choices=("constant", "cosine"), default="constant",
-            help="cosine lets the momentum rise to 1 over the run",
-        )  # fmt: skip
-    return group
+
+
+def add_queue(group: argparse._ArgumentGroup) -> None:
+    """How many negatives a teacher's queue holds."""
+    group.add_argument(
+        "--queue", "--nce_k", type=positive_int, default=16384, metavar="K", help="keys in the queue: the negatives"
+    )
+
+
+def add_teacher(group: argparse._ArgumentGroup) -> None:
+    """How a teacher follows the student."""
+    group.add_argument("--ema", "--alpha", type=fraction, default=0.999, help="momentum of the teacher's weights")
+    group.add_argument(
+        "--ema-schedule", choices=("constant", "cosine"), default="constant",
+        help="cosine lets the momentum rise to 1 over the run",
+    )  # fmt: skip
 
 
 def add_training(parser: Parser) -> argparse._ArgumentGroup:
@@ -339,8 +364,8 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
     group.add_argument("--epochs", type=positive_int, default=100, help="passes over the training images")
     group.add_argument("--steps", type=positive_int, help="stop after this many steps (a smoke run)")
     group.add_argument("--lr", "--learning_rate", type=non_negative, default=1e-2, help="peak learning rate")
-    group.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="optimiser")
-    group.add_argument("--momentum", type=fraction, default=0.9, help="SGD momentum")
+    group.add_argument("--optimizer", choices=("sgd", "lars", "adam", "adamw"), default="sgd", help="optimiser")
+    group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of SGD and LARS")
     group.add_argument(
         "--betas", type=bounded_float(0, 0.999999), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
         help="decay of Adam's averages of the gradient and of its square",

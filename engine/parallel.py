@@ -99,6 +99,15 @@ class Run:
         """A random order of the whole batch, the same in all processes, which have `count` images each."""
         return torch.randperm(count * world_size(), generator=self.generator)
 
+    def uniform(self, count: int, columns: int) -> Tensor:
+        """(count, columns) numbers in [0, 1) on the CPU: this process's rows of what the whole batch draws."""
+        return self.share(torch.rand(count * world_size(), columns, generator=self.generator))
+
+    def share(self, x: Tensor) -> Tensor:
+        """This process's rows of what the whole batch has, as many in each process."""
+        count = len(x) // world_size()
+        return x[process_rank() * count : (process_rank() + 1) * count]
+
     def rows(self, x: Tensor, order: Tensor) -> Tensor:
         """This process's rows of the whole batch in a new order, without gradient.
 
@@ -251,11 +260,14 @@ def make_deterministic(on: bool) -> None:
     torch.use_deterministic_algorithms(on, warn_only=True)
 
 
-def wrap(method: nn.Module, devices: Devices, find_unused: bool) -> nn.Module:
+def wrap(method: nn.Module, devices: Devices, find_unused: bool, sync_batch_norm: bool = False) -> nn.Module:
     """The method as the loop calls it: itself, or in DistributedDataParallel under torchrun."""
     if devices.world == 1:
         return method
-    ids = [devices.device] if devices.device.type == "cuda" else None
+    cuda = devices.device.type == "cuda"
+    if sync_batch_norm and cuda:  # torch has it for GPUs alone
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    ids = [devices.device] if cuda else None
     # Queues and memories are equal in all processes by themselves, and large; batch norms' running statistics are
     # used in evaluation alone, which is the main process's.
     return nn.parallel.DistributedDataParallel(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from medssl.engine.parallel import gather, gather_with_gradient, process_rank
 
 
-def l2_normalize(x: Tensor) -> Tensor:
-    """n(x): rows of (B, C) scaled to unit length, in float32."""
-    return F.normalize(x.float(), dim=1)
+def l2_normalize(x: Tensor, dim: int = 1) -> Tensor:
+    """n(x): scaled to unit length along `dim`, by default the rows of (B, C), in float32."""
+    return F.normalize(x.float(), dim=dim)
 
 
 def similarities(q: Tensor, k: Tensor, negatives: Tensor) -> Tensor:
@@ -38,9 +38,14 @@ class InfoNCE(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, s: Tensor) -> Tensor:
-        """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate."""
-        return F.cross_entropy(s / self.temperature, s.new_zeros(len(s), dtype=torch.int64))
+    def forward(self, s: Tensor, count: Tensor | None = None) -> Tensor:
+        """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate.
+
+        Args:
+            count: () by which the sum is divided, where it is not B: a process's share of what all have.
+        """
+        each = F.cross_entropy(s / self.temperature, s.new_zeros(len(s), dtype=torch.int64), reduction="none")
+        return each.mean() if count is None else each.sum() / count
 
     def after_step(self) -> None:
         """Nothing changes."""
@@ -76,13 +81,14 @@ class NCE(nn.Module):
             self.first = sums.logsumexp(0) - math.log(len(sums) * logits.numel()) + math.log(self.images)
         return logits - self.first
 
-    def forward(self, s: Tensor) -> Tensor:
-        """Mean loss of `similarities` (B, 1 + K); −inf marks what is no candidate."""
+    def forward(self, s: Tensor, count: Tensor | None = None) -> Tensor:
+        """Mean loss of `similarities` (B, 1 + K), as `InfoNCE` has it."""
         log_p = self.log_probabilities(s)
         noise = (s.shape[1] - 1) / self.images
         log_all = torch.logaddexp(log_p, log_p.new_tensor(math.log(noise + 1e-5)))
         positive, negative = log_p[:, 0] - log_all[:, 0], math.log(noise) - log_all[:, 1:]
-        return -(positive + negative.sum(1)).mean()
+        each = -(positive + negative.sum(1))
+        return each.mean() if count is None else each.sum() / count
 
     def after_step(self) -> None:
         """Keep the first step's estimate of Z."""

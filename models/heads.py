@@ -31,9 +31,30 @@ class Embedder(Averaged):
         return features, self.head(features)
 
 
+class DenseEmbedder(Averaged):
+    """Encoder and projection head: (B, C, *S) → {"features" (B, F), their average, "z" (B, D), its embedding, "maps":
+    the encoder's last two}."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
+        super().__init__(encoder)
+        self.head = head
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        maps = self.encoder(x)[-2:]
+        features = global_average(maps[-1].float())
+        return {"features": features, "z": self.head(features), "maps": maps}
+
+
 def mlp(c_in: int, c_hidden: int, c_out: int) -> nn.Sequential:
     """Linear–ReLU–Linear."""
     return nn.Sequential(nn.Linear(c_in, c_hidden), nn.ReLU(inplace=True), nn.Linear(c_hidden, c_out))
+
+
+def norm_mlp(c_in: int, c_hidden: int, c_out: int) -> nn.Sequential:
+    """Linear–batch norm–ReLU–Linear."""
+    return nn.Sequential(
+        nn.Linear(c_in, c_hidden), nn.BatchNorm1d(c_hidden), nn.ReLU(inplace=True), nn.Linear(c_hidden, c_out)
+    )
 
 
 class EncoderClassifier(Averaged):
@@ -74,9 +95,7 @@ class ScaleHead(nn.Module):
         super().__init__()
         c = channels
         self.norm = nn.BatchNorm1d(c)
-        self.predictor = nn.Sequential(
-            nn.Linear(c, 2 * c), nn.BatchNorm1d(2 * c), nn.ReLU(inplace=True), nn.Linear(2 * c, c)
-        )
+        self.predictor = norm_mlp(c, 2 * c, c)
         self.restore = nn.Sequential(
             nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.Conv2d(c, out_channels, 1)
         )

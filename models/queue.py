@@ -51,14 +51,21 @@ class QueueContrast(nn.Module):
         self.queue = KeyQueue(size, channels)
         self.keys: list[Tensor] = []
 
-    def forward(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The loss of each pair (q, k), both (B, C) of any length; k takes no gradient."""
+    def forward(
+        self, pairs: Iterable[tuple[Tensor, Tensor]], keys: Tensor | None = None, count: Tensor | None = None
+    ) -> list[Tensor]:
+        """The loss of each pair (q, k), both (B, C) of any length; k takes no gradient.
+
+        Args:
+            keys: (N, C), what enters the queue, as many in each process; by default the keys of the pairs.
+            count: as in `InfoNCE`.
+        """
         pairs = [(l2_normalize(q), l2_normalize(k)) for q, k in pairs]
-        self.keys = [k for _, k in pairs]
-        return [self.loss(similarities(q, k, self.queue.keys)) for q, k in pairs]
+        self.keys = [k for _, k in pairs] if keys is None else [l2_normalize(keys)]
+        return [self.loss(similarities(q, k, self.queue.keys), count) for q, k in pairs]
 
     def after_step(self) -> None:
-        """Enqueue the keys of all pairs, in their order."""
+        """Enqueue the step's keys, in their order."""
         for keys in self.keys:
             self.queue.enqueue(keys)
         self.loss.after_step()

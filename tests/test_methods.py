@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,18 @@ from torch import nn
 
 from medssl.engine.monitor import COLLAPSED, Monitor, feature_std
 from medssl.engine.parallel import Run, finish, setup, wrap
+from medssl.models.momentum import momentum_at
+from medssl.models.queue import KeyQueue
+from medssl.train_byol import BYOL
 from medssl.train_c2l import C2L
+from medssl.train_concl import ConCL
+from medssl.train_densecl import DenseCL
 from medssl.train_insdis import InsDis
 from medssl.train_magical import MAGICAL
 from medssl.train_moco import MoCo
 from medssl.train_pcrl import PCRL
 from medssl.train_pcrlv2 import PCRLv2
+from medssl.train_simclr import SimCLR
 
 
 def pcrlv2_batch(images=8, large=(32, 32), small=(32, 32), locals_=2):
@@ -65,6 +71,15 @@ def pair_batch(images=8, sides=(32, 32), code=6):
     return batch | {"index": torch.arange(images)}
 
 
+def concept_batch():
+    """Two views, the reference view around them, and where they lie in it."""
+    batch = pcrlv2_batch(8, (64, 64), (64, 64))
+    low = 0.3 * torch.rand(8, 4, generator=torch.Generator().manual_seed(4))
+    mirrored = (torch.arange(8) % 2).float()[:, None]
+    boxes = {f"box{i}": torch.cat([low[:, 2 * i - 2 : 2 * i], 1 - low[:, :2], mirrored], 1) for i in (1, 2)}
+    return {name: batch[name] for name in ("view1", "view2")} | {"reference": batch["target"]} | boxes
+
+
 def magical_batch():
     """An image, the same changed, and its values in [0, 1]."""
     batch = pcrlv2_batch()
@@ -85,7 +100,10 @@ class Case:
     share: object
     lr: float
     fall: float = 0.3  # share of the first loss that 15 steps take away
+    keys: dict = field(default_factory=dict)  # how many enter each queue in a step of 8 images
 
+
+ONE, THREE = {"contrast": 8}, {"contrast": 24}  # keys of an image
 
 CASES = {
     "pcrlv2": Case(PCRLv2, {"locals_": 2}, pcrlv2_batch, pcrlv2_share, lr=0.02),
@@ -96,25 +114,51 @@ CASES = {
         pcrlv2_share,
         lr=0.02,
     ),
-    "moco1": Case(MoCo, {"version": 1, "queue": 60}, pair_batch, plain_share, lr=0.05),
-    "moco2": Case(MoCo, {"queue": 60}, pair_batch, plain_share, lr=0.05),
-    "moco2_nce": Case(MoCo, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.02),
+    "moco1": Case(MoCo, {"version": 1, "queue": 60}, pair_batch, plain_share, lr=0.05, keys=ONE),
+    "moco2": Case(MoCo, {"queue": 60}, pair_batch, plain_share, lr=0.05, keys=ONE),
+    "moco2_nce": Case(
+        MoCo, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.02, keys={"contrast": 8}
+    ),
     "insdis": Case(InsDis, {"images": 20, "negatives": 16}, pair_batch, plain_share, lr=0.05),
     "insdis_nce": Case(InsDis, {"images": 20, "negatives": 16, "loss": "nce"}, pair_batch, plain_share, lr=0.05),
-    "c2l": Case(C2L, {"queue": 60}, pair_batch, plain_share, lr=0.05),
-    "c2l_nce": Case(C2L, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.05),
-    "pcrl": Case(PCRL, {"queue": 60}, pair_batch, plain_share, lr=0.05),
+    "c2l": Case(C2L, {"queue": 60}, pair_batch, plain_share, lr=0.05, keys=THREE),
+    "c2l_nce": Case(
+        C2L, {"queue": 60, "loss": "nce", "images": 50}, pair_batch, plain_share, lr=0.05, keys={"contrast": 24}
+    ),
+    "pcrl": Case(PCRL, {"queue": 60}, pair_batch, plain_share, lr=0.05, keys=THREE),
     "pcrl_3d": Case(
         PCRL,
         {"arch": "unet3d_quarter", "dims": 3, "queue": 60},
         functools.partial(pair_batch, sides=(16, 16, 16), code=7),
         plain_share,
         lr=0.1,
+        keys=THREE,
         fall=0.15,  # it starts near the least that 60 random negatives allow
+    ),
+    "simclr": Case(SimCLR, {}, pair_batch, plain_share, lr=0.05),
+    "byol": Case(BYOL, {}, pair_batch, plain_share, lr=0.05),
+    "densecl": Case(
+        DenseCL,
+        {"queue": 60},
+        functools.partial(pair_batch, sides=(64, 64)),
+        plain_share,
+        lr=0.05,
+        keys=ONE | {"dense_contrast": 8},
+    ),
+    "concl_warm_up": Case(
+        ConCL, {"queue": 60}, concept_batch, plain_share, lr=0.05, keys=ONE | {"concept_contrast": 0}
+    ),
+    "concl": Case(
+        ConCL,
+        {"queue": 60, "concepts": 3, "warm_up": 0.0, "weight": 0.7},
+        concept_batch,
+        plain_share,
+        lr=0.05,
+        keys=ONE | {"concept_contrast": 24},
     ),
     "magical": Case(MAGICAL, {"arch": "resnet18"}, magical_batch, plain_share, lr=0.05),
 }
-TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL)]
+TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, ConCL)]
 
 
 def build(case):
@@ -309,25 +353,28 @@ def test_teacher_matters_and_takes_no_gradient(taught):
     assert all(torch.equal(p, before[k]) for k, p in method.teacher.named_parameters())
 
 
-def test_after_step_moves_teacher_and_queue(taught):
+def test_after_step_moves_teacher_and_queues(taught):
     case, method = taught
     teacher = {k: v.clone() for k, v in method.teacher.named_parameters()}
     student = dict(method.student.named_parameters())
-    queue = method.contrast.queue.keys.clone()
+    queues = {name: m for name, m in method.named_modules() if isinstance(m, KeyQueue)}
+    before = {name: queue.keys.clone() for name, queue in queues.items()}
     method(case.batch(), run_with(0))
-    assert torch.equal(method.contrast.queue.keys, queue)
-    assert method.contrast.queue.pointer == 0
+    for name, queue in queues.items():
+        assert torch.equal(queue.keys, before[name])
+        assert queue.pointer == 0
     method.after_step(0.5)
+    m = momentum_at(0.5, method.momentum, method.schedule)
     for name, p in method.teacher.named_parameters():
-        expected = 0.999 * teacher[name] + 0.001 * student[name]
-        assert torch.allclose(p, expected, atol=1e-6), name
-    keys = 8 if case.make is MoCo else 24
-    assert method.contrast.queue.pointer == keys
-    assert torch.equal(method.contrast.queue.keys[keys:], queue[keys:])
-    new = method.contrast.queue.keys[:keys]
-    assert not torch.isclose(new, queue[:keys]).all(1).any()
-    assert torch.allclose(new.norm(dim=1), torch.ones(keys), atol=1e-5)
-    assert not new.requires_grad
+        assert torch.allclose(p, m * teacher[name] + (1 - m) * student[name], atol=1e-6), name
+    assert {name.partition(".")[0]: int(queue.pointer) for name, queue in queues.items()} == case.keys
+    for name, queue in queues.items():
+        count = int(queue.pointer)
+        new, old = queue.keys[:count], before[name]
+        assert torch.equal(queue.keys[count:], old[count:])
+        assert not torch.isclose(new, old[:count]).all(1).any()
+        assert torch.allclose(new.norm(dim=1), torch.ones(count), atol=1e-5)
+        assert not new.requires_grad
 
 
 def test_teachers_start_as_copies():

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
 from medssl.engine.options import InputError
-from medssl.models.encoders import make_encoder
+from medssl.models.encoders import check_normalization, make_encoder
 from medssl.models.heads import Averaged
 
 SIDE = 64  # pixels of the images on which features are compared
@@ -65,6 +65,8 @@ class Exported:
                 f"--file {path}: does not hold a whole {self.arch} encoder; give a run's encoder.pt"
             ) from None
         self.network = Averaged(encoder).eval()
+        if self.content.get("normalization") is not None:
+            check_normalization(self.content["normalization"], 2, path)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def load_into(network: nn.Module, state: dict[str, Tensor], tool: str, arch: str
     """Load all of `state`, and nothing else; an InputError where names or shapes differ."""
     try:
         nn.Module.load_state_dict(network, state)
-    except RuntimeError:
+    except (RuntimeError, TypeError, AttributeError):
         raise InputError(f"--to {tool}: its {arch} has other layers than this encoder; leave it out") from None
 
 

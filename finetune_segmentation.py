@@ -35,7 +35,9 @@ An epoch is a pass over the training cases, or `--epoch-steps` steps where that 
 as long as many; the one with the best Dice on the validation cases is kept, and 30 without gain stop the run.
 Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
 compared in pairs. Validation and test cases never shrink. predictions/cases.csv has a row a trial, case (image) and
-region, whose last numbers are pixels or voxels; the 95 % Hausdorff distance, hd95, is in mm, of images in pixels.
+region, whose last numbers are pixels or voxels; the 95 % Hausdorff distance, hd95, is in mm, of images in pixels, and
+the image's diagonal where only one of prediction and truth is there; that of lits' slices is their mean, not a
+volume's.
 
 `--cache DIR` keeps decoded and resampled volumes there, which is several times faster where files are compressed.
 """

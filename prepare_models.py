@@ -235,6 +235,8 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
         state = CONVERTERS[name](content)
     except InputError as error:
         raise InputError(f"{path}: {error}; is it {name}'s file?") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{path}: not laid out as {name}'s file is") from None
     wanted = expected()
     learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
     state = {key: value for key, value in state.items() if key in wanted or not key.endswith("num_batches_tracked")}
@@ -244,6 +246,9 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
         if state[key].shape != wanted[key].shape:
             shapes = tuple(state[key].shape), tuple(wanted[key].shape)
             raise InputError(f"{path}: {key} has shape {shapes[0]}, ResNet-50's has {shapes[1]}")
+        if not state[key].is_floating_point() or state[key].layout != torch.strided:
+            raise InputError(f"{path}: {key} holds no plain numbers ({state[key].dtype}, {state[key].layout})")
+        state[key] = state[key].float()
     unknown = [key for key in state if key not in wanted]
     if unknown:
         raise InputError(f"{path}: has {unknown[0]}, which ResNet-50 has not; is it {name}'s file?")

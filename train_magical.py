@@ -73,7 +73,7 @@ class MAGICAL(Method):
     L = NT-Xent(z, z⁺; T) + L1(d(x⁺), x), weights 1:1.
 
     Batch: "image", "changed" (B, 3, H, W) normalised, x and x⁺; "target" (B, C, H, W), x in [0, 1], one channel of grey
-    images, three of colour.
+    images, three of colour; "index" (B,) numbers of the images, where the batch may have one twice.
 
     Differences from the published code, on purpose:
       * The projector sees the average of the deepest map; there, maps larger than 1 × 1 are reshaped, which scrambles
@@ -96,7 +96,7 @@ class MAGICAL(Method):
         changed = run(self.network, batch["changed"])
         self.features = x["features"].detach()
         return {
-            "contrast": nt_xent(x["z"], changed["z"], self.temperature),
+            "contrast": nt_xent(x["z"], changed["z"], self.temperature, batch.get("index")),
             "restoration": F.l1_loss(changed["restored"], batch["target"]),
         }
 

@@ -33,7 +33,7 @@ class SimCLR(Method):
 
     L = NT-Xent(g(f(x1)), g(f(x2)); T) (paper, Eq. 1), over the images of all devices, with gradient.
 
-    Batch: "view1", "view2" (B, 3, H, W) normalised.
+    Batch: "view1", "view2" (B, 3, H, W) normalised; "index" (B,) numbers of the images, where one may come twice.
 
     Differences from the published code: the head is ConCL's baseline's, 512 – 512 – 128, of any encoder; both views
     share their batch statistics, which under DistributedDataParallel on GPUs are those of all devices; the learning
@@ -53,7 +53,7 @@ class SimCLR(Method):
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, torch.stack([batch["view1"], batch["view2"]], 1).flatten(0, 1))
         self.features = features[::2].detach()
-        return {"contrast": nt_xent(z[::2], z[1::2], self.temperature)}
+        return {"contrast": nt_xent(z[::2], z[1::2], self.temperature, batch.get("index"))}
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder.state_dict()

@@ -284,7 +284,7 @@ def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, C
     if groups == names:
         print(
             f"note: {why} and patients are unknown: split 70/10/20 by image; where a patient has several "
-            "images, give --list, --val-list and --test-list, also to pre-training",
+            "images, give --list, --val-list and --test-list, and the same --list to pre-training",
             file=sys.stderr,
         )
     return {split: _take((names, labels), rows) for split, rows in split_all(groups).items()}

@@ -73,7 +73,9 @@ def fundi(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> tuple[np.ndarr
     if count < 1:
         raise InputError(f"phantom fundi: {count} images asked for; at least 1 is needed")
     if size < MIN_SIZE:
-        raise InputError(f"--texture-size {size}: phantom fundi have at least {MIN_SIZE} pixels a side")
+        raise InputError(
+            f"phantom fundi of {size} pixels: at least {MIN_SIZE} are needed; raise --texture-size or --image-size"
+        )
     made = [_photograph(np.random.default_rng([seed, i]), size) for i in range(count)]
     return np.stack([image for image, _ in made]), np.stack([mask for _, mask in made])
 

@@ -14,9 +14,9 @@ The last digit of a radiograph's name says whether it shows tuberculosis: montgo
 
 Images are split by `--list`, `--val-list` and `--test-list` (paths in `--data`, file names, or volumes of lits); else
 drive as published, where its test masks are there, shenzhen's test images are a fifth drawn by scikit-learn with seed
-42, and all others, and a `--list` alone, are split 70/10/20 by patient, always in the same way. Pre-training sees the
-training images only. Patients of a folder are known from names as ChestX-ray14's and CheXpert's; else each image
-counts as one.
+42, and all others, and a `--list` alone, are split 70/10/20 by patient, always in the same way. Pre-training sees all
+images of its `--list`, and without one the training images only. Patients of a folder are known from names as
+ChestX-ray14's and CheXpert's; else each image counts as one.
 """
 
 import re
@@ -121,7 +121,12 @@ class MaskFiles(MaskedImages):
     Args:
         cases: of the split.
         values: in the masks' files of each of `names`, one or several; None for one label, all that is not 0.
+
+    Attributes:
+        allowed: all values that masks may have; None for any.
     """
+
+    allowed: tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -144,6 +149,11 @@ class MaskFiles(MaskedImages):
         found = [read_mask(path) for path in case.masks]
         if len({mask.shape for mask in found}) > 1:
             raise UnreadableImage(f"its masks {case.masks[0].name} differ in size")
+        wrong = np.setdiff1d(found[0], self.allowed) if self.allowed is not None else ()
+        if len(wrong):
+            raise UnreadableImage(
+                f"its mask has the value {wrong[0]}, and labels are {', '.join(map(str, self.allowed))}"
+            )
         if self.values is None:
             masks = np.any(np.stack(found) > 0, 0)[None]
         else:
@@ -326,10 +336,13 @@ def open_folder(request: Request, splits: Sequence[str], channels: Callable[[lis
     if not request.lists and len({case.patient for case in cases}) == len(cases):
         print(
             f"note: patients of {root} are unknown: split 70/10/20 by image; where a patient has several images, give "
-            "--list, --val-list and --test-list, also to pre-training",
+            "--list, --val-list and --test-list, and the same --list to pre-training",
             file=sys.stderr,
         )
     chosen = choose(cases, request, splits)
+    lossy = next((case.masks[0] for case in cases if case.masks[0].suffix.lower() in (".jpg", ".jpeg")), None)
+    if lossy:
+        raise InputError(f"{lossy}: a mask in JPEG, which changes values; save masks as PNG")
     values = discover(cases, request.labels)
     names = [f"label {value}" for value in values] if values else ["foreground"]
     info = Info("folder", 2, channels([case.image for case in cases]))
@@ -338,6 +351,7 @@ def open_folder(request: Request, splits: Sequence[str], channels: Callable[[lis
     return {split: MaskFiles(info, part, names, groups, False, texture) for split, part in chosen.items()}
 
 
+LITS_VALUES = (0, 1, 2)
 LITS = {"liver": (1, 2), "tumour": (2,)}  # the challenge's liver includes its tumours
 
 
@@ -353,7 +367,7 @@ def open_lits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset
     opened = {}
     for split, part in choose(cases, request, splits).items():
         opened[split] = MaskFiles(info, part, tuple(LITS), tuple(LITS.values()), False, texture)
-        opened[split].by_patient = True
+        opened[split].by_patient, opened[split].allowed = True, LITS_VALUES
     return opened
 
 
@@ -404,7 +418,12 @@ def choose(cases: Sequence[Case], request: Request, splits: Sequence[str]) -> di
     """The cases of the splits that are asked for."""
     if request.lists:
         chosen = _listed(cases, request)
-        if list(chosen) == ["train"]:  # one list is split as the whole set is, also for pre-training
+        if list(chosen) == ["train"] and list(splits) != ["train"]:
+            print(
+                f"note: {request.list}: no --val-list and --test-list, so it is split 70/10/20 by patient; "
+                "pre-training on this list has seen all of its images",
+                file=sys.stderr,
+            )
             chosen = _drawn(chosen["train"], request.name)
     elif request.name == "drive" and any(case.id.startswith("test/") for case in cases):
         train = [case for case in cases if case.id.startswith("training/")]

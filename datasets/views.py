@@ -715,7 +715,8 @@ class MaskedToneViews(Views):
         mask_ratio: share of the cells blacked out. grid: cells along a side.
 
     Returns, from `forward`:
-        {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the image in [0, 1]}.
+        {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the image in [0, 1]; "index" (B,)
+        image numbers}.
 
     Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells.
     """
@@ -732,7 +733,8 @@ class MaskedToneViews(Views):
         x = sample(batch["image"], whole, self.size).clamp_(0, 1)
         changed = change_tones(x, Columns(draws.uniform(0, 2)))
         changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
-        return {"image": self.normalise(x), "changed": self.normalise(changed), "target": x}
+        out = {"image": self.normalise(x), "changed": self.normalise(changed), "target": x}
+        return out | ({"index": batch["index"]} if "index" in batch else {})
 
 
 class SegmentationViews(Views):

@@ -56,7 +56,12 @@ class Parser(argparse.ArgumentParser):
         args, rest = super().parse_known_args(*given, **named)
         if getattr(args, "proxy_dir", None):
             several = isinstance(args.init, list)
-            found = [resolve_init(init, args.proxy_dir) for init in (args.init if several else [args.init])]
+            inits = args.init if several else [args.init]
+            found = [resolve_init(init, args.proxy_dir) for init in inits]
+            if set(inits) <= {"random", "imagenet"}:
+                raise InputError(
+                    f"--proxy-dir {args.proxy_dir}: has no effect on --init {inits[0]}; give a model's name"
+                )
             args.init = found if several else found[0]
         return args, rest
 
@@ -454,10 +459,10 @@ def resolve_init(init: str, folder: str) -> str:
     Raises:
         InputError: for a folder that is not there, and a name that it does not have.
     """
-    if init in ("random", "imagenet") or Path(init).is_file():
-        return init
     if not Path(folder).is_dir():
         raise InputError(f"--proxy-dir {folder}: no such folder")
+    if init in ("random", "imagenet") or Path(init).is_file():
+        return init
     known = {plain_name(path.stem): path for path in sorted(Path(folder).glob("*.pth"))}
     if plain_name(init) not in known:
         there = ", ".join(path.stem for path in known.values()) or "none"

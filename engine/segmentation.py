@@ -18,6 +18,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from medssl.engine.metrics import mean_of
+from medssl.engine.options import InputError
 
 # Probabilities of a volume that take more bytes than this are added up in the machine's memory, not the device's.
 LARGE_SUM = 1 << 32
@@ -83,6 +84,13 @@ def sliding_window(
             seen[box] += weights.to(total.device)
     inner = tuple(slice(before, before + n) for (before, _), n in zip(padding, shape))
     return total.div_(seen)[(slice(None), *inner)]
+
+
+def all_finite(logits: Tensor) -> Tensor:
+    """The logits; an InputError where one is not finite, which would count as a structure that was not found."""
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the network's outputs are not finite in evaluation; lower --lr, or leave out --amp")
+    return logits
 
 
 # Measures ------------------------------------------------------------------------------------------

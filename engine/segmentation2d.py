@@ -20,7 +20,15 @@ from medssl.engine.evaluation import evaluation_batches
 from medssl.engine.loop import Method, autocast
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run
-from medssl.engine.segmentation import counts, dice, empty_folders, hausdorff95, sliding_window, summarise_cases
+from medssl.engine.segmentation import (
+    all_finite,
+    counts,
+    dice,
+    empty_folders,
+    hausdorff95,
+    sliding_window,
+    summarise_cases,
+)
 from medssl.engine.trials import said
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.unet2d import UNet2d
@@ -120,7 +128,7 @@ def predict(
 
     def probabilities(windows: Tensor) -> Tensor:
         with autocast(args, devices.device):
-            return run(network, windows).float().sigmoid()
+            return all_finite(run(network, windows).float()).sigmoid()
 
     whole = views.patch == views.size
     for batch in evaluation_batches(data, args.eval_b if whole else 1, args, devices):

@@ -22,7 +22,15 @@ from medssl.engine.evaluation import evaluation_batches
 from medssl.engine.loop import Method, autocast
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run
-from medssl.engine.segmentation import counts, dice, empty_folders, hausdorff95, sliding_window, summarise_cases
+from medssl.engine.segmentation import (
+    all_finite,
+    counts,
+    dice,
+    empty_folders,
+    hausdorff95,
+    sliding_window,
+    summarise_cases,
+)
 from medssl.engine.trials import said
 from medssl.losses.segmentation import dice_cross_entropy
 from medssl.models.encoders import width_of
@@ -109,8 +117,7 @@ def predict(
 
     def probabilities(windows: Tensor) -> Tensor:
         with autocast(args, devices.device):
-            logits = run(network, views.normalise(windows))
-        return logits.float().softmax(1)
+            return all_finite(run(network, views.normalise(windows)).float()).softmax(1)
 
     for batch in evaluation_batches(data, 1, args, devices):
         volume = views(batch)["view"][0]

@@ -27,15 +27,13 @@ RESULTS = (
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`, and
-    adds `--run` to the seed.
+    """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`.
 
     Raises:
         InputError: for a `--resume` that names a file, or an `--init` that is not there.
     """
     if args.resume not in ("auto", "never"):
         raise InputError(f"--resume {args.resume}: fine-tuning continues what is in --output; use auto or never")
-    args.seed += args.run
     if args.init not in ("random", "imagenet"):
         # The path alone would take results of older weights under the same name for finished trials.
         args.init_digest = file_digest(args.init)
@@ -45,9 +43,14 @@ def check_start(args: argparse.Namespace) -> None:
 
 
 def labelled_subset(train: ImageDataset, percent: float, seed: int) -> ImageDataset:
-    """The first `percent` of the training images after a shuffle that depends on the seed alone; at least one."""
-    count = max(1, round(len(train) * percent / 100))
-    return train.subset(np.random.default_rng([seed, 1]).permutation(len(train))[:count])
+    """The first `percent` of the training images after a shuffle that depends on the seed alone; at least one. Of
+    slices whose volumes are judged as one (`by_patient`), that share of the volumes."""
+    by_patient = getattr(train, "by_patient", False)
+    units = list(dict.fromkeys(train.patients)) if by_patient else range(len(train))
+    count = max(1, round(len(units) * percent / 100))
+    first = [units[i] for i in np.random.default_rng([seed, 1]).permutation(len(units))[:count]]
+    return train.subset([i for unit in first for i, patient in enumerate(train.patients) if patient == unit]
+                        if by_patient else first)  # fmt: skip
 
 
 def oversample(train: ImageDataset, share: float) -> ImageDataset:
@@ -85,7 +88,7 @@ def run_trials(
 
     Args:
         run_trial: fine-tunes with the options of trial k, whose `output` is the folder `trial_k` and whose `seed`
-            is `--seed` + k, and returns its entry of results.json, with the validation's "val_score".
+            is `--seed` + `--run` + k, and returns its entry of results.json, with the validation's "val_score".
         say: a line about a finished trial.
 
     Returns:
@@ -108,14 +111,15 @@ def run_trials(
     devices.wait()
     entries = []
     for k in range(args.trials):
+        seed = args.seed + args.run + k
         folder = output / f"trial_{k}"
         finished = folder / "result.json"
         if not devices.broadcast(finished.exists()):
             since = time.perf_counter()
-            entry = run_trial(argparse.Namespace(**{**vars(args), "output": str(folder), "seed": args.seed + k}))
+            entry = run_trial(argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed, "run": 0}))
             if devices.main:
                 seconds = round(time.perf_counter() - since, 1)
-                write_json(finished, {"trial": k, "seed": args.seed + k, **entry, "seconds": seconds})
+                write_json(finished, {"trial": k, "seed": seed, **entry, "seconds": seconds})
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
         entries.append(devices.broadcast(json.loads(finished.read_text()) if devices.main else None))

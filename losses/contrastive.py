@@ -102,7 +102,7 @@ def make_contrast(kind: str, temperature: float, images: int) -> nn.Module:
     return InfoNCE(temperature) if kind == "infonce" else NCE(temperature, images)
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float, index: Tensor | None = None) -> Tensor:
     """Normalised temperature-scaled cross-entropy (SimCLR, arXiv 2002.05709, Eq. 1) over the images of all processes.
 
     Every embedding must find the other view of its image among all views of all images, itself left out; chance is
@@ -111,6 +111,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     Args:
         z1, z2: (B, C), two views of this process's images, of any length.
         temperature: T.
+        index: (B,) numbers of the images. An image that the batch has twice, as one larger than the data set does, is
+            not its own negative.
 
     Returns:
         the mean over this process's 2B embeddings.
@@ -122,8 +124,14 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         s = own @ everything.T / temperature
         first = process_rank() * 2 * b  # where this process's embeddings lie among all
         rows = torch.arange(2 * b, device=s.device)
-        s = s.index_put((rows, first + rows), s.new_tensor(-torch.inf))
-        return F.cross_entropy(s, first + rows.roll(b))
+        places, partners = first + rows, first + rows.roll(b)
+        if index is None:
+            same = F.one_hot(places, s.shape[1]).bool()
+        else:
+            numbers = torch.cat([index, index]).to(s.device)
+            same = numbers[:, None] == gather(numbers)
+        left_out = same.scatter(1, partners[:, None], False)
+        return F.cross_entropy(s.masked_fill(left_out, -torch.inf), partners)
 
 
 def negative_cosine(q_a: Tensor, p_a: Tensor, q_b: Tensor, p_b: Tensor) -> Tensor:

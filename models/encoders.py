@@ -2,7 +2,9 @@
 torchvision's key names; in 3D the U-Net's way down."""
 
 import logging
+import math
 import urllib.error
+from collections.abc import Sequence
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -112,8 +114,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
             raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
         if isinstance(fields.get("arch"), str) and fields["arch"] != arch:
             raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
-        if isinstance(fields.get("normalization"), dict):
-            report["normalization"] = fields["normalization"]
+        if fields.get("normalization") is not None:
+            report["normalization"] = check_normalization(fields["normalization"], dims, init)
         elif dims == 3 and any(key.endswith("aug_fc1.weight") for key in state):
             report["normalization"] = {"kind": "unit"}  # published PCRL, whose inputs were in [0, 1]
     wanted = encoder.state_dict()
@@ -148,6 +150,26 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     return report
 
 
+def check_normalization(found: object, dims: int, path: str | Path) -> dict:
+    """What a checkpoint says of its inputs, as `initialise` returns it; an InputError where it says something else."""
+
+    def three_numbers(values: object) -> bool:
+        return (
+            isinstance(values, Sequence)
+            and len(values) == 3
+            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        )
+
+    if dims == 3:
+        good = isinstance(found, dict) and found.get("kind") in ("z", "unit")
+    else:
+        good = isinstance(found, dict) and three_numbers(found.get("mean")) and three_numbers(found.get("std"))
+        good = good and min(found["std"]) > 0
+    if not good:
+        raise InputError(f"{path}: its normalization is not one of a {dims}-dimensional encoder; is it ours?")
+    return found
+
+
 def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict:
     """`initialise` a segmentation network, `UNet2d` or `UNet3d`, all but its last layer, whose labels are the task's.
 
@@ -165,7 +187,7 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
         state = content.get("decoder_state_dict") if isinstance(content, dict) else None
         try:
             network.decoder.load_state_dict(state or {})
-        except RuntimeError:
+        except (RuntimeError, TypeError, AttributeError):
             which = "of other shapes, as those without skips are (PCRLv2's)" if state else "not there"
             raise InputError(f"--init {init}: its decoder is {which}; use --load encoder") from None
         print(f"{Path(init).name}: {len(state)} of {len(state)} decoder entries matched")

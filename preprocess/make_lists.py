@@ -195,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.data)
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder")
+    ignored = options.changed(parser, args, ("uncertain", "view")) if args.dataset != "chexpert" else ()
+    if ignored:
+        raise InputError(f"{ignored[0]}: is for chexpert, not for {args.dataset}; leave it out")
     drawn = {
         **{"split": args.split, "seed": args.seed},
         **{"val_fraction": args.val_fraction, "test_fraction": args.test_fraction},

@@ -35,6 +35,17 @@ def test_nt_xent_by_hand():
     # Every embedding has its partner at cosine 1 and two others at 0.
     expected = math.log(math.exp(1 / 0.5) + 2) - 1 / 0.5
     assert float(nt_xent(z1, z2, 0.5)) == pytest.approx(expected, rel=1e-6)
+    # The same image twice in a batch is no negative, and nobody's positive but its own view's.
+    g = torch.Generator().manual_seed(0)
+    one, two = torch.randn(3, 8, generator=g), torch.randn(3, 8, generator=g)
+    repeated = nt_xent(one[[0, 1, 2, 1]], two[[0, 1, 2, 1]], 0.5, torch.tensor([7, 3, 5, 3]))
+    z = F.normalize(torch.cat([one[[0, 1, 2, 1]], two[[0, 1, 2, 1]]]), dim=1)
+    numbers, terms = [7, 3, 5, 3] * 2, []
+    for i in range(8):
+        others = [j for j in range(8) if numbers[j] != numbers[i]]
+        s = z[i] @ z[[(i + 4) % 8, *others]].T / 0.5
+        terms.append(s.logsumexp(0) - s[0])
+    assert float(repeated) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-5)
     equal = torch.ones(8, 4)
     assert float(nt_xent(equal, equal, 0.1)) == pytest.approx(math.log(15), rel=1e-6)
 

@@ -238,7 +238,10 @@ def test_a_prepared_model_is_an_init_by_its_name(state, tmp_path, capsys):
     assert raw == {"mean": [0, 0, 0], "std": [1, 1, 1]}  # SimCLR's inputs are not normalised
     torchvision.models.resnet50().load_state_dict({**state, **prepared})  # flat, for everyone
     assert torch.equal(encoder.conv1.weight, state["conv1.weight"])
-    assert parser.parse_args(["--init", "random", "--proxy_dir", "nowhere"]).init == "random"
+    with pytest.raises(InputError, match="has no effect on --init random"):
+        parser.parse_args(["--init", "random", "--proxy_dir", str(tmp_path / "zoo")])
+    with pytest.raises(InputError, match="--proxy-dir nowhere: no such folder"):
+        parser.parse_args(["--proxy_dir", "nowhere"])
     with pytest.raises(InputError, match="no such model in .*zoo, which has moco-v2, simclr-v2"):
         parser.parse_args(["--init", "byol", "--proxy_dir", str(tmp_path / "zoo")])
     with pytest.raises(InputError, match="--proxy-dir .*gone: no such folder"):
@@ -280,3 +283,15 @@ def test_bad_input(state, tmp_path):
     torch.save({**body(state), "extra.weight": EXTRA}, tmp_path / "more.pth")
     with pytest.raises(InputError, match="has extra.weight, which ResNet-50 has not"):
         convert("barlowtwins", tmp_path / "more.pth")
+    for name, content in (
+        ("swav", {1: EXTRA}), ("byol", {"experiment_state": {"online_params": [], "online_state": []}}),
+        ("byol", {"experiment_state": {"online_params": {3: {}}, "online_state": {}}}),
+        ("supervised", {**state, "conv1.weight": state["conv1.weight"].to_sparse()}),
+        ("supervised", {**state, "conv1.weight": state["conv1.weight"].to(torch.complex64)}),
+    ):  # fmt: skip
+        path = tmp_path / f"odd_{name}"
+        path.write_bytes(pickle.dumps(content)) if name == "byol" else torch.save(content, path)
+        with pytest.raises(InputError, match="odd_.*(not laid out as|holds no plain numbers)"):
+            convert(name, path)
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path)
+    assert convert("supervised", path)["conv1.weight"].dtype == torch.float32

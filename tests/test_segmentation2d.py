@@ -33,6 +33,7 @@ from medssl.engine.segmentation2d import (
     judge,
     label_map,
 )
+from medssl.engine.trials import labelled_subset
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.encoders import IMAGENET, initialise_unet
 from medssl.models.unet2d import UNet2d
@@ -192,8 +193,8 @@ def test_alpha_is_no_label(tmp_path):
         assert np.array_equal(read_mask(tmp_path / f"{mode}.png") > 0, mask > 0), mode
 
 
-def test_pre_training_on_a_folder_with_masks(tmp_path):
-    """Neither masks nor held-out images are seen."""
+def test_pre_training_on_a_folder_with_masks(tmp_path, capsys):
+    """Neither masks nor held-out images are seen; of a list, all images, which fine-tuning on it alone says."""
     root = make(tmp_path, "folder", 16)
     own = open_splits(Request(None, str(root), image_size=32), ["train"])["train"]
     splits = opened(root, "folder")
@@ -202,7 +203,66 @@ def test_pre_training_on_a_folder_with_masks(tmp_path):
     names = tmp_path / "all.txt"
     write_list(names, sorted(name for data in splits.values() for name in data.ids))
     listed = open_splits(Request(None, str(root), list=str(names), image_size=32), ["train"])["train"]
-    assert not set(listed.ids) & set(opened(root, "folder", list=str(names))["test"].ids)
+    assert len(listed) == sum(map(len, splits.values()))
+    assert "has seen all" not in capsys.readouterr().err
+    again = opened(root, "folder", list=str(names))
+    assert {split: sorted(data.ids) for split, data in again.items()} == {k: sorted(v.ids) for k, v in splits.items()}
+    assert "pre-training on this list has seen all of its images" in capsys.readouterr().err
+
+
+def slices(root, values):
+    """Three volumes of four slices, masks with these values."""
+    for volume in range(10):
+        for i in range(4):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[4:20, 4:20], mask[8:12, 8:12] = values
+            save(root / "images" / f"volume-{volume}" / f"{i:04d}.png", mask // 3 + 9)
+            save(root / "masks" / f"volume-{volume}" / f"{i:04d}.png", mask)
+    return root
+
+
+def test_labelled_slices_are_of_whole_volumes(tmp_path):
+    data = opened(slices(tmp_path, (1, 2)), "lits")["train"]
+    part = labelled_subset(data, 30, 0)
+    assert len(part) == 4 * len(set(part.patients)) == 8
+    assert labelled_subset(data, 0.1, 0).patients == 4 * labelled_subset(data, 0.1, 0).patients[:1]
+
+
+def test_values_that_are_no_labels(tmp_path):
+    data = opened(slices(tmp_path / "lits", (127, 255)), "lits")["train"]
+    with pytest.raises(UnreadableImage, match="its mask has the value 127, and labels are 0, 1, 2"):
+        data.load(0)
+    root = make(tmp_path / "folder", "folder")
+    for path in (root / "masks").rglob("*.png"):
+        Image.open(path).convert("L").save(path.with_suffix(".jpg"))
+        path.unlink()
+    with pytest.raises(InputError, match="a mask in JPEG, which changes values; save masks as PNG"):
+        opened(root, "folder")
+
+
+def test_a_network_that_gives_no_numbers(tmp_path):
+    with pytest.raises(InputError, match="outputs are not finite in evaluation"):
+        finetune_segmentation.main(
+            ["--dataset", "fundus2d", "--image-size", "64", "--b", "2", "--epoch-steps", "1", "--steps", "1", "--lr",
+             "1e30", "--workers", "0", "--device", "cpu", "--no-tensorboard", "--output", str(tmp_path)]
+        )  # fmt: skip
+
+
+def test_damaged_decoders_and_normalizations(tmp_path):
+    network = UNet2d("resnet18", 1)
+    whole = {"state_dict": network.encoder.state_dict(), "arch": "resnet18", "dims": 2,
+             "decoder_state_dict": network.decoder.state_dict()}  # fmt: skip
+    for more, message in (
+        ({"decoder_state_dict": [1]}, "its decoder is"),
+        ({"normalization": {"kind": "z"}}, "its normalization is not one of a 2-dimensional encoder"),
+        ({"normalization": {"mean": [0.5], "std": [0.5]}}, "its normalization is not"),
+        ({"normalization": {"mean": [0.5] * 3, "std": [0.0] * 3}}, "its normalization is not"),
+        ({"normalization": {"mean": "abc", "std": [1.0] * 3}}, "its normalization is not"),
+        ({"normalization": [1]}, "its normalization is not"),
+    ):
+        torch.save(whole | more, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=message):
+            initialise_unet(UNet2d("resnet18", 1), "resnet18", str(tmp_path / "x.pt"), "encoder+decoder")
 
 
 def test_patients_in_names_are_kept_together(tmp_path):
@@ -287,7 +347,7 @@ def test_phantoms_have_masks():
         assert green[inside & (mask == 1)].mean() < 0.9 * green[inside & (mask == 0)].mean()
     again, _ = fundi(2, 96, 5)
     assert np.array_equal(again, images[:2])
-    with pytest.raises(InputError, match="at least 64 pixels"):
+    with pytest.raises(InputError, match="phantom fundi of 32 pixels: at least 64 are needed"):
         fundi(1, 32)
     data = opened_phantom("phantom2d")
     found = [data.truth(i)[0].any() for i in range(20)]

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from medssl.benchmarks import contrast, curves, machine, pipeline, step
+from medssl.benchmarks import concepts, contrast, curves, machine, pipeline, step
 from medssl.engine.options import InputError
+from medssl.models.concepts import concept_means
 
 
 def read(path, variants):
@@ -104,6 +105,15 @@ def test_contrast(tmp_path):
         content = read(path, set(variants))
         assert max(content["differences"].values()) < 1e-3
         assert content["results"]["c2l: plain, fp32"]["ratio"] == 1
+
+
+def test_concepts(tmp_path, monkeypatch):
+    path, tiny = tmp_path / "concepts.json", ["--device", "cpu", "--b", "2", "--concepts", "3", "--repeats", "1"]
+    concepts.main([*tiny, "--output", str(path)])
+    assert read(path, {"loops", "lean loops", "ours"})["difference"] < 1e-5
+    monkeypatch.setattr(concepts, "concept_means", lambda *given: (concept_means(*given)[0] + 1, None))
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        concepts.main([*tiny, "--output", str(path)])
 
 
 def test_curves(tmp_path, capsys):

@@ -57,12 +57,26 @@ class RestoringUNet(UNet2d):
         width = self.encoder.out_channels[-1]
         self.projector = mlp(width, width, DIM)
 
-    def forward(self, x: Tensor, restore: bool = True) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised → "features" (B, F), "z" (B, 128) and, if asked for, "restored" (B, C, H, W)."""
-        maps = self.encoder(x)
+    def forward(self, x: Tensor, changed: Tensor | None = None) -> dict[str, Tensor]:
+        """Restore images, and embed them beside others.
+
+        Both go through the encoder at once: had each its own batch statistics, their running averages, with which
+        the network is validated and exported, would fit neither.
+
+        Args:
+            x: (B, 3, H, W) normalised, what is restored where `changed` is not given.
+            changed: (B, 3, H, W) normalised, what is restored then.
+
+        Returns:
+            "restored" (B, C, H, W), and with `changed` "features" (B, F) of x and "z", "z_changed" (B, 128).
+        """
+        maps = self.encoder(x if changed is None else torch.cat([x, changed]))
+        restored = torch.sigmoid(self.decode([m[-len(x) :] for m in maps]).float())
+        if changed is None:
+            return {"restored": restored}
         features = global_average(maps[-1].float())
-        out = {"features": features, "z": self.projector(features)}
-        return out | {"restored": torch.sigmoid(self.decode(maps).float())} if restore else out
+        z, z_changed = self.projector(features).chunk(2)
+        return {"restored": restored, "features": features[: len(x)], "z": z, "z_changed": z_changed}
 
 
 class MAGICAL(Method):
@@ -80,6 +94,8 @@ class MAGICAL(Method):
         them.
       * Targets are in [0, 1], as the sigmoid's output is, for every data set; there, in [−1, 1] for some.
       * NT-Xent is not scaled by T / 0.07, and takes its negatives from all devices.
+      * x and x⁺ share their batch statistics, in one pass of the encoder, so that its running averages, with which it
+        is validated, are those that it was trained with.
       * A tenth of the pre-training patients validates the restoration; there, the test split did.
       * The learning rate changes every step, not every epoch.
     """
@@ -92,12 +108,11 @@ class MAGICAL(Method):
         self.temperature, self.normalization = temperature, normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        x = run(self.network, batch["image"], restore=False)
-        changed = run(self.network, batch["changed"])
-        self.features = x["features"].detach()
+        out = run(self.network, batch["image"], batch["changed"])
+        self.features = out["features"].detach()
         return {
-            "contrast": nt_xent(x["z"], changed["z"], self.temperature, batch.get("index")),
-            "restoration": F.l1_loss(changed["restored"], batch["target"]),
+            "contrast": nt_xent(out["z"], out["z_changed"], self.temperature, batch.get("index")),
+            "restoration": F.l1_loss(out["restored"], batch["target"]),
         }
 
     def encoder_state(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
   python compare.py --init random OURS/encoder.pt --annotation-percent 10 --trials 3 --image-size 64 --output OUT
   python compare.py --task segmentation --init random OURS/encoder.pt --annotation-percent 2 --output OUT
 
-Every other option goes to finetune_classification.py, or finetune_segmentation.py, as it is. Trial k draws the same
+Every other option goes to finetune_classification.py, finetune_segmentation.py or finetune_detection.py as it is. Trial k draws the same
 labelled images, order and head for every init, so that the gain over the first `--init` is a mean of paired
 differences, with its standard error. Finished trials are kept: the same command continues. Writes `comparison.json`,
 `comparison.md` and `comparison.png` to `--output`.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl import finetune_classification, finetune_segmentation
+from medssl import finetune_classification, finetune_detection, finetune_segmentation
 from medssl.engine import options
 from medssl.engine.loop import write_json
 from medssl.engine.options import InputError
@@ -28,6 +28,7 @@ from medssl.engine.options import InputError
 TASKS = {
     "classification": (finetune_classification, "auroc", "test AUROC"),
     "segmentation": (finetune_segmentation, "dice", "test Dice"),
+    "detection": (finetune_detection, "ap_box", "test AP of boxes"),
 }
 
 

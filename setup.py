@@ -11,12 +11,13 @@ SCRIPTS += ["train_byol", "train_densecl", "train_insdis", "train_moco", "train_
 SCRIPTS += [
     "finetune_classification",
     "finetune_segmentation",
+    "finetune_detection",
     "evaluate_features",
     "compare",
     "prepare_models",
     "export_encoder",
 ]
-TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct", "slices"]
+TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct", "slices", "to_coco"]
 
 setup(
     name="medssl",

@@ -277,9 +277,10 @@ class Request:
 # name -> module with `open_splits(request, splits) -> dict[str, ImageDataset]`
 FAMILIES = {
     "brats": "segmentation3d", "chase": "segmentation2d", "chest": "chest", "chexpert": "chexpert",
-    "drive": "segmentation2d", "folder": "folder", "fundus2d": "phantom_fundus", "lits": "segmentation3d",
-    "luna": "luna", "montgomery": "segmentation2d", "phantom2d": "phantom", "phantom3d": "phantom_ct",
-    "shenzhen": "segmentation2d", "stare": "segmentation2d",
+    "crag": "pathology", "drive": "segmentation2d", "folder": "folder", "fundus2d": "phantom_fundus",
+    "glas": "pathology", "lits": "segmentation3d", "luna": "luna", "montgomery": "segmentation2d", "nct": "pathology",
+    "phantom2d": "phantom", "phantom3d": "phantom_ct", "shenzhen": "segmentation2d", "stare": "segmentation2d",
+    "tissue2d": "phantom_tissue",
 }  # fmt: skip
 
 

@@ -96,6 +96,44 @@ class MaskedImages(ImageDataset):
         return {**item, "mask": stacked[:-1], "field": stacked[-1:]}
 
 
+def to_three_channels(pixels: np.ndarray) -> np.ndarray:
+    """(H, W[, 3]) → (H, W, 3) uint8."""
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+
+
+class InstanceImages(MaskedImages):
+    """Images in which every gland has a mask of its own. A subclass gives `instances`; as `MaskedImages`, all glands
+    are one label.
+
+    Where `detected` is true, an item is {"image" (3, H, W) uint8 at its own size, "instances" (H, W) int32}.
+    """
+
+    mask_labels = ("gland",)
+    detected = False
+
+    def load(self, i: int) -> dict[str, Tensor]:
+        if not self.detected:
+            return super().load(i)
+        pixels, glands = to_three_channels(self.read(self.positions[i])), self.instances(i)
+        if pixels.shape[:2] != glands.shape:
+            sides = f"{glands.shape[1]} × {glands.shape[0]} pixels, it has {pixels.shape[1]} × {pixels.shape[0]}"
+            raise UnreadableImage(f"its annotation has {sides}")
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return {"image": image, "instances": torch.from_numpy(glands.astype(np.int32))}
+
+    def instances(self, i: int) -> np.ndarray:
+        """The glands of image i at its own size, (H, W) integers, 0 or the gland's number.
+
+        Raises:
+            UnreadableImage: for a file that cannot be decoded or is of another size than its image.
+        """
+        raise NotImplementedError
+
+    def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        glands = self.instances(i)
+        return (glands > 0)[None], np.ones(glands.shape, bool)
+
+
 @dataclass(frozen=True)
 class Case:
     """Files of an image.

@@ -792,6 +792,40 @@ class SegmentationViews(Views):
         return {**batch, "view": self.normalise(x), "target": inside[:, :-1], "field": inside[:, -1:]}
 
 
+class DetectionViews(Views):
+    """Images at their own size, for networks that resize them: in training mirrored left to right with chance ½.
+
+    `forward` takes the items of `InstanceImages` whose `detected` is true, and gives "images", tensors (3, H, W) in
+    [0, 1], and "targets", dicts with "boxes" (N, 4) left, top, right, bottom in pixels, "labels" (N,), all 1, and
+    "masks" (N, H, W) uint8. Stream 0 of `Draws` has 1 column.
+    """
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, list]:
+        images, targets = [], []
+        flips = draws.uniform(0, 1)[:, 0] < 0.5 if self.training else torch.zeros(len(batch["image"])).bool()
+        for image, instances, flip in zip(batch["image"], batch["instances"], flips):
+            if flip:
+                image, instances = image.flip(2), instances.flip(1)
+            images.append(image.float() / 255)
+            targets.append(instance_targets(instances))
+        return {"images": images, "targets": targets}
+
+
+def instance_targets(instances: Tensor) -> dict[str, Tensor]:
+    """(H, W) integers, 0 or the instance's number → "boxes", "labels", "masks" as `DetectionViews` gives them."""
+    numbers = instances.unique()
+    masks = instances == numbers[numbers > 0][:, None, None]  # (N, H, W)
+    rows, columns = masks.any(2), masks.any(1)
+
+    def ends(there: Tensor) -> tuple[Tensor, Tensor]:
+        last = there.shape[1] - there.flip(1).float().argmax(1)
+        return there.float().argmax(1), last
+
+    (top, bottom), (left, right) = ends(rows), ends(columns)
+    boxes = torch.stack([left, top, right, bottom], 1).float().view(-1, 4)
+    return {"boxes": boxes, "labels": boxes.new_ones(len(boxes), dtype=torch.int64), "masks": masks.to(torch.uint8)}
+
+
 class ClassificationViews(Views):
     """One view an image for supervised training; centre views for evaluation.
 

@@ -182,8 +182,8 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--data_set",
         type=filled,
         metavar="NAME",
-        help="chest, chexpert, drive, stare, chase, montgomery, shenzhen, luna, lits, brats, folder, phantom2d, "
-        "fundus2d, phantom3d or a MedMNIST name",
+        help="chest, chexpert, drive, stare, chase, montgomery, shenzhen, nct, glas, crag, luna, lits, brats, folder, "
+        "phantom2d, fundus2d, tissue2d, phantom3d or a MedMNIST name",
     )
     group.add_argument(
         "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"
@@ -485,7 +485,7 @@ def add_trials(parser: Parser) -> argparse._ArgumentGroup:
         default=100.0,
         help="use this percentage of the labelled training images",
     )
-    group.add_argument("--trials", "--trial", type=positive_int, default=1, help="repeat with seeds 0, 1, …")
+    group.add_argument("--trials", "--trial", "--runs", type=positive_int, default=1, help="repeat with seeds 0, 1, …")
     group.add_argument("--run", type=non_negative_int, default=0, help="number of a repetition, added to --seed")
     flag(group, "--tensorboard", True, "write TensorBoard events")
     return group

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from medssl.datasets.registry import Info
-from medssl.datasets.segmentation2d import MaskedImages
+from medssl.datasets.segmentation2d import MaskedImages, to_three_channels
 from medssl.datasets.views import SegmentationViews
 from medssl.engine.evaluation import evaluation_batches
 from medssl.engine.loop import Method, autocast
@@ -257,11 +257,6 @@ def label_map(found: np.ndarray) -> np.ndarray:
     for number, mask in enumerate(found, 1):
         numbers[mask] = number
     return numbers
-
-
-def to_three_channels(pixels: np.ndarray) -> np.ndarray:
-    """(H, W[, 3]) → (H, W, 3) uint8."""
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
 
 
 def panels(pixels: np.ndarray, masks: np.ndarray, found: np.ndarray) -> np.ndarray:

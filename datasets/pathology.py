@@ -1,0 +1,238 @@
+"""Tiles and glands of stained tissue.
+
+  nct    `NCT-CRC-HE-100K/<CLASS>/*.tif`, nine classes, to train on; `CRC-VAL-HE-7K/<CLASS>/*.tif` to test on
+  glas   `train_1.bmp`, `train_1_anno.bmp`; `testA_1.bmp` …, `testB_1.bmp` … to test on; in `--data` or a folder there
+  crag   `train/Images/*.png`, `train/Annotation/*.png`; `valid/…` to test on
+
+Annotations hold 0 or the gland's number. Both gland sets are also read from COCO's format, as `preprocess/to_coco.py`
+writes it: `annotations/train.json` and `annotations/test.json`, images in `train/` and `test/`.
+
+A fixed tenth of the training images validates and never trains, also when only the training split is asked for, so
+that pre-training does not see it. Which patient an image is of is not known in these sets. With `--list`, `--val-list`
+and `--test-list` (paths in `--data`, or names), the lists say the splits.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, asked_for, line_of, read_list, split_by_patient
+from medssl.datasets.reading import Files, read_mask
+from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
+from medssl.datasets.segmentation2d import InstanceImages
+from medssl.engine.options import InputError
+
+NCT_TRAIN, NCT_TEST = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"
+NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image and, of gland sets, where its glands are.
+
+    Attributes:
+        id: path in `--data`. part: "train" or "test", as the set is published.
+        glands: reads their numbers, (H, W) integers; None for images that are classified.
+        label: class number; None for gland sets.
+    """
+
+    id: str
+    image: Path
+    part: str
+    glands: Callable[[], np.ndarray] | None = None
+    label: int | None = None
+
+
+class Glands(InstanceImages):
+    """Images with a mask for every gland.
+
+    Args:
+        tiles: of the split.
+    """
+
+    def __init__(self, info: Info, tiles: Sequence[Tile], texture_size: int) -> None:
+        files = Files([tile.image for tile in tiles])
+        super().__init__(info, files, [tile.id for tile in tiles], texture_size=texture_size)
+        self.tiles = list(tiles)
+
+    def instances(self, i: int) -> np.ndarray:
+        return self.tiles[self.positions[i]].glands()
+
+
+def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:
+    """Open splits of `nct`, `glas` or `crag`.
+
+    Raises:
+        InputError: for a folder of another layout, a missing annotation, and lists that cannot be used.
+    """
+    root = request.folder()
+    if not root.is_dir():
+        raise InputError(f"--data {root}: not a folder")
+    chosen = choose({"nct": find_nct, "glas": find_glas, "crag": find_crag}[request.name](root), request, splits)
+    opened: dict[str, ImageDataset] = {}
+    if request.name == "nct":
+        info = Info("nct", 2, 3, "multi-class", NCT_CLASSES)
+        for split, tiles in chosen.items():
+            files, labels = Files([tile.image for tile in tiles]), torch.tensor([tile.label for tile in tiles])
+            ids = [tile.id for tile in tiles]
+            opened[split] = ImageDataset(info, files, ids, labels, texture_size=request.resolve_texture(info))
+        return opened
+    info = Info(request.name, 2, 3)
+    return {split: Glands(info, tiles, request.resolve_texture(info)) for split, tiles in chosen.items()}
+
+
+def choose(tiles: Sequence[Tile], request: Request, splits: Sequence[str]) -> dict[str, list[Tile]]:
+    """The tiles of the splits that are asked for."""
+    if request.lists:
+        chosen = {split: _listed(tiles, path, request) for split, path in request.lists.items()}
+        if "test" in splits and "test" not in chosen:
+            chosen["test"] = [tile for tile in tiles if tile.part == "test"]
+    else:
+        chosen = {"train": [tile for tile in tiles if tile.part == "train"]}
+        test = [tile for tile in tiles if tile.part == "test"]
+        chosen |= {"test": test} if test else {}
+    if "val" not in chosen and "train" in chosen and (not request.lists or "val" in splits):
+        rest, held = split_by_patient([tile.id for tile in chosen["train"]], HELD_OUT, SPLIT_SEED)
+        train = chosen["train"]
+        chosen |= {"train": [train[i] for i in rest], "val": [train[i] for i in held]}
+    return asked_for(request.name, chosen, splits)
+
+
+def _listed(tiles: Sequence[Tile], path: str, request: Request) -> list[Tile]:
+    names: dict[str, list[Tile]] = {}
+    for tile in tiles:
+        for name in {tile.id, tile.image.name}:
+            names.setdefault(name, []).append(tile)
+    found = []
+    for name in read_list(path)[0]:
+        named = names.get(name, [])
+        if len(named) != 1:
+            what = "is not in --data" if not named else "names several images; give paths in --data"
+            raise InputError(f"{path}, line {line_of(path, name)}: {name} {what} {request.data}")
+        found += named
+    return found
+
+
+# Layouts -------------------------------------------------------------------------------------------
+
+
+def find_nct(root: Path) -> list[Tile]:
+    """Tiles by class folder; an InputError for other folders than the nine classes'."""
+    tiles = []
+    for home, part in ((NCT_TRAIN, "train"), (NCT_TEST, "test")):
+        if not (root / home).is_dir():
+            continue
+        for folder in sorted(path for path in (root / home).iterdir() if path.is_dir()):
+            if folder.name not in NCT_CLASSES:
+                raise InputError(f"{folder}: not a class of nct, which has {', '.join(NCT_CLASSES)}")
+            label = NCT_CLASSES.index(folder.name)
+            tiles += [
+                Tile(path.relative_to(root).as_posix(), path, part, label=label)
+                for path in sorted(folder.iterdir())
+                if path.suffix.lower() in (".tif", ".tiff", ".png", ".jpg")
+            ]
+    if not any(tile.part == "train" for tile in tiles):
+        raise InputError(f"--data {root}: no {NCT_TRAIN}/<CLASS>/*.tif there")
+    return tiles
+
+
+def find_glas(root: Path) -> list[Tile]:
+    """GlaS' images, as published or in COCO's format."""
+    if (root / "annotations").is_dir():
+        return find_coco(root)
+    home = next((path.parent for path in sorted(root.rglob("train_1.bmp"))), None)
+    if home is None:
+        raise InputError(f"--data {root}: no train_1.bmp and no annotations/train.json there; is this GlaS?")
+    tiles = []
+    for path in sorted(home.glob("*.bmp"), key=_natural):
+        match = re.fullmatch(r"(train|testA|testB)_\d+", path.stem)
+        if match:
+            part = "train" if match[1] == "train" else "test"
+            tiles.append(_with_mask(root, path, path.with_name(f"{path.stem}_anno.bmp"), part))
+    return tiles
+
+
+def find_crag(root: Path) -> list[Tile]:
+    """CRAG's images, as published or in COCO's format."""
+    if (root / "annotations").is_dir():
+        return find_coco(root)
+    tiles = []
+    for home, part in (("train", "train"), ("valid", "test")):
+        for path in sorted((root / home / "Images").glob("*.png"), key=_natural):
+            tiles.append(_with_mask(root, path, root / home / "Annotation" / path.name, part))
+    if not any(tile.part == "train" for tile in tiles):
+        raise InputError(f"--data {root}: no train/Images/*.png and no annotations/train.json there; is this CRAG?")
+    return tiles
+
+
+def _natural(path: Path) -> tuple[str, int]:
+    number = re.search(r"(\d+)$", path.stem)
+    return path.stem[: number.start()] if number else path.stem, int(number[1]) if number else 0
+
+
+def _with_mask(root: Path, image: Path, mask: Path, part: str) -> Tile:
+    if not mask.is_file():
+        raise InputError(f"{image}: its annotation {mask} is missing; add it, or move the image away")
+    return Tile(image.relative_to(root).as_posix(), image, part, lambda: read_mask(mask).astype(np.int32))
+
+
+def find_coco(root: Path) -> list[Tile]:
+    """Images and glands of `annotations/{train,test}.json`, in `{train,test}/`; every category counts as a gland.
+
+    Raises:
+        InputError: for a file that is no COCO annotation, or an image that is missing.
+    """
+    tiles = []
+    for part in ("train", "test"):
+        path = root / "annotations" / f"{part}.json"
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text())
+            images = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]}
+            shapes: dict[int, list[object]] = {number: [] for number in images}
+            for annotation in content["annotations"]:
+                shapes[annotation["image_id"]].append(annotation["segmentation"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: no COCO annotation ({type(error).__name__}: {error})") from None
+        for number, (name, height, width) in images.items():
+            image = root / part / name
+            if not image.is_file():
+                raise InputError(f"{path}: names {image}, which is missing")
+            reader = Shapes(shapes[number], height, width)
+            tiles.append(Tile(image.relative_to(root).as_posix(), image, part, reader))
+    if not any(tile.part == "train" for tile in tiles):
+        raise InputError(f"--data {root}: no annotations/train.json there")
+    return tiles
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Reads an image's segmentations in COCO's format, polygons or run lengths; where they overlap, the last counts."""
+
+    segmentations: Sequence[object]
+    height: int
+    width: int
+
+    def __call__(self) -> np.ndarray:
+        """The glands' numbers (H, W)."""
+        from pycocotools import mask as coco
+
+        found = np.zeros((self.height, self.width), np.int32)
+        for number, shape in enumerate(self.segmentations, 1):
+            try:
+                if isinstance(shape, list):
+                    runs = coco.merge(coco.frPyObjects(shape, self.height, self.width))
+                elif isinstance(shape["counts"], list):
+                    runs = coco.frPyObjects(shape, self.height, self.width)
+                else:
+                    runs = shape
+                found[coco.decode(runs) > 0] = number
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise UnreadableImage(f"its annotation {number} is no polygon and no run lengths: {error}") from None
+        return found

@@ -1,0 +1,257 @@
+"""Fine-tune Mask R-CNN with a feature pyramid on a pre-trained encoder, and evaluate boxes and masks of instances.
+
+  python finetune_detection.py --data GLAS --dataset glas --init OURS/encoder.pt --runs 5 --output OUT --gpus 0 --amp
+  torchrun --nproc-per-node 8 -- finetune_detection.py --data CRAG --dataset crag --init OURS/encoder.pt --output OUT
+  python finetune_detection.py --iterations 20 --b 2 --output OUT                            (no data, CPU)
+
+Data sets: `glas`, `crag` (layouts: datasets/pathology.py, published files or COCO's format) and the generated
+`tissue2d`. With the set come these values where none is given; those of glas and crag are ConCL's (arXiv 2207.06733,
+§4.1), for 16 images a step:
+
+  glas      --iterations  5000 --milestones 4000        --sides 400  522 --test-side 522 --proposals 1000 --samples 512
+  crag      --iterations 15000 --milestones 10000 13000 --sides 768 1024 --test-side 768 --proposals 1000 --samples 512
+  tissue2d  --iterations   600 --milestones 450         --sides 128  160 --test-side 160 --proposals  100 --samples  64
+
+`--milestones` are iterations here. Nothing is frozen; batch norms share their statistics between GPUs under torchrun. The last state is tested: no split
+chooses one, and the validation split, a tenth of the training images, is left out of training and looked at last.
+Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
+compared in pairs.
+
+`--output` gets results.json: COCO's average precision ×100 of boxes ("ap_box") and masks ("ap_mask"), by IoU and size;
+predictions/instances.json, what was found in COCO's format; overlays/*.png: image, true and predicted instances.
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medssl.datasets.registry import ImageDataset, data_digest, open_splits, request_of
+from medssl.datasets.segmentation2d import InstanceImages
+from medssl.datasets.views import DetectionViews
+from medssl.engine import options, trials
+from medssl.engine.coco import CATEGORY, annotations_of, average_precision, encode
+from medssl.engine.evaluation import evaluation_batches
+from medssl.engine.loop import Method, autocast, fit, write_json
+from medssl.engine.metrics import mean_of
+from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices, Run, finish, setup
+from medssl.engine.segmentation2d import file_names, panels, save_png
+from medssl.models.detector import make_detector
+from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
+
+HEADS = {"proposals": 1000, "samples": 512}  # detectron2's
+PROTOCOLS = {
+    "glas": {"iterations": 5000, "milestones": [4000.0], "sides": [400, 522], "test_side": 522} | HEADS,
+    "crag": {"iterations": 15000, "milestones": [10000.0, 13000.0], "sides": [768, 1024], "test_side": 768} | HEADS,
+    "tissue2d": {
+        "iterations": 600,
+        "milestones": [450.0],
+        "sides": [128, 160],
+        "test_side": 160,
+        "proposals": 100,
+        "samples": 64,
+    },
+}
+LONGEST = 1333  # of an image's longer side, pixels: detectron2's
+KEEP = 0.5  # probability from which a pixel is of an instance, and score from which an instance is drawn
+
+
+class Detector(Method):
+    """Mask R-CNN, trained end to end with its five losses.
+
+    Batch: "images", tensors (3, H, W) in [0, 1], and "targets", dicts with "boxes" (N, 4) left, top, right, bottom in
+    pixels, "labels" (N,) and "masks" (N, H, W).
+    """
+
+    sync_batch_norm = True
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: dict, run: Run) -> dict[str, Tensor]:
+        losses = self.network(batch["images"], batch["targets"])
+        return {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
+
+    def pictures(self, batch: dict) -> dict[str, Tensor]:
+        shown: dict[str, list[Tensor]] = {"view": [], "true": []}
+        mean, std = (torch.tensor(t).view(3, 1, 1) for t in (self.network.transform.image_mean,
+                                                             self.network.transform.image_std))  # fmt: skip
+        for image, target in list(zip(batch["images"], batch["targets"]))[:8]:
+            x = nn.functional.interpolate(image[None].cpu(), size=(160, 160), mode="bilinear")[0]
+            inside = target["masks"].cpu().amax(0, keepdim=True).float() if len(target["masks"]) else x[:1] * 0
+            inside = nn.functional.interpolate(inside[None], size=(160, 160), mode="nearest")[0]
+            for name, picture in (("view", x), ("true", x * (0.4 + 0.6 * inside))):
+                shown[name].append((picture - mean) / std)
+        return {name: torch.stack(pictures) for name, pictures in shown.items()}
+
+
+def run_trial(args: argparse.Namespace, splits: dict[str, InstanceImages], devices: Devices) -> dict:
+    """Fine-tune once; leaves best.pt, predictions/ and overlays/ in `--output`, and returns the trial's entry."""
+    info = splits["train"].info
+    train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
+    passes = args.b / len(train)  # of the images in a step: schedules are written in iterations
+    own = argparse.Namespace(**vars(args))
+    own.epochs, own.milestones = args.iterations * passes, [at * passes for at in args.milestones]
+    own.warmup_epochs = args.warmup_iterations * passes
+
+    torch.manual_seed(args.seed)
+    encoder = make_encoder(args.arch)
+    start = initialise(encoder, args.arch, args.init)
+    sides = range(args.sides[0], args.sides[-1] + 1)
+    network = make_detector(
+        encoder, start["normalization"], 1, sides, args.test_side, LONGEST, args.proposals, args.samples
+    )
+    views = DetectionViews(**start["normalization"])
+    report = fit(Detector(network), train, views, own, devices, tensorboard=args.tensorboard)
+    values = {}
+    if devices.main:
+        values = evaluate(network, views, splits["test"], args, devices, write=True)
+        values["val_ap_box"] = evaluate(network, views, splits["val"], args, devices)["ap_box"]
+        described = {"task": "detection", "labels": list(splits["train"].mask_labels), "test_side": args.test_side}
+        trials.save_network(network, args, info, channels=3, normalization=start["normalization"], **described)
+    return {**values, "val_score": 0.0, "steps": report["step"], "train_images": len(train), "start": start}
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    views: DetectionViews,
+    data: InstanceImages,
+    args: argparse.Namespace,
+    devices: Devices,
+    write: bool = False,
+) -> dict:
+    """COCO's average precision of a split; with `write`, leaves what was found in `--output`."""
+    network.eval()
+    views.eval()
+    folder, files = Path(args.output), file_names(data.ids)
+    truth: dict = {"images": [], "annotations": [], "categories": [{"id": CATEGORY, "name": data.mask_labels[0]}]}
+    found: list[dict] = []
+    if write:
+        for name in ("predictions", "overlays"):
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
+    for batch in evaluation_batches(data, 1, args, devices):
+        i = int(batch["index"])
+        glands = batch["instances"][0].cpu().numpy()
+        height, width = glands.shape
+        truth["images"].append({"id": i, "file_name": data.ids[i], "height": height, "width": width})
+        truth["annotations"] += annotations_of(glands, i, len(truth["annotations"]) + 1)
+        image = views(batch)["images"][0]
+        with autocast(args, devices.device):
+            (out,) = network([image])
+        masks = (out["masks"][:, 0].float() >= KEEP).cpu().numpy()
+        boxes, scores = out["boxes"].float().cpu(), out["scores"].float().cpu()
+        if not bool(torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+            raise InputError(f"{data.ids[i]}: what was found is not finite; lower --lr, or leave out --amp")
+        boxes[:, 2:] -= boxes[:, :2]
+        for box, score, mask in zip(boxes.tolist(), scores.tolist(), masks):
+            found.append({"image_id": i, "category_id": CATEGORY, "bbox": box, "score": score,
+                          "segmentation": encode(mask)})  # fmt: skip
+        if write and len(truth["images"]) <= args.overlays:
+            true = np.stack([glands == number for number in np.unique(glands) if number] or [glands > 0])
+            drawn = masks[scores.numpy() >= KEEP] if len(masks) else true & False
+            pixels = (image.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            save_png(folder / "overlays" / f"{files[i]}.png", panels(pixels, true, drawn))
+    if write:
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "predictions" / "instances.json", found)
+        write_json(folder / "predictions" / "truth.json", truth)
+    precision = average_precision(truth, found)
+    return {"ap_box": precision["box"]["ap"], "ap_mask": precision["mask"]["ap"], **precision}
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    data = options.add_data(parser)
+    options.add_evaluation_lists(data)
+    options.add_training(parser)
+    options.add_network(parser)
+    options.add_runtime(parser)
+    options.add_output(parser, default="runs/detection")
+    group = options.add_trials(parser)
+    group.add_argument("--overlays", type=options.non_negative_int, default=8, help="test images that are drawn")
+    group.add_argument(
+        "--warmup-iterations", type=options.non_negative_int, default=500, help="linear rise of the rate"
+    )
+    by_set = parser.add_argument_group("set by the data set unless given")
+    by_set.add_argument("--iterations", type=options.positive_int, help="steps of a trial")
+    by_set.add_argument(
+        "--sides", type=options.positive_int, nargs=2, metavar=("LOW", "HIGH"),
+        help="range of the shorter side to which training resizes, pixels",
+    )  # fmt: skip
+    by_set.add_argument("--test-side", type=options.positive_int, help="shorter side in evaluation, pixels")
+    by_set.add_argument(
+        "--proposals", type=options.positive_int,
+        help="regions of an image that reach the heads in evaluation; in training twice as many",
+    )  # fmt: skip
+    by_set.add_argument("--samples", type=options.positive_int, help="regions drawn of them in training")
+    parser.set_defaults(  # detectron2's, which ConCL uses: SGD, .02 for 16 images
+        arch=DEFAULT_ARCH[2], b=16, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="step",
+        milestones=None, gamma=0.1, dataset=None,
+    )  # fmt: skip
+    return parser
+
+
+def open_instances(args: argparse.Namespace) -> dict[str, ImageDataset]:
+    """The train, val and test splits of a set with instances; without data, `tissue2d`."""
+    args.dataset = (args.dataset or "tissue2d").lower()
+    if args.dataset not in PROTOCOLS:
+        raise InputError(f"--dataset {args.dataset}: has no instances; known are {', '.join(sorted(PROTOCOLS))}")
+    splits = open_splits(request_of(args), ["train", "val", "test"], args.d)
+    args.data_digest = data_digest(splits)
+    for data in splits.values():
+        data.detected, data.labels = True, None
+    return splits
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    epochs = options.changed(parser, args, ("epochs", "warmup_epochs"))
+    if epochs:
+        raise InputError(f"{epochs[0]}: schedules of detection are in steps; give --iterations and --warmup-iterations")
+    trials.check_start(args)
+    devices = setup(args.gpus, args.device, args.deterministic)
+    if len(devices.device_ids) > 1:
+        raise InputError(
+            "--gpus: images of many sizes are not split between GPUs; start one process a GPU with torchrun"
+        )
+    splits = open_instances(args)
+    info = splits["train"].info
+    args = options.complete(args, PROTOCOLS[args.dataset])
+    check_arch(args.arch, 2)
+    options.check_range("--sides", *args.sides)
+    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
+    if devices.main:
+        output = Path(args.output)
+        summary = trials.summarise_trials(entries, "ap_box", args, info, devices)
+        keys = list(entries[0]["box"])
+        for kind in ("box", "mask"):
+            summary[kind] = {key: mean_of(entry[kind][key] for entry in entries) for key in keys}
+        for name in ("predictions", "overlays"):
+            shutil.rmtree(output / name, ignore_errors=True)
+            if (output / f"trial_{best}" / name).exists():
+                shutil.copytree(output / f"trial_{best}" / name, output / name)
+        shutil.copyfile(output / f"trial_{best}" / "best.pt", output / "best.pt")
+        trials.write_results(output, {**summary, "task": "detection"}, "AP of boxes")
+    devices.wait()
+    finish()
+
+
+def in_a_line(entry: dict) -> str:
+    """A finished trial."""
+    return f"AP of boxes {trials.said(entry['ap_box'], 1)}, of masks {trials.said(entry['ap_mask'], 1)}"
+
+
+def cli() -> None:
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -4,11 +4,12 @@
       --trials 5 --image-size 64 --output OUT
   python compare.py --init random OURS/encoder.pt --annotation-percent 10 --trials 3 --image-size 64 --output OUT
   python compare.py --task segmentation --init random OURS/encoder.pt --annotation-percent 2 --output OUT
+  python compare.py --task detection --init random OURS/encoder.pt --annotation-percent 100 --output OUT
 
-Every other option goes to finetune_classification.py, finetune_segmentation.py or finetune_detection.py as it is. Trial k draws the same
-labelled images, order and head for every init, so that the gain over the first `--init` is a mean of paired
-differences, with its standard error. Finished trials are kept: the same command continues. Writes `comparison.json`,
-`comparison.md` and `comparison.png` to `--output`.
+Every other option goes to finetune_classification.py, finetune_segmentation.py or finetune_detection.py as it is.
+Trial k draws the same labelled images, order and head for every init, so that the gain over the first `--init` is a
+mean of paired differences, with its standard error. Finished trials are kept: the same command continues. Writes
+`comparison.json`, `comparison.md` and `comparison.png` to `--output`.
 """
 
 import json

@@ -12,10 +12,10 @@ Data sets: `glas`, `crag` (layouts: datasets/pathology.py, published files or CO
   crag      --iterations 15000 --milestones 10000 13000 --sides 768 1024 --test-side 768 --proposals 1000 --samples 512
   tissue2d  --iterations   600 --milestones 450         --sides 128  160 --test-side 160 --proposals  100 --samples  64
 
-`--milestones` are iterations here. Nothing is frozen; batch norms share their statistics between GPUs under torchrun. The last state is tested: no split
-chooses one, and the validation split, a tenth of the training images, is left out of training and looked at last.
-Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
-compared in pairs.
+`--milestones` are iterations here. Nothing is frozen; batch norms share their statistics between GPUs under torchrun.
+The last state is tested: no split chooses one, and the validation split, a tenth of the training images, is left out of
+training and looked at last. Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the
+init, so that inits are compared in pairs.
 
 `--output` gets results.json: COCO's average precision ×100 of boxes ("ap_box") and masks ("ap_mask"), by IoU and size;
 predictions/instances.json, what was found in COCO's format; overlays/*.png: image, true and predicted instances.

@@ -1,6 +1,7 @@
 """Fine-tuning, comparison and their numbers."""
 
 import csv
+import importlib
 import json
 import re
 import shlex
@@ -19,16 +20,7 @@ from sklearn.metrics import roc_auc_score
 from medssl import (
     compare,
     demo,
-    evaluate_features,
-    export_encoder,
     finetune_classification,
-    finetune_segmentation,
-    prepare_models,
-    train_c2l,
-    train_insdis,
-    train_magical,
-    train_moco,
-    train_pcrl,
     train_pcrlv2,
 )
 from medssl.datasets.registry import Info
@@ -38,7 +30,6 @@ from medssl.engine.options import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
 from medssl.models.heads import EncoderClassifier
-from medssl.preprocess import cache_images, check_data, get_samples, luna, make_lists, make_phantom_ct, slices
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
@@ -329,28 +320,6 @@ def test_demo_runs(tmp_path, capsys):
     assert list((tmp_path / "pcrlv2" / "samples").glob("*.png"))
 
 
-SCRIPTS = {
-    "train_c2l.py": train_c2l,
-    "train_insdis.py": train_insdis,
-    "train_magical.py": train_magical,
-    "train_moco.py": train_moco,
-    "train_pcrl.py": train_pcrl,
-    "train_pcrlv2.py": train_pcrlv2,
-    "finetune_classification.py": finetune_classification,
-    "finetune_segmentation.py": finetune_segmentation,
-    "evaluate_features.py": evaluate_features,
-    "prepare_models.py": prepare_models,
-    "export_encoder.py": export_encoder,
-    "preprocess/check_data.py": check_data,
-    "preprocess/cache_images.py": cache_images,
-    "preprocess/get_samples.py": get_samples,
-    "preprocess/luna.py": luna,
-    "preprocess/make_lists.py": make_lists,
-    "preprocess/make_phantom_ct.py": make_phantom_ct,
-    "preprocess/slices.py": slices,
-}
-
-
 def commands() -> list[str]:
     folders = ROOT / "benchmarks" / "results", ROOT / "docs"
     pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
@@ -388,4 +357,5 @@ def test_documented_commands_parse(command, monkeypatch):
         args, rest = compare.get_parser().parse_known_args(words)
         compare.TASKS[args.task][0].get_parser().parse_args(rest)
     else:
-        SCRIPTS[script].get_parser().parse_args(words)
+        module = importlib.import_module("medssl." + script.removesuffix(".py").replace("/", "."))
+        module.get_parser().parse_args(words)

@@ -7,7 +7,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 FOLDERS = ["engine", "models", "losses", "datasets", "preprocess"]
 SCRIPTS = ["train_c2l", "train_concl", "train_magical", "train_pcrl", "train_pcrlv2"]
-SCRIPTS += ["train_byol", "train_densecl", "train_insdis", "train_moco", "train_simclr"]
+SCRIPTS += ["train_byol", "train_densecl", "train_insdis", "train_moco", "train_pcl", "train_simclr"]
 SCRIPTS += [
     "finetune_classification",
     "finetune_segmentation",

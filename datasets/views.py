@@ -615,6 +615,16 @@ class RestorationViews(MultiCropViews):
         return add_transforms(super().forward(batch, draws), view_major(draws.uniform(3, 2 * 3), 2), axes=2)
 
 
+class WholeOrCropViews(MultiCropViews):
+    """`MultiCropViews` in training; in evaluation {"whole" (B, 3, size, size)}, the whole image, normalised."""
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
+        if self.training:
+            return super().forward(batch, draws)
+        whole = torch.eye(2, 3).expand(len(batch["image"]), 1, 2, 3)
+        return {"whole": self.normalise(sample(batch["image"], whole, self.size).clamp_(0, 1))}
+
+
 class ConceptViews(MultiCropViews):
     """ConCL's views (arXiv 2207.06733, §3.2): two crops, and the reference view, the smallest box around both, whose
     colours stay.

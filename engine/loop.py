@@ -323,6 +323,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     parameters: list[dict] | None = None,
     tensorboard: bool = True,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> dict:
     """Train `method` on `data`, continuing what is in `--output`.
 
@@ -334,6 +335,8 @@ def fit(
             (higher is better) chooses the best state and, with `args.patience`, ends the run. Only the main
             process calls it.
         parameters: optimiser groups; all parameters by default.
+        before_epoch: called in every process before the first step of each epoch, with the number of steps done; may
+            change the method's buffers, alike in all processes.
 
     Returns:
         {"step", "epoch", "best": {"score", "epoch", "state"} or None, "seconds"}.
@@ -469,6 +472,8 @@ def fit(
     with Stop() as stop, contextlib.closing(monitor) if monitor else contextlib.nullcontext():
         batches = iter(loader)
         while step < last and not over:
+            if before_epoch and (step == 0 or step * args.b // n > (step - 1) * args.b // n):
+                before_epoch(step)
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
@@ -580,12 +585,13 @@ def pretrain(
     args: argparse.Namespace,
     devices: Devices,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> None:
     """Train a method without labels, then export its encoder: with `evaluate`, as `fit` has it, the best one."""
     data.labels = None  # a pre-training run cannot see them, not even by mistake
     if devices.main:
         print(f"{type(method).__name__}: {len(data)} images of {data.info.name} on {describe(devices)}", flush=True)
-    report = fit(method, data, views, args, devices, evaluate)
+    report = fit(method, data, views, args, devices, evaluate, before_epoch=before_epoch)
     if report["best"]:
         method.load_state_dict(report["best"]["state"])
     if devices.main:

@@ -1,20 +1,24 @@
 """ConCL: the published k-means, maps and means, views, keys of their own image; SimCLR, BYOL and DenseCL by hand."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from parity_tools import assert_close, deterministic, published
 from test_methods import HalvedRun, batch_norm_eval, concept_batch, run_with
 
-from medssl import train_byol, train_concl, train_densecl, train_simclr
+from medssl import train_byol, train_concl, train_densecl, train_pcl, train_simclr
 from medssl.datasets.views import Columns, ConceptViews, Draws, MultiCropViews, box_around, sample, solarise
+from medssl.engine.checkpoint import load_safe
 from medssl.engine.loop import make_optimizer
+from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
 from medssl.models.concepts import concept_means, cosine_kmeans, random_pixels, view_maps
 from medssl.models.encoders import IMAGENET, make_encoder
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import match
+from medssl.train_pcl import PCL, cluster
 
 
 def seeded(seed):
@@ -301,17 +305,71 @@ def test_lars_leaves_norms_and_biases_alone():
     assert torch.allclose(layer.weight, weight - trust * g, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", [train_concl, train_simclr, train_byol, train_densecl])
+def test_prototypes_by_hand():
+    g = seeded(0)
+    centres = F.normalize(torch.randn(3, 8, generator=g), dim=1)
+    z = F.normalize(centres.repeat_interleave(10, 0) + 0.05 * torch.randn(30, 8, generator=g), dim=1).numpy()
+    assigned, prototypes, density = cluster(z, 3, 0.2, 0)
+    own = [z[assigned == k] for k in range(3)]
+    assert min(map(len, own)) > 1
+    phi = np.array([np.linalg.norm(x - x.mean(0), axis=1).mean() / np.log(len(x) + 10) for x in own])
+    phi = np.clip(phi, *np.percentile(phi, (10, 90)))
+    assert np.allclose(density, 0.2 * phi / phi.mean(), rtol=1e-4)
+    for prototype, x in zip(prototypes, own):
+        assert np.allclose(prototype, x.mean(0) / np.linalg.norm(x.mean(0)), atol=1e-5)
+    equal = cluster(np.ones((6, 4), np.float32) / 2, 2, 0.2, 0)  # nothing to tell apart, and nothing not finite
+    assert all(np.isfinite(values).all() for values in equal)
+    assert (equal[2] > 0).all()
+
+
+def test_pcl_loss_is_the_papers():
+    torch.manual_seed(0)
+    method = batch_norm_eval(PCL(images=9, clusters=(2, 4), warm_up=0.25, queue=20))
+    batch = {k: v for k, v in concept_batch().items() if k.startswith("view")} | {"index": torch.arange(1, 9)}
+    assert set(method(batch, run_with(0))) == {"contrast"}
+    method.after_step(0.25)
+    with torch.no_grad():
+        for m, count in enumerate((2, 4)):
+            method.get_buffer(f"assigned{m}").copy_(torch.randint(0, count, (9,), generator=seeded(m)))
+            method.get_buffer(f"density{m}").copy_(0.1 + torch.rand(count, generator=seeded(m)))
+    losses = method(batch, run_with(0))
+    v = F.normalize(method.student(batch["view1"])[1], dim=1)
+    expected = 0
+    for m in range(2):
+        prototypes, density = method.get_buffer(f"prototypes{m}"), method.get_buffer(f"density{m}")
+        for i in range(8):
+            s = torch.stack([v[i] @ c / phi for c, phi in zip(prototypes, density)])
+            expected += (s.logsumexp(0) - s[method.get_buffer(f"assigned{m}")[i + 1]]) / 16
+    assert losses["prototypes"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_prototypes_are_made_of_all_images(tmp_path, monkeypatch):
+    """Before every epoch after the warm-up, from whole images, by the teacher."""
+    seen, real = [], train_pcl.cluster
+    monkeypatch.setattr(train_pcl, "cluster", lambda z, *more: seen.append((z, *more)) or real(z, *more))
+    run = ["--ratio", "0.01", "--b", "4", "--workers", "0", "--device", "cpu", "--image-size", "32", "--queue", "8"]
+    train_pcl.main([*run, "--clusters", "3", "--epochs", "4", "--warm-up", "1", "--output", str(tmp_path)])
+    assert [(z.shape, count, seed) for z, count, _, seed in seen] == [((20, 128), 3, step) for step in (5, 10, 15)]
+    assert all(np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5) for z, *_ in seen)
+    state = load_safe(tmp_path / "last.pt")["method"]
+    assert torch.equal(state["assigned0"], torch.from_numpy(real(*seen[-1])[0]))
+    with pytest.raises(InputError, match="--clusters 3 21: 20 images make 2 to 20"):
+        train_pcl.main([*run, "--clusters", "3", "21", "--output", str(tmp_path / "more")])
+    assert train_pcl.get_parser().parse_args([]).clusters is None
+
+
+@pytest.mark.parametrize("module", [train_concl, train_simclr, train_byol, train_densecl, train_pcl])
 def test_options_reach_the_method_and_its_views(module, tmp_path, monkeypatch):
     weights = make_encoder("resnet18").state_dict()
     torch.save({"state_dict": weights, "arch": "resnet18", "dims": 2}, tmp_path / "start.pt")
     seen = []
-    monkeypatch.setattr(module, "pretrain", lambda *given: seen.append(given))
+    monkeypatch.setattr(module, "pretrain", lambda *given, **more: seen.append(given))
     given = ["--device", "cpu", "--workers", "0", "--image-size", "32", "--crop-scale", "0.6", "--init"]
     given += [str(tmp_path / "start.pt"), "--jitter", "0.1", "0.2", "0.3", "0.4", "--output", str(tmp_path)]
     own = {
         train_concl: ["--concepts", "5", "--warm-up", "4", "--epochs", "8", "--concept-weight", "0.25"],
         train_densecl: ["--dense-weight", "0.25"],
+        train_pcl: ["--warm-up", "4", "--epochs", "8", "--clusters", "3", "5"],
         train_simclr: [],
         train_byol: [],
     }[module]
@@ -319,7 +377,7 @@ def test_options_reach_the_method_and_its_views(module, tmp_path, monkeypatch):
         own += ["--temperature", "0.3", "--blur", "0.7", "--blur-sigma", "0.5", "0.6"]
     if module is not train_simclr:
         own += ["--ema", "0.7", "--ema-schedule", "constant"]
-    if module in (train_concl, train_densecl):
+    if module in (train_concl, train_densecl, train_pcl):
         own += ["--queue", "40"]
     module.main([*given, *own])
     ((method, _, views, _, _),) = seen
@@ -336,8 +394,8 @@ def test_options_reach_the_method_and_its_views(module, tmp_path, monkeypatch):
     assert (method.momentum, method.schedule) == (0.7, "constant")
     for key, value in method.student.state_dict().items():
         assert torch.equal(method.teacher.state_dict()[key], value), key
-    queues = {train_byol: (), train_concl: ("contrast", "concept_contrast")}.get(module, ("contrast", "dense_contrast"))
-    for name in queues:
+    own = {train_concl: ["concept_contrast"], train_densecl: ["dense_contrast"]}.get(module, [])
+    for name in [] if module is train_byol else ["contrast", *own]:
         assert getattr(method, name).loss.temperature == 0.3
         assert len(getattr(method, name).queue.keys) == 40
     if module is train_concl:
@@ -345,12 +403,15 @@ def test_options_reach_the_method_and_its_views(module, tmp_path, monkeypatch):
         assert method.normalization == IMAGENET
     if module is train_densecl:
         assert method.weight == 0.25
+    if module is train_pcl:
+        assert (method.clusters, method.warm_up) == ((3, 5), 0.5)
 
 
 def test_published_defaults():
     expected = {  # batch, learning rate, decay, optimiser, momentum of the teacher
         train_concl: (256, 0.03, 1e-4, "sgd", 0.999), train_densecl: (256, 0.03, 1e-4, "sgd", 0.999),
-        train_simclr: (1024, 0.6, 1e-6, "lars", None), train_byol: (1024, 0.2, 1.5e-6, "lars", 0.996),
+        train_pcl: (256, 0.03, 1e-4, "sgd", 0.999), train_simclr: (1024, 0.6, 1e-6, "lars", None),
+        train_byol: (1024, 0.2, 1.5e-6, "lars", 0.996),
     }  # fmt: skip
     for module, values in expected.items():
         args = module.get_parser().parse_args([])

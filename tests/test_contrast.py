@@ -16,6 +16,7 @@ from medssl import (
     train_densecl,
     train_insdis,
     train_moco,
+    train_pcl,
     train_pcrl,
     train_simclr,
 )
@@ -333,6 +334,10 @@ SCRIPTS = {
     "simclr": (train_simclr, []),
     "byol": (train_byol, []),
     "densecl": (train_densecl, ["--queue", "40"]),
+    "pcl": (  # 20 images, 5 steps an epoch; prototypes from the second step on, made anew at the sixth
+        train_pcl,
+        ["--queue", "40", "--ratio", "0.01", "--clusters", "3", "6", "--epochs", "2", "--warm-up", "0.3"],
+    ),
     "concl": (train_concl, ["--queue", "40", "--concepts", "3", "--epochs", "1", "--warm-up", "0.003"]),
     "pcrl_nce": (train_pcrl, ["--queue", "40", "--loss", "nce"]),
     "pcrl": (train_pcrl, ["--queue", "40"]),

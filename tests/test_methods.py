@@ -28,6 +28,7 @@ from medssl.train_densecl import DenseCL
 from medssl.train_insdis import InsDis
 from medssl.train_magical import MAGICAL
 from medssl.train_moco import MoCo
+from medssl.train_pcl import PCL
 from medssl.train_pcrl import PCRL
 from medssl.train_pcrlv2 import PCRLv2
 from medssl.train_simclr import SimCLR
@@ -145,6 +146,9 @@ CASES = {
         lr=0.05,
         keys=ONE | {"dense_contrast": 8},
     ),
+    "pcl": Case(
+        PCL, {"queue": 60, "images": 8, "clusters": (3, 5), "warm_up": 0.0}, pair_batch, plain_share, lr=0.05, keys=ONE
+    ),
     "concl_warm_up": Case(
         ConCL, {"queue": 60}, concept_batch, plain_share, lr=0.05, keys=ONE | {"concept_contrast": 0}
     ),
@@ -158,7 +162,7 @@ CASES = {
     ),
     "magical": Case(MAGICAL, {"arch": "resnet18"}, magical_batch, plain_share, lr=0.05),
 }
-TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, ConCL)]
+TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, PCL, ConCL)]
 
 
 def build(case):

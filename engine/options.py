@@ -5,6 +5,7 @@ Groups are functions, not argparse parents: a shared parent leaks one script's d
 
 import argparse
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -206,7 +207,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--num-workers",
         "--num_workers",
         type=non_negative_int,
-        default=4,
+        default=min(4, os.cpu_count() or 1),
         help="decoding processes",
     )
     group.add_argument(

@@ -43,7 +43,10 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, spare: Tensor) -> tuple[Tensor, Tens
         # A pixel is in one cluster: adding rows costs half of a product with the clusters' masks.
         sums = x.new_zeros(b * k, c).index_add_(0, places, x.flatten(0, 1)).view(b, k, c)
         count = F.one_hot(clusters, k).sum(1)[..., None]
-        centroids = torch.where(count > 0, sums, pixels(fallback))
+        centroids = sums
+        # Whether any is empty is known at once on a CPU; on a GPU one would have to wait for it.
+        if x.is_cuda or not bool(count.all()):
+            centroids = torch.where(count > 0, sums, pixels(fallback))
     return clusters, centroids / count.clamp(min=1)
 
 

@@ -130,6 +130,7 @@ def evaluate(
     """COCO's average precision of a split; with `write`, leaves what was found in `--output`."""
     network.eval()
     views.eval()
+    checks = network.backbone.register_forward_hook(refuse_not_finite)
     folder, files = Path(args.output), file_names(data.ids)
     truth: dict = {"images": [], "annotations": [], "categories": [{"id": CATEGORY, "name": data.mask_labels[0]}]}
     found: list[dict] = []
@@ -147,8 +148,6 @@ def evaluate(
             (out,) = network([image])
         masks = (out["masks"][:, 0].float() >= KEEP).cpu().numpy()
         boxes, scores = out["boxes"].float().cpu(), out["scores"].float().cpu()
-        if not bool(torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
-            raise InputError(f"{data.ids[i]}: what was found is not finite; lower --lr, or leave out --amp")
         boxes[:, 2:] -= boxes[:, :2]
         for box, score, mask in zip(boxes.tolist(), scores.tolist(), masks):
             found.append({"image_id": i, "category_id": CATEGORY, "bbox": box, "score": score,
@@ -158,12 +157,19 @@ def evaluate(
             drawn = masks[scores.numpy() >= KEEP] if len(masks) else true & False
             pixels = (image.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             save_png(folder / "overlays" / f"{files[i]}.png", panels(pixels, true, drawn))
+    checks.remove()
     if write:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
         write_json(folder / "predictions" / "instances.json", found)
         write_json(folder / "predictions" / "truth.json", truth)
     precision = average_precision(truth, found)
     return {"ap_box": precision["box"]["ap"], "ap_mask": precision["mask"]["ap"], **precision}
+
+
+def refuse_not_finite(_network: nn.Module, _inputs: tuple, maps: dict[str, Tensor]) -> None:
+    """Raise InputError for maps that are not finite, in which torchvision would find nothing, and say nothing."""
+    if not all(bool(torch.isfinite(m).all()) for m in maps.values()):
+        raise InputError("the network's maps are not finite in evaluation; lower --lr, or leave out --amp")
 
 
 def get_parser() -> options.Parser:

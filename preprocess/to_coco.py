@@ -38,9 +38,12 @@ def write_part(part: str, splits: Sequence[InstanceImages], output: Path) -> dic
                 raise InputError(f"{identity}: another image of {part} has the name {name}")
             names.add(name)
             number = len(content["images"]) + 1
-            pixels, glands = data.read(data.positions[i]), data.instances(i)
+            try:
+                pixels, glands = data.read(data.positions[i]), data.instances(i)
+            except UnreadableImage as error:
+                raise InputError(f"{identity}: {error}") from None
             if pixels.shape[:2] != glands.shape:
-                raise UnreadableImage(f"its annotation has another size than {identity}")
+                raise InputError(f"{identity}: its annotation has another size")
             if source:
                 shutil.copyfile(source, output / part / name)
             else:
@@ -70,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = open_splits(request, ["train", "val", "test"])
     (output / "annotations").mkdir(parents=True, exist_ok=True)
     for part, names in PARTS.items():
-        try:
-            content = write_part(part, [opened[name] for name in names], output)
-        except UnreadableImage as error:
-            raise InputError(str(error)) from None
+        content = write_part(part, [opened[name] for name in names], output)
         path = output / "annotations" / f"{part}.json"
         path.write_text(json.dumps(content))
         print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} glands")

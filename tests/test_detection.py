@@ -200,6 +200,11 @@ def test_coco_and_back(name, tmp_path, capsys):
     assert first["area"] == 30 * 23
     with pytest.raises(InputError, match="is --data; choose another folder"):
         to_coco.main(["--data", str(root), "--dataset", name, "--output", str(root)])
+    image = next(path for path in sorted(root.rglob("*")) if path.name in ("train_1.bmp", "train_1.png"))
+    image = image if image.suffix == ".bmp" else root / "train" / "Images" / "train_1.png"
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(InputError, match="train_1.*truncated"):
+        to_coco.main(["--data", str(root), "--dataset", name, "--output", str(tmp_path / "again")])
 
 
 def test_coco_files_of_other_tools(tmp_path):
@@ -396,6 +401,13 @@ def test_script(tmp_path):
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     finetune_detection.main(run)  # finished trials are not done again
     assert json.loads((tmp_path / "out" / "results.json").read_text())["trials"] == again["trials"]
+
+
+def test_a_network_that_gives_no_numbers(tmp_path):
+    glas(tmp_path / "data")
+    run = ["--data", str(tmp_path / "data"), "--dataset", "glas", *SMALL, "--iterations", "2", "--milestones", "1"]
+    with pytest.raises(InputError, match="not finite"):
+        finetune_detection.main([*run, "--lr", "1e30", "--warmup-iterations", "0", "--output", str(tmp_path / "out")])
 
 
 def test_glands_are_segmented_too(tmp_path):

@@ -39,7 +39,7 @@ setup(
     packages=["medssl", *(f"medssl.{folder}" for folder in FOLDERS)],
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
         "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31"],
     },
     entry_points={

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
+from medssl.datasets.views import PairViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
@@ -24,7 +24,6 @@ from medssl.models.heads import Embedder, norm_mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 
 HIDDEN, DIM = 512, 256
-JITTER_CHANCE = 0.8
 BLUR, SOLARISED = (1.0, 0.1), (0.0, 0.2)  # chances of view 1 and view 2
 
 
@@ -89,10 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = BYOL(args.arch, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = MultiCropViews(
-        **start["normalization"], **options.large_views(args), degrees=0.0, hole=0, blur=BLUR, solarised=SOLARISED,
-        jitter_chance=JITTER_CHANCE, jitter_first=True, locals_=0, targets=0,
-    )  # fmt: skip
+    views = PairViews(**start["normalization"], **options.large_views(args), blur=BLUR, solarised=SOLARISED)
     pretrain(method, data, views, args, devices)
 
 

@@ -24,7 +24,6 @@ from medssl.models.queue import QueueContrast
 
 HIDDEN, DIM = 512, 128
 ITERATIONS = 10  # of k-means
-JITTER_CHANCE = 0.8
 MANY_CONCEPTS, MANY_KEYS = 8, 4  # above so many concepts, as many keys an image enter the queue
 
 
@@ -178,9 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = initialise(method.student.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
     method.teacher.load_state_dict(method.student.state_dict())
-    views = ConceptViews(
-        **start["normalization"], **options.large_views(args), jitter_chance=JITTER_CHANCE, jitter_first=True
-    )
+    views = ConceptViews(**start["normalization"], **options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 

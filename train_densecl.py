@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
+from medssl.datasets.views import PairViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
@@ -23,7 +23,6 @@ from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 
 HIDDEN, DIM = 512, 128
-JITTER_CHANCE = 0.8
 
 
 class DenseHead(DenseEmbedder):
@@ -136,10 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = DenseCL(args.arch, args.dense_weight, args.queue, args.temperature, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = MultiCropViews(
-        **start["normalization"], **options.large_views(args), degrees=0.0, hole=0,
-        jitter_chance=JITTER_CHANCE, jitter_first=True, locals_=0, targets=0,
-    )  # fmt: skip
+    views = PairViews(**start["normalization"], **options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 

@@ -30,7 +30,6 @@ from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 
 DIM = 128
-JITTER_CHANCE = 0.8
 IMAGES_A_CLUSTER = (51.2, 25.6, 12.8)  # ImageNet's 1.28 million images in 25 000, 50 000 and 100 000 clusters
 ITERATIONS = 20  # of k-means
 SMOOTH = 10.0  # α of the density
@@ -199,10 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = WholeOrCropViews(
-        **start["normalization"], **options.large_views(args), degrees=0.0, hole=0,
-        jitter_chance=JITTER_CHANCE, jitter_first=True, locals_=0, targets=0,
-    )  # fmt: skip
+    views = WholeOrCropViews(**start["normalization"], **options.large_views(args))
     pretrain(
         method, data, views, args, devices,
         before_epoch=lambda step: update_clusters(method, views, data, args, devices, step),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
+from medssl.datasets.views import PairViews
 from medssl.engine import options
 from medssl.engine.loop import Method, pretrain
 from medssl.engine.parallel import Run, setup
@@ -24,7 +24,6 @@ from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, norm_mlp
 
 HIDDEN, DIM = 512, 128
-JITTER_CHANCE = 0.8
 
 
 class SimCLR(Method):
@@ -83,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     method = SimCLR(args.arch, args.temperature)
     start = initialise(method.student.encoder, args.arch, args.init)
-    views = MultiCropViews(
-        **start["normalization"], **options.large_views(args), degrees=0.0, hole=0,
-        jitter_chance=JITTER_CHANCE, jitter_first=True, locals_=0, targets=0,
-    )  # fmt: skip
+    views = PairViews(**start["normalization"], **options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 

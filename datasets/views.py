@@ -615,8 +615,17 @@ class RestorationViews(MultiCropViews):
         return add_transforms(super().forward(batch, draws), view_major(draws.uniform(3, 2 * 3), 2), axes=2)
 
 
-class WholeOrCropViews(MultiCropViews):
-    """`MultiCropViews` in training; in evaluation {"whole" (B, 3, size, size)}, the whole image, normalised."""
+class PairViews(MultiCropViews):
+    """Two crops, eight of ten jittered before they turn grey and are blurred, not rotated: the views of MoCo's second
+    version, SimCLR, BYOL and their followers."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], **options: object) -> None:
+        own = {"degrees": 0.0, "hole": 0, "locals_": 0, "targets": 0, "jitter_chance": 0.8, "jitter_first": True}
+        super().__init__(mean, std, **{**own, **options})
+
+
+class WholeOrCropViews(PairViews):
+    """`PairViews` in training; in evaluation {"whole" (B, 3, size, size)}, the whole image, normalised."""
 
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
         if self.training:
@@ -625,7 +634,7 @@ class WholeOrCropViews(MultiCropViews):
         return {"whole": self.normalise(sample(batch["image"], whole, self.size).clamp_(0, 1))}
 
 
-class ConceptViews(MultiCropViews):
+class ConceptViews(PairViews):
     """ConCL's views (arXiv 2207.06733, §3.2): two crops, and the reference view, the smallest box around both, whose
     colours stay.
 
@@ -633,9 +642,6 @@ class ConceptViews(MultiCropViews):
     (B, 5) on the CPU: the crop's top, left, bottom and right, shares of the reference view, and 1 where the crop is
     mirrored left to right.
     """
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], **options: object) -> None:
-        super().__init__(mean, std, locals_=0, targets=0, degrees=0.0, hole=0, **options)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         out = super().forward(batch, draws)

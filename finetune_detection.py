@@ -13,34 +13,30 @@ Data sets: `glas`, `crag` (layouts: datasets/pathology.py, published files or CO
   tissue2d  --iterations   600 --milestones 450         --sides 128  160 --test-side 160 --proposals  100 --samples  64
 
 `--milestones` are iterations here. Nothing is frozen; batch norms share their statistics between GPUs under torchrun.
-The last state is tested: no split chooses one, and the validation split, a tenth of the training images, is left out of
-training and looked at last. Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the
-init, so that inits are compared in pairs.
+The last state is tested: no split chooses one. The validation split, a tenth of the training images, is left out of
+training, and says whose trial's predictions and overlays are kept. Trial k draws the labelled subset, the order and the
+new layers from seed + k, whatever the init, so that inits are compared in pairs.
 
 `--output` gets results.json: COCO's average precision ×100 of boxes ("ap_box") and masks ("ap_mask"), by IoU and size;
-predictions/instances.json, what was found in COCO's format; overlays/*.png: image, true and predicted instances.
+predictions/instances.json, what was found, and truth.json in COCO's format; overlays/*.png: image, true and predicted
+instances.
 """
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, data_digest, open_splits, request_of
+from medssl.datasets.segmentation import open_instances
 from medssl.datasets.segmentation2d import InstanceImages
 from medssl.datasets.views import DetectionViews
 from medssl.engine import options, trials
-from medssl.engine.coco import CATEGORY, annotations_of, average_precision, encode
-from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import Method, autocast, fit, write_json
+from medssl.engine.detection import Detector, evaluate, in_a_line
+from medssl.engine.loop import fit
 from medssl.engine.metrics import mean_of
 from medssl.engine.options import InputError
-from medssl.engine.parallel import Devices, Run, finish, setup
-from medssl.engine.segmentation2d import file_names, panels, save_png
+from medssl.engine.parallel import Devices, finish, setup
 from medssl.models.detector import make_detector
 from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
 
@@ -58,37 +54,6 @@ PROTOCOLS = {
     },
 }
 LONGEST = 1333  # of an image's longer side, pixels: detectron2's
-KEEP = 0.5  # probability from which a pixel is of an instance, and score from which an instance is drawn
-
-
-class Detector(Method):
-    """Mask R-CNN, trained end to end with its five losses.
-
-    Batch: "images", tensors (3, H, W) in [0, 1], and "targets", dicts with "boxes" (N, 4) left, top, right, bottom in
-    pixels, "labels" (N,) and "masks" (N, H, W).
-    """
-
-    sync_batch_norm = True
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, batch: dict, run: Run) -> dict[str, Tensor]:
-        losses = self.network(batch["images"], batch["targets"])
-        return {name.removeprefix("loss_"): loss.float() for name, loss in losses.items()}
-
-    def pictures(self, batch: dict) -> dict[str, Tensor]:
-        shown: dict[str, list[Tensor]] = {"view": [], "true": []}
-        mean, std = (torch.tensor(t).view(3, 1, 1) for t in (self.network.transform.image_mean,
-                                                             self.network.transform.image_std))  # fmt: skip
-        for image, target in list(zip(batch["images"], batch["targets"]))[:8]:
-            x = nn.functional.interpolate(image[None].cpu(), size=(160, 160), mode="bilinear")[0]
-            inside = target["masks"].cpu().amax(0, keepdim=True).float() if len(target["masks"]) else x[:1] * 0
-            inside = nn.functional.interpolate(inside[None], size=(160, 160), mode="nearest")[0]
-            for name, picture in (("view", x), ("true", x * (0.4 + 0.6 * inside))):
-                shown[name].append((picture - mean) / std)
-        return {name: torch.stack(pictures) for name, pictures in shown.items()}
 
 
 def run_trial(args: argparse.Namespace, splits: dict[str, InstanceImages], devices: Devices) -> dict:
@@ -112,64 +77,10 @@ def run_trial(args: argparse.Namespace, splits: dict[str, InstanceImages], devic
     values = {}
     if devices.main:
         values = evaluate(network, views, splits["test"], args, devices, write=True)
-        values["val_ap_box"] = evaluate(network, views, splits["val"], args, devices)["ap_box"]
+        values["val_score"] = evaluate(network, views, splits["val"], args, devices)["ap_box"] or 0.0
         described = {"task": "detection", "labels": list(splits["train"].mask_labels), "test_side": args.test_side}
         trials.save_network(network, args, info, channels=3, normalization=start["normalization"], **described)
-    return {**values, "val_score": 0.0, "steps": report["step"], "train_images": len(train), "start": start}
-
-
-@torch.inference_mode()
-def evaluate(
-    network: nn.Module,
-    views: DetectionViews,
-    data: InstanceImages,
-    args: argparse.Namespace,
-    devices: Devices,
-    write: bool = False,
-) -> dict:
-    """COCO's average precision of a split; with `write`, leaves what was found in `--output`."""
-    network.eval()
-    views.eval()
-    checks = network.backbone.register_forward_hook(refuse_not_finite)
-    folder, files = Path(args.output), file_names(data.ids)
-    truth: dict = {"images": [], "annotations": [], "categories": [{"id": CATEGORY, "name": data.mask_labels[0]}]}
-    found: list[dict] = []
-    if write:
-        for name in ("predictions", "overlays"):
-            shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
-    for batch in evaluation_batches(data, 1, args, devices):
-        i = int(batch["index"])
-        glands = batch["instances"][0].cpu().numpy()
-        height, width = glands.shape
-        truth["images"].append({"id": i, "file_name": data.ids[i], "height": height, "width": width})
-        truth["annotations"] += annotations_of(glands, i, len(truth["annotations"]) + 1)
-        image = views(batch)["images"][0]
-        with autocast(args, devices.device):
-            (out,) = network([image])
-        masks = (out["masks"][:, 0].float() >= KEEP).cpu().numpy()
-        boxes, scores = out["boxes"].float().cpu(), out["scores"].float().cpu()
-        boxes[:, 2:] -= boxes[:, :2]
-        for box, score, mask in zip(boxes.tolist(), scores.tolist(), masks):
-            found.append({"image_id": i, "category_id": CATEGORY, "bbox": box, "score": score,
-                          "segmentation": encode(mask)})  # fmt: skip
-        if write and len(truth["images"]) <= args.overlays:
-            true = np.stack([glands == number for number in np.unique(glands) if number] or [glands > 0])
-            drawn = masks[scores.numpy() >= KEEP] if len(masks) else true & False
-            pixels = (image.cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            save_png(folder / "overlays" / f"{files[i]}.png", panels(pixels, true, drawn))
-    checks.remove()
-    if write:
-        (folder / "predictions").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "predictions" / "instances.json", found)
-        write_json(folder / "predictions" / "truth.json", truth)
-    precision = average_precision(truth, found)
-    return {"ap_box": precision["box"]["ap"], "ap_mask": precision["mask"]["ap"], **precision}
-
-
-def refuse_not_finite(_network: nn.Module, _inputs: tuple, maps: dict[str, Tensor]) -> None:
-    """Raise InputError for maps that are not finite, in which torchvision would find nothing, and say nothing."""
-    if not all(bool(torch.isfinite(m).all()) for m in maps.values()):
-        raise InputError("the network's maps are not finite in evaluation; lower --lr, or leave out --amp")
+    return {**values, "steps": report["step"], "train_images": len(train), "start": start}
 
 
 def get_parser() -> options.Parser:
@@ -204,18 +115,6 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def open_instances(args: argparse.Namespace) -> dict[str, ImageDataset]:
-    """The train, val and test splits of a set with instances; without data, `tissue2d`."""
-    args.dataset = (args.dataset or "tissue2d").lower()
-    if args.dataset not in PROTOCOLS:
-        raise InputError(f"--dataset {args.dataset}: has no instances; known are {', '.join(sorted(PROTOCOLS))}")
-    splits = open_splits(request_of(args), ["train", "val", "test"], args.d)
-    args.data_digest = data_digest(splits)
-    for data in splits.values():
-        data.detected, data.labels = True, None
-    return splits
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
@@ -240,19 +139,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = list(entries[0]["box"])
         for kind in ("box", "mask"):
             summary[kind] = {key: mean_of(entry[kind][key] for entry in entries) for key in keys}
-        for name in ("predictions", "overlays"):
-            shutil.rmtree(output / name, ignore_errors=True)
-            if (output / f"trial_{best}" / name).exists():
-                shutil.copytree(output / f"trial_{best}" / name, output / name)
-        shutil.copyfile(output / f"trial_{best}" / "best.pt", output / "best.pt")
+        trials.keep_chosen(output, best)
         trials.write_results(output, {**summary, "task": "detection"}, "AP of boxes")
     devices.wait()
     finish()
-
-
-def in_a_line(entry: dict) -> str:
-    """A finished trial."""
-    return f"AP of boxes {trials.said(entry['ap_box'], 1)}, of masks {trials.said(entry['ap_mask'], 1)}"
 
 
 def cli() -> None:

@@ -53,7 +53,7 @@ from medssl.datasets.segmentation import open_segmented
 from medssl.engine import options, segmentation2d, segmentation3d, trials
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, finish, setup
-from medssl.engine.segmentation import average_trials, join_cases
+from medssl.engine.segmentation import average_trials, write_cases
 from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise_unet
 
 KINDS = {2: segmentation2d, 3: segmentation3d}  # functions of the same names for images and volumes
@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         output, regions = Path(args.output), kind.regions_of(splits["test"])
         summary = trials.summarise_trials(entries, "dice", args, info, devices)
         summary |= average_trials(entries, regions, kind.MEASURES)
-        join_cases(output, [entry.pop("cases") for entry in entries], best)  # which results.json is too small for
+        trials.keep_chosen(output, best)
+        write_cases(output, [entry.pop("cases") for entry in entries])  # which results.json is too small for
         trials.write_results(output, {**summary, "load": args.load}, "Dice")
     devices.wait()
     finish()

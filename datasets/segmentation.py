@@ -8,10 +8,12 @@ from pathlib import Path
 from medssl.datasets import folder, registry, segmentation2d, segmentation3d
 from medssl.datasets.reading import find_images
 from medssl.datasets.registry import ImageDataset, Request
+from medssl.datasets.segmentation2d import InstanceImages
 from medssl.datasets.volumes import find_volumes
 from medssl.engine.options import InputError
 
 SPLITS = ("train", "val", "test")
+INSTANCES = ("crag", "glas", "tissue2d")
 OF_VOLUMES = ("spacing", "window")  # options that only volumes have
 
 
@@ -50,6 +52,30 @@ def open_segmented(args: argparse.Namespace, protocols: Mapping[str, Mapping]) -
     for option in OF_VOLUMES:
         value = getattr(opened["train"], option, None)
         setattr(args, option, None if value is None else list(value))
+    return opened
+
+
+def open_instances(args: argparse.Namespace) -> dict[str, InstanceImages]:
+    """The train, val and test splits of a set with instances, images at their own size; without data, `tissue2d`.
+
+    Notes in `args` the set's name and the splits' `data_digest`, by which a continuation knows them.
+
+    Raises:
+        InputError: as `registry.open_splits`, for a data set without instances, and for options of decoding, which
+            images at their own size do not have.
+    """
+    name = (args.dataset or "tissue2d").lower()
+    if name not in INSTANCES:
+        raise InputError(f"--dataset {name}: has no instances; known are {', '.join(INSTANCES)}")
+    if args.cache:
+        raise InputError(f"--cache {args.cache}: holds images of one size, and detection reads their own; leave it out")
+    if args.texture_size and name != "tissue2d":
+        raise InputError(f"--texture-size {args.texture_size}: detection reads images at their own size; leave it out")
+    request = replace(registry.request_of(args), name=name)
+    opened = registry.open_splits(request, SPLITS, args.d)
+    args.dataset, args.data_digest = name, registry.data_digest(opened)
+    for data in opened.values():
+        data.detected, data.labels = True, None
     return opened
 
 

@@ -5,7 +5,6 @@ import takes twice as long as torch's, in every process; the distance's tests ho
 """
 
 import csv
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -191,24 +190,8 @@ def average_trials(entries: Sequence[dict], regions: Iterable[str], measures: Se
     }
 
 
-def empty_folders(output: Path) -> None:
-    """Remove the predictions and overlays of a trial that was interrupted."""
-    for name in ("predictions", "overlays"):
-        shutil.rmtree(output / name, ignore_errors=True)
-
-
-def join_cases(output: Path, rows: list[list[dict]], chosen: int) -> None:
-    """Bring the trials together: predictions/cases.csv, and the chosen trial's masks, overlays and best.pt.
-
-    Args:
-        rows: of each trial.
-    """
-    trial = output / f"trial_{chosen}"
-    empty_folders(output)
-    for name in ("predictions", "overlays"):
-        if (trial / name).exists():  # no overlays where --overlays is 0
-            shutil.copytree(trial / name, output / name)
-    shutil.copyfile(trial / "best.pt", output / "best.pt")
+def write_cases(output: Path, rows: list[list[dict]]) -> None:
+    """Write predictions/cases.csv: the rows of each trial."""
     with open(output / "predictions" / "cases.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["trial", *rows[0][0]])
         writer.writeheader()

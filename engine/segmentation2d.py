@@ -24,12 +24,11 @@ from medssl.engine.segmentation import (
     all_finite,
     counts,
     dice,
-    empty_folders,
     hausdorff95,
     sliding_window,
     summarise_cases,
 )
-from medssl.engine.trials import said
+from medssl.engine.trials import empty_folders, said
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.unet2d import UNet2d
 

@@ -26,6 +26,9 @@ RESULTS = (
 )  # fmt: skip
 
 
+PICTURES = ("predictions", "overlays")  # folders of a trial
+
+
 def check_start(args: argparse.Namespace) -> None:
     """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`.
 
@@ -153,6 +156,22 @@ def save_network(network: nn.Module, args: argparse.Namespace, info: Info, **mor
         "arch": args.arch, "dims": info.dims, **more, "version": FORMAT_VERSION,
     }  # fmt: skip
     save_atomic(content, Path(args.output) / "best.pt")
+
+
+def empty_folders(output: Path) -> None:
+    """Remove the predictions and overlays of a trial that was interrupted."""
+    for name in PICTURES:
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def keep_chosen(output: Path, chosen: int) -> None:
+    """Bring the chosen trial's predictions, overlays and best.pt to `--output`."""
+    trial = output / f"trial_{chosen}"
+    empty_folders(output)
+    for name in PICTURES:
+        if (trial / name).exists():  # no overlays where --overlays is 0
+            shutil.copytree(trial / name, output / name)
+    shutil.copyfile(trial / "best.pt", output / "best.pt")
 
 
 def summarise_trials(entries: list[dict], metric: str, args: argparse.Namespace, info: Info, devices: Devices) -> dict:

@@ -14,6 +14,7 @@ from medssl.datasets.phantom_tissue import tiles
 from medssl.datasets.registry import Request, UnreadableImage, open_splits
 from medssl.datasets.views import DetectionViews, Draws, instance_targets
 from medssl.engine.coco import annotations_of, average_precision
+from medssl.engine.detection import Detector
 from medssl.engine.options import InputError
 from medssl.models.detector import make_detector
 from medssl.models.encoders import IMAGENET, make_encoder
@@ -337,7 +338,7 @@ def test_sides_of_training_and_test(small):
 
 def test_losses_fall_on_a_fixed_batch(small):
     _, network = small
-    method = finetune_detection.Detector(network).train()
+    method = Detector(network).train()
     glands = [torch.from_numpy(picture(i)[1].astype(np.int32)) for i in range(2)]
     images = [torch.from_numpy(picture(i)[0]).permute(2, 0, 1) / 255 for i in range(2)]
     batch = {"images": images, "targets": [instance_targets(g) for g in glands]}
@@ -427,6 +428,8 @@ def test_defaults_and_bad_input(tmp_path):
     for command, message in (
         (["--dataset", "chest"], "--dataset chest: has no instances; known are crag, glas, tissue2d"),
         (["--dataset", "glas"], "--dataset glas needs --data"),
+        (["--dataset", "glas", "--cache", "x"], "--cache x: holds images of one size"),
+        (["--dataset", "glas", "--texture-size", "64"], "--texture-size 64: detection reads images at their own size"),
         (["--epochs", "3"], "--epochs: schedules of detection are in steps; give --iterations"),
         (["--texture-size", "64", "--sides", "90", "80"], "--sides 90 80: the first number must not be above"),
         (["--texture-size", "64", "--arch", "unet3d"], "a 3-dimensional encoder"),

@@ -91,10 +91,8 @@ class C2L(Method):
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/c2l")
-    group = options.add_contrast(parser)
+    group = options.add_queued_contrast(parser)
     options.add_nce(group)
-    options.add_queue(group)
-    options.add_teacher(group)
     options.flag(group, "--mixup", True, "the two terms with mixtures; without them this is MoCo")
     group = parser.add_argument_group("views")
     options.add_crops(group)

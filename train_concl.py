@@ -143,9 +143,7 @@ class ConCL(Method):
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/concl")
-    group = options.add_contrast(parser)
-    options.add_queue(group)
-    options.add_teacher(group)
+    group = options.add_queued_contrast(parser)
     group.add_argument("--concepts", type=options.positive_int, default=8, metavar="K", help="concepts of a tile")
     group.add_argument("--warm-up", type=options.non_negative, default=20.0, help="epochs of the instance loss alone")
     group.add_argument(
@@ -154,14 +152,8 @@ def get_parser() -> options.Parser:
         default=1.0,
         help="weight w of the concept loss; the instance's: 1 - w",
     )
-    group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_jitter(group)
-    options.add_blur(group)
-    parser.set_defaults(  # §4.1 of the paper and the published configuration
-        b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine",
-        temperature=0.2, jitter=[0.4, 0.4, 0.4, 0.1],
-    )  # fmt: skip
+    options.add_pair_views(parser)
+    parser.set_defaults(**options.MOCO_V2)  # §4.1 of the paper and the published configuration
     return parser
 
 

@@ -112,18 +112,10 @@ def match(q_map: Tensor, k_map: Tensor, keys: Tensor) -> Tensor:
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/densecl")
-    group = options.add_contrast(parser)
-    options.add_queue(group)
-    options.add_teacher(group)
+    group = options.add_queued_contrast(parser)
     group.add_argument("--dense-weight", type=options.fraction, default=0.5, help="weight λ of the dense contrast")
-    group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_jitter(group)
-    options.add_blur(group)
-    parser.set_defaults(  # ConCL's baseline on NCT-CRC-HE-100K
-        b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine",
-        temperature=0.2, jitter=[0.4, 0.4, 0.4, 0.1],
-    )  # fmt: skip
+    options.add_pair_views(parser)
+    parser.set_defaults(**options.MOCO_V2)  # ConCL's baseline on NCT-CRC-HE-100K
     return parser
 
 

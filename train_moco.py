@@ -89,10 +89,8 @@ class MoCo(Method):
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/moco")
-    group = options.add_contrast(parser)
+    group = options.add_queued_contrast(parser)
     options.add_nce(group)
-    options.add_queue(group)
-    options.add_teacher(group)
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of MoCo: head, views and recipe")
     group = parser.add_argument_group("views")
     options.add_crops(group)

@@ -164,22 +164,16 @@ def update_clusters(
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/pcl")
-    group = options.add_contrast(parser)
-    options.add_queue(group)
-    options.add_teacher(group)
+    group = options.add_queued_contrast(parser)
     group.add_argument("--warm-up", type=options.non_negative, default=20.0, help="epochs without prototypes")
     group.add_argument(
         "--clusters", type=options.positive_int, nargs="+", metavar="K",
         help="numbers of clusters; by default one for 51, 26 and 13 images, as the paper has for ImageNet",
     )  # fmt: skip
-    group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_jitter(group)
-    options.add_blur(group)
-    parser.set_defaults(  # appendix A of the paper, version 2, on MoCo-v2's views; the batch is ConCL's
-        b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine",
-        temperature=0.2, jitter=[0.4, 0.4, 0.4, 0.1],
-    )  # fmt: skip
+    options.add_pair_views(parser)
+    parser.set_defaults(
+        **options.MOCO_V2
+    )  # appendix A of the paper, version 2, on MoCo-v2's views; the batch is ConCL's
     return parser
 
 

@@ -135,10 +135,8 @@ class PCRL(Method):
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/pcrl")
-    group = options.add_contrast(parser)
+    group = options.add_queued_contrast(parser)
     options.add_nce(group)
-    options.add_queue(group)
-    options.add_teacher(group)
     group.add_argument(
         "--inchannel",
         type=options.positive_int,

@@ -64,10 +64,7 @@ class SimCLR(Method):
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/simclr")
     options.add_contrast(parser)
-    group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_jitter(group)
-    options.add_blur(group)
+    options.add_pair_views(parser)
     parser.set_defaults(  # ConCL's baseline on NCT-CRC-HE-100K; crops of 8 % and more as in the paper, appendix A
         b=1024, epochs=200, lr=0.6, momentum=0.9, weight_decay=1e-6, optimizer="lars", schedule="cosine",
         warmup_epochs=10.0, temperature=0.1, jitter=[0.8, 0.8, 0.8, 0.2], crop_scale=0.08,

@@ -36,6 +36,13 @@ def run_script(main: Callable[[], object]) -> None:
     sys.exit(2)
 
 
+# MoCo's second version (arXiv 2003.04297, §3, and its published code), which ConCL, DenseCL and PCL take over.
+MOCO_V2 = {
+    "b": 256, "epochs": 200, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4, "optimizer": "sgd",
+    "schedule": "cosine", "temperature": 0.2, "jitter": [0.4, 0.4, 0.4, 0.1],
+}  # fmt: skip
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keep the description's line breaks and show every default."""
 
@@ -328,6 +335,22 @@ def add_contrast(parser: Parser) -> argparse._ArgumentGroup:
         "--temperature", "--moco_t", "--nce_t", type=bounded_float(1e-3, math.inf), default=0.07, help="temperature T"
     )
     return group
+
+
+def add_queued_contrast(parser: Parser) -> argparse._ArgumentGroup:
+    """The options of a contrast with a teacher's queue."""
+    group = add_contrast(parser)
+    add_queue(group)
+    add_teacher(group)
+    return group
+
+
+def add_pair_views(parser: Parser) -> None:
+    """The options of `PairViews`."""
+    group = parser.add_argument_group("views")
+    add_crops(group)
+    add_jitter(group)
+    add_blur(group)
 
 
 def add_nce(group: argparse._ArgumentGroup) -> None:

@@ -32,7 +32,7 @@ from medssl.models.queue import QueueContrast
 DIM = 128
 VERSIONS = {  # §3 of both papers, and their published code
     1: {"temperature": 0.07, "schedule": "step", "jitter": [0.4, 0.4, 0.4, 0.4], "blur": 0.0},
-    2: {"temperature": 0.2, "schedule": "cosine", "jitter": [0.4, 0.4, 0.4, 0.1], "blur": 0.5},
+    2: {"blur": 0.5} | {key: options.MOCO_V2[key] for key in ("temperature", "schedule", "jitter")},
 }
 JITTER_CHANCE = {1: 1.0, 2: 0.8}
 

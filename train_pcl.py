@@ -76,7 +76,7 @@ class PCL(Method):
         self.clusters, self.warm_up, self.temperature = tuple(clusters), warm_up, temperature
         self.momentum, self.schedule = momentum, schedule
 
-    def warm(self) -> bool:
+    def warmed_up(self) -> bool:
         """Whether the warm-up is over."""
         return float(self.progress) >= self.warm_up
 
@@ -85,7 +85,7 @@ class PCL(Method):
         _, k = run.shuffled(self.teacher, batch["view2"])
         self.features = features.detach()
         (instance,) = self.contrast([(z, k)])
-        if not self.warm():
+        if not self.warmed_up():
             return {"contrast": instance}
         q, terms = l2_normalize(z), []
         for m in range(len(self.clusters)):
@@ -141,7 +141,7 @@ def update_clusters(
     method: PCL, views: WholeOrCropViews, data: ImageDataset, args: argparse.Namespace, devices: Devices, step: int
 ) -> None:
     """Make the prototypes of an epoch, where the warm-up is over; in all processes the same."""
-    if not method.warm():
+    if not method.warmed_up():
         return
     made = None
     if devices.main:

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, asked_for, line_of, read_list, split_by_patient
+from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, asked_for, split_by_patient
 from medssl.datasets.reading import Files, read_mask
 from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
-from medssl.datasets.segmentation2d import InstanceImages
+from medssl.datasets.segmentation2d import InstanceImages, listed
 from medssl.engine.options import InputError
 
 NCT_TRAIN, NCT_TEST = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"
@@ -46,6 +46,11 @@ class Tile:
     part: str
     glands: Callable[[], np.ndarray] | None = None
     label: int | None = None
+
+    @property
+    def patient(self) -> str:
+        """Not known: each tile counts as one."""
+        return self.id
 
 
 class Glands(InstanceImages):
@@ -89,7 +94,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
 def choose(tiles: Sequence[Tile], request: Request, splits: Sequence[str]) -> dict[str, list[Tile]]:
     """The tiles of the splits that are asked for."""
     if request.lists:
-        chosen = {split: _listed(tiles, path, request) for split, path in request.lists.items()}
+        chosen = listed(tiles, request)
         if "test" in splits and "test" not in chosen:
             chosen["test"] = [tile for tile in tiles if tile.part == "test"]
     else:
@@ -101,21 +106,6 @@ def choose(tiles: Sequence[Tile], request: Request, splits: Sequence[str]) -> di
         train = chosen["train"]
         chosen |= {"train": [train[i] for i in rest], "val": [train[i] for i in held]}
     return asked_for(request.name, chosen, splits)
-
-
-def _listed(tiles: Sequence[Tile], path: str, request: Request) -> list[Tile]:
-    names: dict[str, list[Tile]] = {}
-    for tile in tiles:
-        for name in {tile.id, tile.image.name}:
-            names.setdefault(name, []).append(tile)
-    found = []
-    for name in read_list(path)[0]:
-        named = names.get(name, [])
-        if len(named) != 1:
-            what = "is not in --data" if not named else "names several images; give paths in --data"
-            raise InputError(f"{path}, line {line_of(path, name)}: {name} {what} {request.data}")
-        found += named
-    return found
 
 
 # Layouts -------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -52,6 +53,9 @@ TUBERCULOSIS = ("normal", "tuberculosis")
 SHENZHEN_SEED = 42
 FUNDUS_BLACK = 35  # grey levels that the surroundings of a fundus reach, noise and JPEG's ripples included
 MOST_LABELS = 32  # a folder's masks with more values are no label maps
+
+
+C = TypeVar("C")  # a kind of case
 
 
 class MaskedImages(ImageDataset):
@@ -455,7 +459,7 @@ def discover(cases: Sequence[Case], wanted: Sequence[int] | None) -> list[int] |
 def choose(cases: Sequence[Case], request: Request, splits: Sequence[str]) -> dict[str, list[Case]]:
     """The cases of the splits that are asked for."""
     if request.lists:
-        chosen = _listed(cases, request)
+        chosen = listed(cases, request)
         if list(chosen) == ["train"] and list(splits) != ["train"]:
             print(
                 f"note: {request.list}: no --val-list and --test-list, so it is split 70/10/20 by patient; "
@@ -474,16 +478,20 @@ def choose(cases: Sequence[Case], request: Request, splits: Sequence[str]) -> di
     return asked_for(request.name, chosen, splits)
 
 
-def _listed(cases: Sequence[Case], request: Request) -> dict[str, list[Case]]:
-    """The cases that lists name, by path, by file name where there is one of it, or by patient (LiTS' volumes)."""
-    names: dict[str, list[Case]] = {}
+def listed(cases: Sequence[C], request: Request) -> dict[str, list[C]]:
+    """The cases that lists name, by path, by file name where there is one of it, or by patient (LiTS' volumes).
+
+    Args:
+        cases: with "id", "image" and "patient" as `Case` has them.
+    """
+    names: dict[str, list[C]] = {}
     for case in cases:
         for name in {case.id, case.image.name, case.patient}:
             names.setdefault(name, []).append(case)
     chosen = {}
     for split, path in request.lists.items():
         written, _ = read_list(path)
-        found: dict[str, Case] = {}
+        found: dict[str, C] = {}
         for name in written:
             named = names.get(name)
             if named is None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import masks_to_boxes
 
 CPU_PART = 4  # images whose views are made at a time on a CPU
 
@@ -831,14 +832,8 @@ def instance_targets(instances: Tensor) -> dict[str, Tensor]:
     """(H, W) integers, 0 or the instance's number → "boxes", "labels", "masks" as `DetectionViews` gives them."""
     numbers = instances.unique()
     masks = instances == numbers[numbers > 0][:, None, None]  # (N, H, W)
-    rows, columns = masks.any(2), masks.any(1)
-
-    def ends(there: Tensor) -> tuple[Tensor, Tensor]:
-        last = there.shape[1] - there.flip(1).float().argmax(1)
-        return there.float().argmax(1), last
-
-    (top, bottom), (left, right) = ends(rows), ends(columns)
-    boxes = torch.stack([left, top, right, bottom], 1).float().view(-1, 4)
+    boxes = masks_to_boxes(masks)
+    boxes[:, 2:] += 1  # it gives the last pixels, not where they end
     return {"boxes": boxes, "labels": boxes.new_ones(len(boxes), dtype=torch.int64), "masks": masks.to(torch.uint8)}
 
 

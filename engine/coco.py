@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 CATEGORY = 1
+AREAS = ((0, 32**2), (32**2, 96**2), (96**2, float("inf")))  # of small, medium and large instances, pixels
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
@@ -20,16 +21,14 @@ def annotations_of(instances: np.ndarray, image: int, first: int = 1) -> list[di
     Returns:
         dicts of plain values: "segmentation" in compressed run lengths, "bbox" x, y, width, height in pixels, "area".
     """
-    numbers = [number for number in np.unique(instances) if number]
+    from pycocotools import mask as coco
+
     made = []
-    for n, number in enumerate(numbers):
+    for number in np.unique(instances[instances > 0]):
         runs = encode(instances == number)
-        rows, columns = np.nonzero(instances == number)
-        left, top = int(columns.min()), int(rows.min())
-        box = [left, top, int(columns.max()) - left + 1, int(rows.max()) - top + 1]
         made.append(
-            {"id": first + n, "image_id": image, "category_id": CATEGORY, "iscrowd": 0, "bbox": box,
-             "area": len(rows), "segmentation": runs}
+            {"id": first + len(made), "image_id": image, "category_id": CATEGORY, "iscrowd": 0,
+             "bbox": coco.toBbox(runs).tolist(), "area": int(coco.area(runs)), "segmentation": runs}
         )  # fmt: skip
     return made
 
@@ -73,6 +72,3 @@ def average_precision(truth: dict, found: Sequence[dict]) -> dict[str, dict[str,
             judge.summarize()
             values[name] = {key: None if v < 0 else 100 * float(v) for key, v in zip(NAMES, judge.stats[: len(NAMES)])}
     return values
-
-
-AREAS = ((0, 32**2), (32**2, 96**2), (96**2, float("inf")))  # of small, medium and large instances, pixels

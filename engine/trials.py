@@ -52,8 +52,10 @@ def labelled_subset(train: ImageDataset, percent: float, seed: int) -> ImageData
     units = list(dict.fromkeys(train.patients)) if by_patient else range(len(train))
     count = max(1, round(len(units) * percent / 100))
     first = [units[i] for i in np.random.default_rng([seed, 1]).permutation(len(units))[:count]]
-    return train.subset([i for unit in first for i, patient in enumerate(train.patients) if patient == unit]
-                        if by_patient else first)  # fmt: skip
+    if by_patient:
+        chosen = set(first)
+        first = [i for i, patient in enumerate(train.patients) if patient in chosen]
+    return train.subset(first)
 
 
 def oversample(train: ImageDataset, share: float) -> ImageDataset:

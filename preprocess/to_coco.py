@@ -5,7 +5,7 @@
 
 OUT has `train/` and `test/` with the images, as files that they are or as PNG, and `annotations/train.json` and
 `test.json`: one category, masks as run lengths, boxes in pixels. The parts are those that the set is published with;
-images that `--dataset` holds out for validation are in train. This project reads OUT with the same `--dataset`.
+images that `--dataset` holds out for validation are in train. This project reads OUT with `--dataset` glas or crag.
 """
 
 import json

@@ -4,7 +4,8 @@
     python preprocess/tiles.py --slide DIR/slide/cmu_small_region.svs --output TILES
     python train_concl.py --data TILES --dataset folder --list TILES/train.txt --image-size 96 --output OUT
     python evaluate_features.py --data TILES --dataset folder --list TILES/stain_train.txt
-        --test-list TILES/stain_test.txt --init random OUT/encoder.pt --image-size 96 --output FEATURES
+        --val-list TILES/stain_valid.txt --test-list TILES/stain_test.txt --init random OUT/encoder.pt --image-size 96
+        --output FEATURES
 
 Any image that Pillow opens can be a slide, `.svs` and other pyramids of TIFF at their finest level. TILES gets
 `tiles/Y_X.png`, named by their upper left corner in pixels, and

@@ -1,11 +1,11 @@
-"""Cut a stained slide into tiles, with lists for pre-training and for two small tasks.
+"""Cut a stained slide into tiles, with lists for pre-training and for three small tasks.
 
     python preprocess/get_samples.py --sample slide --save DIR
     python preprocess/tiles.py --slide DIR/slide/cmu_small_region.svs --output TILES
     python train_concl.py --data TILES --dataset folder --list TILES/train.txt --image-size 96 --output OUT
     python evaluate_features.py --data TILES --dataset folder --list TILES/stain_train.txt
         --val-list TILES/stain_valid.txt --test-list TILES/stain_test.txt --init random OUT/encoder.pt --image-size 96
-        --output FEATURES
+        --margin 1 --output FEATURES
 
 Any image that Pillow opens can be a slide, `.svs` and other pyramids of TIFF at their finest level. TILES gets
 `tiles/Y_X.png`, named by their upper left corner in pixels, and
@@ -13,6 +13,8 @@ Any image that Pillow opens can be a slide, `.svs` and other pyramids of TIFF at
   train.txt                         the training tiles with some tissue, without labels
   tissue_{train,valid,test}.txt     0 background (less than 5 % of the pixels are tissue), 1 tissue (more than half)
   stain_{train,valid,test}.txt      of those with tissue, 0 the third with the least haematoxylin, 1 that with the most
+  texture_{train,valid,test}.txt    of those full of tissue (nine tenths), among tiles of like stain: 0 the third where
+                                    haematoxylin varies least from pixel to pixel at the scale of nuclei, 1 the most
 
 The slide is divided into ten bands from top to bottom, of which two are for the test and one for validation. A tile
 that lies in two bands is left out, so that no pixel is in two splits. Labels are computed, not a pathologist's: they
@@ -31,7 +33,9 @@ from medssl.engine.options import InputError, Parser, run_script
 
 BANDS = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
 COLOURED = 20  # grey levels between the largest and the smallest channel from which a pixel is tissue
-BACKGROUND, TISSUE = 0.05, 0.5  # shares of tissue
+BACKGROUND, TISSUE, FULL = 0.05, 0.5, 0.9  # shares of tissue
+NUCLEI = (2, 8)  # standard deviations of the two Gaussians whose difference shows nuclei at 20×, pixels
+GROUPS = 6  # of tiles of like stain
 SPLITS = ("train", "valid", "test")
 
 
@@ -60,39 +64,56 @@ def corners(height: int, width: int, side: int, stride: int) -> list[tuple[int, 
     return found
 
 
-def measure(tile: np.ndarray) -> tuple[float, float]:
-    """The share of a tile's pixels that are tissue, and the mean haematoxylin of those (0 where there are none).
+def measure(tile: np.ndarray) -> tuple[float, float, float]:
+    """The share of a tile's pixels that are tissue, and of these the haematoxylin: its mean, and the standard deviation
+    of what is as large as nuclei in it. 0 where there is no tissue.
 
     Args:
         tile: (S, S, 3) uint8.
     """
+    from scipy.ndimage import gaussian_filter
     from skimage.color import rgb2hed
 
     tissue = np.ptp(tile, axis=2) >= COLOURED
     if not tissue.any():
-        return 0.0, 0.0
-    return float(tissue.mean()), float(rgb2hed(tile)[..., 0][tissue].mean())
+        return 0.0, 0.0, 0.0
+    haematoxylin = rgb2hed(tile)[..., 0]
+    fine, coarse = (gaussian_filter(haematoxylin, sigma) for sigma in NUCLEI)
+    return float(tissue.mean()), float(haematoxylin[tissue].mean()), float((fine - coarse)[tissue].std())
 
 
-def lists_of(splits: Sequence[str], shares: np.ndarray, stains: np.ndarray) -> dict[str, list[tuple[int, int | None]]]:
+def outer_thirds(values: np.ndarray) -> dict[int, int]:
+    """Positions of the lowest third of the values, as 0, and of the highest, as 1."""
+    if not len(values):
+        return {}
+    low, high = np.quantile(values, (1 / 3, 2 / 3))
+    return {int(i): int(values[i] > high) for i in np.flatnonzero((values <= low) | (values > high))}
+
+
+def lists_of(
+    splits: Sequence[str], shares: np.ndarray, stains: np.ndarray, textures: np.ndarray
+) -> dict[str, list[tuple[int, int | None]]]:
     """What each list holds: positions of tiles, and labels.
 
     Args:
-        splits, shares, stains: of each tile.
+        splits, shares, stains, textures: of each tile.
     """
-    some = shares >= BACKGROUND
+    some, tissue, full = shares >= BACKGROUND, np.flatnonzero(shares > TISSUE), np.flatnonzero(shares > FULL)
     lists: dict[str, list[tuple[int, int | None]]] = {
         "train": [(i, None) for i, split in enumerate(splits) if split == "train" and some[i]]
     }
-    tissue = shares > TISSUE
-    low, high = np.quantile(stains[tissue], (1 / 3, 2 / 3)) if tissue.any() else (0.0, 0.0)
     labels = {
-        "tissue": {i: int(tissue[i]) for i in range(len(splits)) if tissue[i] or not some[i]},
-        "stain": {i: int(stains[i] > high) for i in np.flatnonzero(tissue) if not low < stains[i] <= high},
+        "tissue": {i: int(shares[i] > TISSUE) for i in range(len(splits)) if shares[i] > TISSUE or not some[i]},
+        "stain": {int(tissue[i]): label for i, label in outer_thirds(stains[tissue]).items()},
+        "texture": {
+            int(group[i]): label
+            for group in np.array_split(full[np.argsort(stains[full])], GROUPS)
+            for i, label in outer_thirds(textures[group]).items()
+        },
     }
     for task, known in labels.items():
         for name in SPLITS:
-            lists[f"{task}_{name}"] = [(i, label) for i, label in known.items() if splits[i] == name]
+            lists[f"{task}_{name}"] = [(i, label) for i, label in sorted(known.items()) if splits[i] == name]
     return lists
 
 
@@ -121,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measures.append(measure(tile))
         names.append(f"tiles/{y:06d}_{x:06d}.png")
         Image.fromarray(tile).save(output / names[-1])
-    shares, stains = np.array(measures).T
-    for name, members in lists_of([split for *_, split in places], shares, stains).items():
+    for name, members in lists_of([split for *_, split in places], *np.array(measures).T).items():
         labels = [[label] for _, label in members if label is not None]
         write_list(
             output / f"{name}.txt", [names[i] for i, _ in members],

@@ -56,11 +56,39 @@ def test_tiles(slide, tmp_path, capsys):
 
 def test_a_tile_has_tissue_where_it_has_colour():
     grey, pink = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8, 3), (230, 150, 190), np.uint8)
-    assert tiles.measure(grey) == (0.0, 0.0)
+    assert tiles.measure(grey) == (0.0, 0.0, 0.0)
     half = np.concatenate([grey[:4], pink[:4]])
-    share, stain = tiles.measure(half)
+    share, stain, _ = tiles.measure(half)
     assert share == 0.5
     assert stain == pytest.approx(tiles.measure(pink)[1])
+
+
+def test_texture_is_what_is_as_large_as_nuclei():
+    y, x = np.mgrid[:96, :96]
+    pink, purple = np.array((230, 150, 190)), np.array((110, 70, 150))
+
+    def tile(weight):
+        return (pink + weight[..., None] * (purple - pink)).astype(np.uint8)
+
+    plain, slope = tile(np.full((96, 96), 0.5)), tile(x / 95)
+    spots = tile(((y % 24 - 12) ** 2 + (x % 24 - 12) ** 2 < 64) * 1.0)
+    grain = tile((x + y) % 2 * 1.0)
+    textures = [tiles.measure(t)[2] for t in (plain, grain, slope, spots)]
+    assert textures[0] < 1e-6
+    assert all(texture < 0.3 * textures[3] for texture in textures[:3])
+
+
+def test_texture_is_compared_between_tiles_of_like_stain():
+    rng = np.random.default_rng(0)
+    stains = rng.random(180)
+    textures = 10 * stains + rng.random(180)  # of all tiles, those with much stain have the most
+    lists = tiles.lists_of(["train"] * 180, np.ones(180), stains, textures)
+    known = dict(lists["texture_train"])
+    assert len(known) == 120
+    for group in np.array_split(np.argsort(stains), tiles.GROUPS):
+        ranked = group[np.argsort(textures[group])]
+        assert [known.get(i) for i in ranked] == [0] * 10 + [None] * 10 + [1] * 10
+    assert not tiles.lists_of(["train"], np.array([0.8]), np.ones(1), np.ones(1))["texture_train"]  # not full of tissue
 
 
 def test_bad_input(slide, tmp_path):

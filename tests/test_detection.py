@@ -16,6 +16,7 @@ from medssl.datasets.views import DetectionViews, Draws, instance_targets
 from medssl.engine.coco import annotations_of, average_precision
 from medssl.engine.detection import Detector
 from medssl.engine.options import InputError
+from medssl.engine.parallel import Devices, wrap
 from medssl.models.detector import make_detector
 from medssl.models.encoders import IMAGENET, make_encoder
 from medssl.preprocess import to_coco
@@ -437,3 +438,19 @@ def test_defaults_and_bad_input(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             finetune_detection.main([*command, "--device", "cpu", "--output", str(tmp_path / "out")])
+
+
+def test_gpus_share_batch_statistics_under_torchrun(monkeypatch):
+    # torch has SyncBatchNorm for GPUs alone: what is wrapped there can be seen here, not run.
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda method, **options: method)
+    network = make_detector(make_encoder("resnet18"), IMAGENET, 1, (64,), 96, 200, proposals=20, samples=16)
+    before = network.state_dict()
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    gpu = Devices(torch.device("cuda", 0), [], rank=0, world=2)
+    wrapped = wrap(Detector(network), gpu, Detector.find_unused, Detector.sync_batch_norm)
+    synchronised = [module for module in wrapped.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert len(synchronised) == len(norms) > 20
+    assert not any(type(module) is torch.nn.BatchNorm2d for module in network.modules())  # which evaluation uses
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(after[key].data_ptr() == before[key].data_ptr() for key in before)  # the optimiser's own tensors

@@ -1,41 +1,77 @@
-"""Does pre-training help? Fine-tune from several encoders at several label fractions, and compare in pairs.
+"""Does pre-training help? Pre-train, fine-tune from several encoders at several label fractions, and compare in pairs.
 
-  python compare.py --data FILE --dataset pneumoniamnist --init random OURS/encoder.pt --annotation-percent 1 10 100
-      --trials 5 --image-size 64 --output OUT
+  python compare.py --data FILE --dataset pneumoniamnist --init random pcrlv2 OURS/encoder.pt --image-size 64
+      --annotation-percent 1 10 100 --trials 5 --output OUT --gpus 0,1
   python compare.py --init random OURS/encoder.pt --annotation-percent 10 --trials 3 --image-size 64 --output OUT
   python compare.py --task segmentation --init random OURS/encoder.pt --annotation-percent 2 --output OUT
   python compare.py --task detection --init random OURS/encoder.pt --annotation-percent 100 --output OUT
+  python compare.py --task classification segmentation --init random magical --with "magical --lr 0.0002"
+      --with "pretraining --epochs 50" --with "segmentation --patch 48" --image-size 64 --output OUT --jobs 2
 
-Every other option goes to finetune_classification.py, finetune_segmentation.py or finetune_detection.py as it is.
+An `--init` is random, imagenet, a checkpoint file, or a method, which is first pre-trained on the training images,
+their labels unseen. Every option that is not listed below goes to finetune_classification.py, finetune_segmentation.py
+or finetune_detection.py as it is; those that say what images are and on what to compute also go to pre-training
+(`--list`, `--image-size`, `--arch`, `--amp` and the like). `--with "NAME OPTIONS"` adds options for one method, one
+task, for `pretraining`, or for `features` (evaluate_features.py, which judges the frozen encoders of classification).
+
 Trial k draws the same labelled images, order and head for every init, so that the gain over the first `--init` is a
-mean of paired differences, with its standard error. Finished trials are kept: the same command continues. Writes
-`comparison.json`, `comparison.md` and `comparison.png` to `--output`.
+mean of paired differences, with its standard error, and the p of a paired t-test, adjusted for the number of
+comparisons (Holm). Every fine-tuning is a run of its own: a failed one is shown with its reason, and the rest goes on.
+Finished runs are kept: the same command continues, and tries failed ones again.
+
+`--output` gets results.csv (a row a run), comparison.json, comparison.md, comparison.tex, comparison.png, and the runs:
+pretraining/METHOD, TASK/P_percent/INIT/run_K, features/INIT, each with job.json and log.txt.
+
+On a cluster: `--slurm` prints a script that submits the study as arrays of jobs; `--job K` runs one of them.
 """
 
-import json
-import math
+import argparse
+import importlib
 import os
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
-import numpy as np
-
-from medssl import finetune_classification, finetune_detection, finetune_segmentation
-from medssl.engine import options
+from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
+from medssl.datasets.registry import ImageDataset, open_labelled
+from medssl.datasets.segmentation import open_instances, open_segmented
+from medssl.engine import options, plots
+from medssl.engine.jobs import Job, run_beside, run_here
 from medssl.engine.loop import write_json
 from medssl.engine.options import InputError
+from medssl.engine.segmentation2d import PROTOCOLS
+from medssl.engine.study import Cell, gather, latex, markdown, write_csv
 
-# task -> the script that fine-tunes, the number of a trial that is compared, and its name
+
+@dataclass(frozen=True)
+class Task:
+    """What is fine-tuned: the script, what opens its data, the compared number of a trial, and its name."""
+
+    script: ModuleType
+    open: Callable[[argparse.Namespace], dict[str, ImageDataset]]
+    metric: str
+    name: str
+
+
 TASKS = {
-    "classification": (finetune_classification, "auroc", "test AUROC"),
-    "segmentation": (finetune_segmentation, "dice", "test Dice"),
-    "detection": (finetune_detection, "ap_box", "test AP of boxes"),
+    "classification": Task(finetune_classification, open_labelled, "auroc", "test AUROC"),
+    "segmentation": Task(finetune_segmentation, partial(open_segmented, protocols=PROTOCOLS), "dice", "test Dice"),
+    "detection": Task(finetune_detection, open_instances, "ap_box", "test AP of boxes"),
 }
+METHODS = ("insdis", "moco", "c2l", "pcrl", "pcrlv2", "magical", "concl", "simclr", "byol", "densecl", "pcl")
+SHARED = (  # options of fine-tuning that pre-training and the features take over
+    "data", "dataset", "list", "val_list", "test_list", "d", "texture_size", "workers", "cache", "max_bad", "view",
+    "image_size", "arch", "device", "amp", "amp_dtype", "compile", "deterministic",
+)  # fmt: skip
 
 
 def label_of(init: str, inits: Sequence[str]) -> str:
     """A short name for an init, unique among `inits`, fit for a folder."""
-    if init in ("random", "imagenet"):
+    if init in ("random", "imagenet", *METHODS):
         return init
 
     def parts(path: str) -> tuple[str, ...]:
@@ -45,75 +81,257 @@ def label_of(init: str, inits: Sequence[str]) -> str:
 
     own = parts(init)
     for n in range(1, len(own) + 1):
-        if sum(parts(other)[-n:] == own[-n:] for other in inits) == 1:
+        if sum(parts(other)[-n:] == own[-n:] for other in inits) == 1 and "_".join(own[-n:]) not in inits:
             break
     return "_".join(own[-n:])
 
 
-def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of the differences trial by trial, and its standard error (None for one trial)."""
-    difference = np.subtract(values, baseline)
-    if len(difference) < 2:
-        return float(difference.mean()), None
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+# Planning ------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict], inits: Sequence[str], metric: str) -> str:
-    """Markdown: one row per label fraction and init."""
+@dataclass(frozen=True)
+class Study:
+    """All runs, in the order of their numbers (`--job`), and those of them that are compared."""
+
+    jobs: list[Job]
+    cells: list[Cell]
+    tasks: tuple[str, ...]
+
+    @property
+    def pretrainings(self) -> int:
+        """How many of the jobs, the first ones, are pre-trainings."""
+        return len({job.needs.folder for job in self.jobs if job.needs})
+
+
+def as_words(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], known: set) -> list[str]:
+    """Options that were changed from their defaults, as they are typed, for a parser that has those in `known`."""
+    words: list[str] = []
+    for action in parser._actions:  # of which argparse has no public list
+        name, value = action.dest, getattr(args, action.dest, None)
+        if name not in names or name not in known or value == parser.get_default(name):
+            continue
+        option = next(text for text in action.option_strings if text.startswith("--"))
+        if isinstance(action, argparse.BooleanOptionalAction):
+            words.append(option if value else "--no-" + option[2:])
+        elif value is True:
+            words.append(option)
+        else:
+            words += [option, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def dests(script: ModuleType) -> set[str]:
+    """Names of a script's options."""
+    return {action.dest for action in script.get_parser()._actions}
+
+
+def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
+    """All runs of a study.
+
+    Raises:
+        InputError, SystemExit: for options that a script refuses.
+    """
+    output, extra = Path(args.output), {}
+    here = args.jobs == 0 and args.gpus  # else each run sees its own GPU alone
+    devices = ["--gpus", ",".join(map(str, args.gpus))] if here else []
+    for text in args.extra:
+        try:
+            name, *words = shlex.split(text)
+        except ValueError as error:
+            raise InputError(f"--with {text}: {error}") from None
+        if name not in (*METHODS, *TASKS, "pretraining", "features"):
+            raise InputError(f"--with {name}: no method, no task, and neither pretraining nor features")
+        extra.setdefault(name, []).extend(words)
+    labels = {init: label_of(init, args.init) for init in args.init}
+
+    def options_for(script: ModuleType, task: str) -> list[str]:
+        """What a script takes over from a task's options."""
+        parser = TASKS[task].script.get_parser()
+        given = parser.parse_args([*rest, *extra.get(task, [])])
+        return [*as_words(parser, given, SHARED, dests(script)), *devices]
+
+    pretraining = {}
+    for init in args.init:
+        if init in METHODS:
+            script = importlib.import_module(f"medssl.train_{init}")
+            words = [*options_for(script, args.task[0]), *extra.get("pretraining", []), *extra.get(init, [])]
+            folder = output / "pretraining" / labels[init]
+            pretraining[init] = Job(f"pre-training of {init}", f"train_{init}", tuple(words), folder, "encoder.pt")
+
+    def started(init: str) -> dict:
+        """What a job that starts from an init needs."""
+        if init in pretraining:
+            return {"needs": pretraining[init], "weights": pretraining[init].folder / "encoder.pt"}
+        return {} if init in ("random", "imagenet") else {"weights": Path(init)}
+
+    def value(init: str) -> str:
+        """An init as scripts take it."""
+        return str(pretraining[init].folder / "encoder.pt") if init in pretraining else init
+
+    cells = []
+    for task in args.task:
+        script = TASKS[task].script.__name__.rpartition(".")[2]
+        for percent, epochs in zip(args.annotation_percent, args.epochs):
+            for init in args.init:
+                words = [
+                    *rest,
+                    *devices,
+                    *extra.get(task, []),
+                    "--init",
+                    value(init),
+                    "--annotation-percent",
+                    f"{percent:g}",
+                ]
+                words += [] if epochs is None else ["--epochs", str(epochs)]
+                for k in range(args.trials):
+                    job = Job(
+                        f"{task}, {percent:g} % of the labels, {labels[init]}, trial {k}", script,
+                        (*words, "--run", str(k)),
+                        output / task / f"{percent:g}_percent" / labels[init] / f"run_{k}", "results.json",
+                        **started(init),
+                    )  # fmt: skip
+                    cells.append(Cell(task, percent, labels[init], k, TASKS[task].metric, job))
+    features = []
+    if args.features and "classification" in args.task:
+        words = [*options_for(evaluate_features, "classification"), *extra.get("features", [])]
+        for init in args.init:
+            features.append(
+                Job(
+                    f"features of {labels[init]}",
+                    "evaluate_features",
+                    (*words, "--init", value(init)),
+                    output / "features" / labels[init],
+                    "features.json",
+                    **started(init),
+                )  # fmt: skip
+            )
+    return Study([*pretraining.values(), *features, *(cell.job for cell in cells)], cells, tuple(args.task))
+
+
+def check(args: argparse.Namespace, rest: Sequence[str], study: Study) -> None:
+    """Find before the hours of work what cannot work: options, data, results of other options in `--output`.
+
+    Raises:
+        InputError, SystemExit: naming it.
+    """
+    for task in args.task:
+        parser = TASKS[task].script.get_parser()
+        planned = options.changed(parser, parser.parse_args(rest), ("run", "resume"))
+        if planned:
+            raise InputError(f"{planned[0]}: the study chooses it; leave it out")
+        TASKS[task].open(next(cell.job for cell in study.cells if cell.task == task).options())
+    for job in study.jobs:
+        job.check()
+
+
+# Running -------------------------------------------------------------------------------------------
+
+
+def places(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Environment variables of each of the `--jobs` that run at a time."""
+    if args.gpus:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        if visible and max(args.gpus) >= len(visible):
+            raise InputError(f"--gpus {max(args.gpus)}: CUDA_VISIBLE_DEVICES names {len(visible)}")
+        names = [visible[gpu] if visible else str(gpu) for gpu in args.gpus]
+        return [{"CUDA_VISIBLE_DEVICES": names[i % len(names)]} for i in range(args.jobs)]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * args.jobs
+
+
+def run(study: Study, args: argparse.Namespace) -> None:
+    """Run what is not finished, and write what there is after each run."""
+    jobs = [job for job in study.jobs if not job.finished()]
+    done = 0
+
+    def say(job: Job, reason: str | None) -> None:
+        nonlocal done
+        done += 1
+        print(f"[{done}/{len(jobs)}] {job.name}: {outcome(study, job, reason)}", flush=True)
+        tidy(study, job, args)
+        write_tables(study, Path(args.output))
+
+    if args.jobs:
+        run_beside(jobs, places(args), say)
+    else:
+        for job in jobs:
+            say(job, run_here(job))
+
+
+def outcome(study: Study, job: Job, reason: str | None) -> str:
+    """How a run ended, in a line."""
+    if reason:
+        return f"failed: {reason}"
+    cell = next((cell for cell in study.cells if cell.job is job), None)
+    value = cell.results()[cell.metric] if cell else None
+    number = f"{TASKS[cell.task].name} {value:.4f}, " if value is not None else ""
+    return f"{number}{job.record()['seconds']:.0f} s"
+
+
+def tidy(study: Study, job: Job, args: argparse.Namespace) -> None:
+    """Remove a finished fine-tuning's networks, unless they are wanted."""
+    if not args.keep_networks and any(cell.job is job for cell in study.cells) and job.finished():
+        for path in job.folder.rglob("best.pt"):
+            path.unlink()
+
+
+def write_tables(study: Study, output: Path) -> list[dict]:
+    """Write results.csv, comparison.json, .md and .tex, and return the rows."""
+    rows = gather(study.cells)
+    write_csv(study.cells, output / "results.csv")
+    write_json(output / "comparison.json", rows)
+    for suffix, table, comment in (("md", markdown, "{}"), ("tex", latex, "% {}")):
+        parts = []
+        for task in study.tasks:
+            heading = [comment.format(f"{task}:"), ""] if len(study.tasks) > 1 else []
+            own = [row for row in rows if row["task"] == task]
+            parts.append("\n".join([*heading, table(own, TASKS[task].name)]))
+        (output / f"comparison.{suffix}").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return rows
+
+
+def slurm_script(study: Study, args: argparse.Namespace, argv: Sequence[str]) -> str:
+    """A shell script that submits all runs: pre-trainings, then all others, then the tables."""
+    words = [word for word in argv if word != "--slurm"]
+    command = shlex.join([sys.executable, str(Path(__file__).resolve()), *words])
+    first, last = study.pretrainings, len(study.jobs) - 1
+
+    def submit(what: str, before: str | None) -> str:
+        after = f" --dependency=afterany:${before}" if before else ""
+        array = f" --array={what}" if what else ""
+        job = "--job $SLURM_ARRAY_TASK_ID" if what else "--tables-only"
+        return (
+            f"$(sbatch --parsable $each{after}{array} <<'END'\n#!/bin/bash\n"
+            f"cd {shlex.quote(os.getcwd())} && exec {command} {job}\nEND\n)"
+        )
+
     lines = [
-        f"| labels | images | init | {metric} (mean ± std) | paired gain over "
-        f"{inits[0]} (± standard error) | trials better |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "#!/bin/bash",
+        f"# {first} pre-trainings, {last + 1 - first} other runs, and their tables. Submit with: bash FILE",
+        "set -e",
+        "# what your cluster wants for each run:",
+        'each="--gpus=1 --cpus-per-task=8 --mem=32G --time=1-00:00:00 --requeue"',
     ]
-    for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
-        gain = better = "–"
-        if row["gain"] is not None:
-            error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.3f}"
-            gain, better = f"{row['gain']:+.3f}{error}", f"{row['better']} of {row['trials']}"
-        cells = [f"{row['percent']:g} %", row["images"], row["init"], f"{row['mean']:.3f}{spread}", gain, better]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if first:
+        lines.append(f"pretraining={submit(f'0-{first - 1}', None)}")
+    lines.append(f"runs={submit(f'{first}-{last}', 'pretraining' if first else None)}")
+    lines.append(f"tables={submit('', 'runs')}")
+    lines.append('echo "submitted: ${pretraining:-} $runs $tables"')
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], metric: str, path: Path) -> None:
-    """The metric over the share of labels; a point per trial, a line through the means."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(row["init"] for row in rows))
-    percents = sorted({row["percent"] for row in rows})
-    for i, name in enumerate(names):
-        own = sorted((row for row in rows if row["init"] == name), key=lambda row: row["percent"])
-        shift = 1.04 ** (i - (len(names) - 1) / 2)  # points of different inits beside each other
-        for row in own:
-            axes.plot([row["percent"] * shift] * row["trials"], row["values"], ".", color=f"C{i}", alpha=0.4)
-        axes.plot(
-            [row["percent"] * shift for row in own], [row["mean"] for row in own], "o-", color=f"C{i}", label=name
-        )
-    axes.set_xscale("log")
-    axes.set_xticks(percents, [f"{p:g} %" for p in percents])
-    axes.minorticks_off()
-    if len(percents) == 1:
-        axes.set_xlim(percents[0] / 2, percents[0] * 2)
-    axes.set(xlabel="share of the training labels", ylabel=metric)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=130)
+# The command line ----------------------------------------------------------------------------------
 
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    group = parser.add_argument_group("comparison")
-    group.add_argument("--task", choices=tuple(TASKS), default="classification", help="what is fine-tuned")
+    parser.own_inits += METHODS
+    group = parser.add_argument_group("study")
+    group.add_argument("--task", nargs="+", choices=tuple(TASKS), default=["classification"], help="what is fine-tuned")
     group.add_argument(
-        "--init",
-        nargs="+",
-        default=["random"],
-        metavar="{random,imagenet,FILE}",
-        help="encoder weights to compare; the first is the baseline",
-    )
+        "--init", nargs="+", default=["random"], metavar="{random,imagenet,METHOD,FILE,NAME}",
+        help=f"weights to compare, the first the baseline; METHOD is {', '.join(METHODS)}",
+    )  # fmt: skip
     options.add_proxy_folder(group)
     group.add_argument(
         "--annotation-percent",
@@ -127,55 +345,71 @@ def get_parser() -> options.Parser:
     group.add_argument(
         "--epochs", nargs="+", type=options.positive_int, help="passes over the labels: one number, or one a percentage"
     )
-    group.add_argument("--output", metavar="DIR", default="runs/comparison", help="where the results go")
+    group.add_argument(
+        "--with", action="append", default=[], dest="extra", metavar='"NAME OPTIONS"', type=options.filled,
+        help="options for a method, a task, pretraining or features; may be given several times",
+    )  # fmt: skip
+    running = parser.add_argument_group("running")
+    running.add_argument("--gpus", type=options.gpu_list, help="GPU numbers such as 0,1: a run at a time on each")
+    running.add_argument(
+        "--jobs", type=options.non_negative_int,
+        help="runs at a time: as many as --gpus, or 1; 0 runs one after the other in this process",
+    )  # fmt: skip
+    running.add_argument("--job", type=options.non_negative_int, metavar="K", help="only run K, in this process")
+    running.add_argument("--slurm", action="store_true", help="print a script that submits all runs to SLURM, and end")
+    running.add_argument("--tables-only", action="store_true", help="run nothing; write the tables of what there is")
+    options.flag(running, "--features", True, "judge the frozen encoders of classification too")
+    running.add_argument("--keep-networks", action="store_true", help="keep every fine-tuned network (best.pt)")
+    running.add_argument("--output", metavar="DIR", default="runs/comparison", help="where the results go")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict]:
+    argv = sys.argv[1:] if argv is None else list(argv)
     args, rest = get_parser().parse_known_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("compare runs in one process; start it without torchrun, with --gpus for several")
-    options.check_inits(args.init)
+        raise InputError("compare starts its runs itself; start it without torchrun, with --gpus for several")
+    options.check_inits(args.init, METHODS)
+    for name in ("task", "annotation_percent"):
+        given = getattr(args, name)
+        if len(set(given)) < len(given):
+            raise InputError(f"--{name.replace('_', '-')}: the same value twice")
     epochs = args.epochs or [None]
     if len(epochs) not in (1, len(args.annotation_percent)):
         raise InputError(
             f"--epochs: {len(epochs)} numbers for {len(args.annotation_percent)} percentages; give 1 or as many"
         )
-    epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
-    output, rows = Path(args.output), []
-    script, key, metric = TASKS[args.task]
-    names = [label_of(init, args.init) for init in args.init]
-    for percent, passes in zip(args.annotation_percent, epochs):
-        baseline = None
-        for init, name in zip(args.init, names):
-            folder = output / f"{percent:g}_percent" / name
-            own = ["--init", init, "--annotation-percent", f"{percent:g}", "--trials", str(args.trials)]
-            own += [] if passes is None else ["--epochs", str(passes)]
-            script.main([*rest, *own, "--output", str(folder)])
-            results = json.loads((folder / "results.json").read_text())
-            values = [trial[key] for trial in results["trials"]]
-            if None in values:
-                raise InputError(f"{folder}: {metric} is undefined: the test split has one class, or no structure")
-            if baseline is None:
-                baseline, gain, error, better = values, None, None, None
-            else:
-                gain, error = paired_gain(values, baseline)
-                better = int(np.sum(np.greater(values, baseline)))
-            rows.append(
-                {
-                    "percent": percent, "images": results["trials"][0]["train_images"], "init": name, "file": init,
-                    "mean": results["mean"], "std": results["std"], "values": values, "gain": gain,
-                    "standard_error": error, "better": better, "trials": args.trials, "metric": key,
-                    "seconds": sum(trial["seconds"] for trial in results["trials"]), "versions": results["versions"],
-                    "device": results["device"],
-                }
-            )  # fmt: skip
-            # Written after every cell: a study that is stopped shows what it has.
-            write_json(output / "comparison.json", rows)
-    text = table(rows, names, metric)
-    (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
-    draw(rows, metric, output / "comparison.png")
-    print(f"\n{text}\n\nwritten: {output}/comparison.md, .json and .png", flush=True)
+    args.epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
+    args.jobs = max(1, len(args.gpus or [])) if args.jobs is None else args.jobs
+    study, output = plan(args, rest), Path(args.output)
+    if args.slurm:
+        print(slurm_script(study, args, argv))
+        return []
+    if args.job is not None:
+        if args.job >= len(study.jobs):
+            raise InputError(f"--job {args.job}: the study has the runs 0 to {len(study.jobs) - 1}")
+        job = study.jobs[args.job]
+        job.check()
+        reason = None if job.finished() else run_here(job)
+        tidy(study, job, args)
+        if reason:
+            raise InputError(f"{job.name}: {reason}")
+        return []
+    output.mkdir(parents=True, exist_ok=True)
+    if not args.tables_only:
+        check(args, rest, study)
+        run(study, args)
+    rows = write_tables(study, output)
+    plots.label_efficiency(rows, {task: TASKS[task].name for task in study.tasks}, output / "comparison.png")
+    print(f"\n{(output / 'comparison.md').read_text(encoding='utf-8')}")
+    print(f"written: {output}/comparison.md, .tex, .json, .png and results.csv", flush=True)
+    failed = {job: job.record().get("reason") or "has not been run" for job in study.jobs if not job.finished()}
+    if len(failed) == len(study.jobs) and len(set(failed.values())) == 1:
+        raise InputError(next(iter(failed.values())))
+    for job, reason in failed.items():
+        print(f"failed: {job.name}: {reason}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
     return rows
 
 

@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = str(output / "pcrlv2" / "encoder.pt")
     fraction = ["--annotation-percent", percent, "--trials", trials, "--epochs", tuning, "--b", "32", "--lr", "1e-3"]
     rows = compare.main(
-        [*size, "--init", "random", weights, *fraction, "--no-tensorboard", "--output", str(output / "comparison")]
+        [*size, "--init", "random", weights, *fraction, "--no-tensorboard", "--no-features", "--jobs", "0"]
+        + ["--output", str(output / "comparison")]
     )
 
     random, pretrained = rows[-2:]

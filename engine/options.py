@@ -57,6 +57,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviations, whose errors are one line and exit code 2."""
 
+    own_inits: tuple[str, ...] = ("random", "imagenet")  # values of --init that are no file and no model's name
+
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
@@ -65,8 +67,8 @@ class Parser(argparse.ArgumentParser):
         if getattr(args, "proxy_dir", None):
             several = isinstance(args.init, list)
             inits = args.init if several else [args.init]
-            found = [resolve_init(init, args.proxy_dir) for init in inits]
-            if set(inits) <= {"random", "imagenet"}:
+            found = [resolve_init(init, args.proxy_dir, self.own_inits) for init in inits]
+            if set(found) <= set(self.own_inits):
                 raise InputError(
                     f"--proxy-dir {args.proxy_dir}: has no effect on --init {inits[0]}; give a model's name"
                 )
@@ -118,12 +120,13 @@ def refuse_other_dims(dims: int, name: str, given: Mapping[int, Sequence[str]]) 
             raise InputError(f"{options[0]}: is for {kind}, and {name} has {dims} dimensions; leave it out")
 
 
-def check_inits(inits: Sequence[str]) -> None:
-    """Raise InputError where several `--init` name the same weights twice, or a file that is not there."""
+def check_inits(inits: Sequence[str], methods: Sequence[str] = ()) -> None:
+    """Raise InputError where several `--init` name the same weights twice, or a file that is not there; `methods` may
+    be named too."""
     if len(set(inits)) < len(inits):
         raise InputError("--init: the same weights twice")
     for init in inits:  # found now, not after hours of work on the others
-        if init not in ("random", "imagenet") and not Path(init).is_file():
+        if init not in ("random", "imagenet", *methods) and not Path(init).is_file():
             raise InputError(f"--init {init}: no such checkpoint file")
 
 
@@ -477,8 +480,9 @@ def add_proxy_folder(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def resolve_init(init: str, folder: str) -> str:
-    """What `--init` means with `--proxy-dir`: random, imagenet, a file, or a model's name there, however it is spelled.
+def resolve_init(init: str, folder: str, others: Sequence[str] = Parser.own_inits) -> str:
+    """What `--init` means with `--proxy-dir`: random, imagenet, a file, a model's name there, however it is spelled, or
+    one of `others`.
 
     Raises:
         InputError: for a folder that is not there, and a name that it does not have.
@@ -488,6 +492,8 @@ def resolve_init(init: str, folder: str) -> str:
     if init in ("random", "imagenet") or Path(init).is_file():
         return init
     known = {plain_name(path.stem): path for path in sorted(Path(folder).glob("*.pth"))}
+    if plain_name(init) not in known and init in others:
+        return init
     if plain_name(init) not in known:
         there = ", ".join(path.stem for path in known.values()) or "none"
         raise InputError(f"--init {init}: no such file, and no such model in {folder}, which has {there}")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -92,3 +93,44 @@ def froc(rows: list[dict], info: Info, path: Path) -> None:
     axes.set(title=f"FROC, test split (mean of the seven points {np.mean(means):.3f})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+def label_efficiency(rows: list[dict], names: dict[str, str], path: Path) -> None:
+    """A study's metric over the share of labels, a panel a task: a point a trial, a line through the means, and the
+    means' 95 % confidence intervals as bands.
+
+    Args:
+        rows: of `engine/study.py`. names: the metric of each task in words.
+    """
+    figure = Figure(figsize=(6 * len(names), 4.2), layout="constrained")
+    for axes, (task, metric) in zip(figure.subplots(1, len(names), squeeze=False)[0], names.items()):
+        draw_label_efficiency(axes, [row for row in rows if row["task"] == task])
+        axes.set_ylabel(metric)
+        if len(names) > 1:
+            axes.set_title(task)
+    figure.savefig(path, dpi=130)
+
+
+def draw_label_efficiency(axes: Axes, rows: list[dict]) -> None:
+    """One panel of `label_efficiency`."""
+    inits = list(dict.fromkeys(row["init"] for row in rows))
+    percents = sorted({row["percent"] for row in rows})
+    for i, init in enumerate(inits):
+        own = sorted((row for row in rows if row["init"] == init and row["trials"]), key=lambda row: row["percent"])
+        shift = 1.04 ** (i - (len(inits) - 1) / 2)  # points of different inits beside each other
+        for row in own:
+            known = [value for value in row["values"] if value is not None]
+            axes.plot([row["percent"] * shift] * len(known), known, ".", color=f"C{i % 10}", alpha=0.4)
+        at = [row["percent"] * shift for row in own]
+        axes.plot(at, [row["mean"] for row in own], "o-", color=f"C{i % 10}", label=init)
+        bands = [(x, *row["interval"]) for x, row in zip(at, own) if row["interval"]]
+        if bands:
+            axes.fill_between(*zip(*bands), color=f"C{i % 10}", alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xticks(percents, [f"{p:g} %" for p in percents])
+    axes.minorticks_off()
+    if len(percents) == 1:
+        axes.set_xlim(percents[0] / 2, percents[0] * 2)
+    axes.set_xlabel("share of the training labels")
+    axes.grid(alpha=0.3)
+    axes.legend()

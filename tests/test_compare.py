@@ -1,11 +1,35 @@
-"""Segmentation is compared as classification is: the same trials, paired, by Dice."""
+"""Studies: what is run, what is kept, what failed runs leave, and the numbers that compare."""
 
+import csv
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import types
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from medssl import compare
+from medssl import compare, train_pcrlv2
 from medssl.datasets import phantom_ct
+from medssl.engine import jobs, study
+from medssl.engine.jobs import Job, run_beside, run_here
+from medssl.engine.options import InputError, Parser
+
+SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
+SMALL += ["--b", "8", "--steps", "2", "--no-features"]
+HERE = ["--jobs", "0"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    train_pcrlv2.main([*SMALL[:8], "--b", "8", "--steps", "2", "--local-size", "32", "--output", str(folder)])
+    return folder / "encoder.pt"
 
 
 @pytest.fixture
@@ -16,13 +40,319 @@ def few_scans(monkeypatch):
     phantom_ct._generated.cache_clear()
 
 
+# Statistics ----------------------------------------------------------------------------------------
+
+
+def test_paired_gain_by_hand():
+    gain, error = study.paired_gain([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
+    assert gain == pytest.approx(0.1)
+    assert error == pytest.approx(0.1 / np.sqrt(3))
+    assert study.paired_gain([0.9], [0.8]) == (pytest.approx(0.1), None)
+
+
+def test_paired_t_by_hand():
+    # mean .1, standard error .1/√3: t = √3 with 2 degrees of freedom.
+    p = study.paired_test([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
+    assert p == pytest.approx(2 * stats.t.sf(np.sqrt(3), 2))
+    assert study.paired_test([0.9], [0.8]) is None
+    assert study.paired_test([0.9, 0.8], [0.9, 0.8]) is None
+
+
+def test_holm_by_hand():
+    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert study.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert study.holm([]) == []
+
+
+def test_interval_of_a_mean():
+    low, high = study.interval([0.7, 0.8, 0.9])
+    assert (low + high) / 2 == pytest.approx(0.8)
+    assert high - low == pytest.approx(2 * 4.302653 * 0.1 / np.sqrt(3), rel=1e-6)  # t of 97.5 % with 2 degrees
+    assert study.interval([0.7]) is None
+
+
+# Whole studies -------------------------------------------------------------------------------------
+
+
+def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
+    options = [*SMALL, *HERE, "--init", "random", "pcrlv2", str(encoder), "--annotation-percent", "1"]
+    options += ["--epochs", "1", "--trials", "2", "--with", "pcrlv2 --local-size 32 --b 4 --steps 2"]
+    rows = compare.main([*options, "--output", str(tmp_path)])
+    name = encoder.parent.name
+    assert [(row["percent"], row["init"], row["images"]) for row in rows] == [
+        (1, "random", 20), (1, "pcrlv2", 20), (1, name, 20)
+    ]  # fmt: skip
+    for row in rows:
+        folders = [
+            tmp_path / "classification" / f"{row['percent']:g}_percent" / row["init"] / f"run_{k}" for k in (0, 1)
+        ]
+        trials = [json.loads((folder / "results.json").read_text())["trials"][0] for folder in folders]
+        assert [trial["seed"] for trial in trials] == [0, 1]
+        assert row["values"] == [trial["auroc"] for trial in trials]
+        assert not list(folders[0].rglob("best.pt"))
+    difference = np.subtract(rows[1]["values"], rows[0]["values"])
+    assert rows[1]["gain"] == pytest.approx(difference.mean())
+    assert rows[1]["standard_error"] == pytest.approx(difference.std(ddof=1) / np.sqrt(2))
+    assert rows[0]["p_adjusted"] is None
+    assert rows[1]["p"] <= rows[1]["p_adjusted"] <= 1
+    assert f"{rows[1]['gain']:+.3f}" in capsys.readouterr().out
+
+    # The method was pre-trained on images of the size that the task has, with its own batch, and its weights were used.
+    config = json.loads((tmp_path / "pretraining" / "pcrlv2" / "config.json").read_text())
+    assert (config["image_size"], config["texture_size"], config["b"], config["local_size"]) == (32, 32, 4, 32)
+    assert rows[1]["file"] == str(tmp_path / "pretraining" / "pcrlv2" / "encoder.pt")
+    with open(tmp_path / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in table if (row["init"], row["percent"]) == ("pcrlv2", "1.0")] == rows[1][
+        "values"
+    ]
+    assert {row["matched_keys"] for row in table if row["init"] != "random"} == {"100"}
+    assert len(table) == 6
+    latex = (tmp_path / "comparison.tex").read_text(encoding="utf-8")
+    assert latex.count(r"\textbf") == 1
+    assert latex.count(r"\\") == 4
+    assert r"1 \%" in latex
+    assert (tmp_path / "comparison.png").stat().st_size > 5000
+
+    # Again: nothing is run twice.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    assert compare.main([*options, "--output", str(tmp_path)]) == rows
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    # Other options, or other weights behind the same name, are another study.
+    with pytest.raises(InputError, match="was started with lr"):
+        compare.main([*options, "--lr", "0.5", "--output", str(tmp_path)])
+    with pytest.raises(InputError, match="was run with --steps 2"):
+        compare.main([*options, "--steps", "3", "--output", str(tmp_path)])
+    os.utime(encoder)
+    encoder.write_bytes(encoder.read_bytes() + b" ")
+    with pytest.raises(InputError, match="was run from other weights"):
+        compare.main([*options, "--output", str(tmp_path)])
+
+
+def test_a_failed_run_is_shown_and_the_rest_goes_on(encoder, tmp_path, capsys):
+    options = [*SMALL, *HERE, "--init", "random", str(encoder), "concl", "--annotation-percent", "1", "--trials", "2"]
+    options += ["--with", "concl --lr 1e30 --b 4 --steps 4", "--arch", "resnet34", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(options)
+    assert stopped.value.code == 1
+    random, other, concl = json.loads((tmp_path / "comparison.json").read_text())
+    assert random["trials"] == 2
+    assert other["trials"] == concl["trials"] == 0
+    assert all("resnet18" in reason for reason in other["failures"].values())
+    assert all("pre-training of concl: " in reason for reason in concl["failures"].values())
+    text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert text.count("| failed |") == 2
+    told = capsys.readouterr()
+    assert "failed: pre-training of concl: " in told.err
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 2 + ["failed"] * 4
+
+
+def test_where_all_runs_fail_alike_the_reason_is_the_answer(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"no checkpoint")
+    options = [*SMALL, *HERE, "--init", str(tmp_path / "weights.pt"), "--annotation-percent", "1"]
+    with pytest.raises(InputError, match=r"weights\.pt: "):
+        compare.main([*options, "--trials", "2", "--output", str(tmp_path / "out")])
+
+
 def test_segmentation_is_compared_by_dice(few_scans, tmp_path):
     quick = ["--d", "3", "--arch", "unet3d_quarter", "--steps", "2", "--epoch-steps", "2", "--workers", "0", "--b", "2"]
-    task = ["--task", "segmentation", "--annotation-percent", "50", "100", "--trials", "1", "--overlays", "0"]
+    task = ["--task", "segmentation", "--annotation-percent", "50", "100", "--trials", "1", "--overlays", "0", *HERE]
     rows = compare.main([*quick, *task, "--no-tensorboard", "--output", str(tmp_path)])
     assert [(row["percent"], row["images"], row["metric"]) for row in rows] == [(50, 2, "dice"), (100, 4, "dice")]
     for row in rows:
-        results = json.loads((tmp_path / f"{row['percent']:g}_percent" / "random" / "results.json").read_text())
-        assert row["values"] == [trial["dice"] for trial in results["trials"]]
+        folder = tmp_path / "segmentation" / f"{row['percent']:g}_percent" / "random" / "run_0"
+        trial = json.loads((folder / "results.json").read_text())["trials"][0]
+        assert row["values"] == [trial["dice"]]
+        assert row["per_class"] == {name: value["dice"] for name, value in trial["per_class"].items()}
     assert "| test Dice (mean ± std) |" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
-    assert (tmp_path / "comparison.png").stat().st_size > 5000
+
+
+def test_bad_input_is_found_before_the_work(tmp_path):
+    for options, message in (
+        (["--init", "random", str(tmp_path / "none.pt")], "no such checkpoint file"),
+        (["--init", "random", "random"], "--init: the same weights twice"),
+        (["--epochs", "1", "2"], "2 numbers for 3 percentages"),
+        (["--annotation-percent", "1", "1"], "--annotation-percent: the same value twice"),
+        (["--with", "pcrlv3 --lr 1"], "--with pcrlv3: no method, no task"),
+        (["--with", "pcrlv2 --lr '1"], "--with .*: No closing quotation"),
+        (["--run", "3"], "--run: the study chooses it"),
+        (["--resume", "never"], "--resume: the study chooses it"),
+        (["--data", str(tmp_path / "none"), "--dataset", "chest"], "none"),
+        (["--job", "99"], "--job 99: the study has the runs 0 to"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare.main([*options, *HERE, "--output", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").rglob("results.json"))
+    for options in (["--lr", "x"], ["--no-such-option"], ["--with", "classification --nonsense"]):
+        with pytest.raises(SystemExit) as stopped:
+            compare.main([*options, *HERE, "--output", str(tmp_path / "out")])
+        assert stopped.value.code == 2
+
+
+def test_names_tell_inits_apart(tmp_path):
+    files = [str(tmp_path / name / "pcrlv2" / "encoder.pt") for name in "ab"]
+    inits = ["random", "pcrlv2", *files, str(tmp_path / "weights.pth")]
+    labels = [compare.label_of(init, inits) for init in inits]
+    assert labels == ["random", "pcrlv2", "a_pcrlv2", "b_pcrlv2", "weights"]
+
+
+def test_options_go_where_they_belong(tmp_path):
+    words = ["--dataset", "drive", "--data", "DIR", "--image-size", "96", "--amp", "--workers", "0", "--lr", "0.5"]
+    words += ["--patch", "64", "--flip", "none"]
+    words += ["--no-deterministic", "--task", "segmentation", "--init", "random", "magical", "--trials", "1"]
+    words += ["--annotation-percent", "100", "--with", "pretraining --epochs 7", "--with", "magical --lr 0.25"]
+    words += ["--with", "segmentation --overlays 1", "--output", str(tmp_path)]
+    args, rest = compare.get_parser().parse_known_args(words)
+    args.epochs, args.jobs = [None], 1
+    pretraining, random, magical = compare.plan(args, rest).jobs
+    words = "--data DIR --dataset drive --workers 0 --amp --no-deterministic --image-size 96 --epochs 7 --lr 0.25"
+    assert sorted(pretraining.argv) == sorted(words.split())
+    assert (pretraining.options().epochs, pretraining.options().lr) == (7, 0.25)
+    assert (magical.options().lr, magical.options().patch, magical.options().overlays) == (0.5, [64], 1)
+    assert magical.needs is pretraining
+    assert magical.options().init == str(tmp_path / "pretraining" / "magical" / "encoder.pt")
+    assert random.needs is None
+    assert random.weights is None
+
+
+# Jobs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script `fake` with the option `--code TEXT`, whose processes run TEXT as Python with `folder`, its output."""
+    module = types.ModuleType("medssl.fake")
+
+    def get_parser():
+        parser = Parser("")
+        parser.add_argument("--code")
+        parser.add_argument("--output")
+        return parser
+
+    module.get_parser = get_parser
+    monkeypatch.setitem(sys.modules, "medssl.fake", module)
+
+    def start(job, place):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        code = f"import os, sys, time\nfolder = {str(job.folder)!r}\n{job.argv[1]}"
+        with open(job.folder / "log.txt", "w") as log:
+            return subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log, env={**os.environ, **place})
+
+    monkeypatch.setattr(jobs, "start", start)
+    proof = "open(folder + '/proof', 'w').close()"
+
+    def job(folder, code, **more):
+        return Job(folder.name, "fake", ("--code", code.replace("PROVE", proof)), folder, "proof", **more)
+
+    return job
+
+
+def test_jobs_run_beside_each_other_and_wait_for_what_they_need(script, tmp_path):
+    first = script(tmp_path / "first", "time.sleep(1); PROVE; print(time.time())")
+    second = script(tmp_path / "second", "assert os.path.exists(folder + '/../first/proof'); PROVE", needs=first)
+    meanwhile = script(tmp_path / "meanwhile", "assert not os.path.exists(folder + '/../first/proof'); PROVE")
+    ended = []
+    run_beside([first, second, meanwhile], [{}, {}], lambda job, reason: ended.append((job.name, reason)))
+    assert ended == [("meanwhile", None), ("first", None), ("second", None)]
+    assert all(job.finished() for job in (first, second, meanwhile))
+
+
+def test_each_place_has_its_environment(script, tmp_path):
+    code = "time.sleep(.3); print(os.environ['CUDA_VISIBLE_DEVICES']); PROVE"
+    made = [script(tmp_path / str(k), code) for k in range(4)]
+    args = compare.get_parser().parse_args(["--gpus", "3,5"])
+    args.jobs = 2
+    run_beside(made, compare.places(args), lambda *_: None)
+    assert sorted((tmp_path / str(k) / "log.txt").read_text().strip() for k in range(4)) == ["3", "3", "5", "5"]
+
+
+def test_reasons_of_failures(script, tmp_path):
+    for name, code, reason in (
+        ("input", "sys.exit('error: --lr 7: too much')", "--lr 7: too much"),
+        ("crash", "raise ValueError('two\\nlines')", "lines"),
+        ("killed", "os.kill(os.getpid(), 9)", "ended by SIGKILL; was there too little memory?"),
+        ("silent", "sys.exit(7)", "exit code 7"),
+        ("term", "sys.exit(143)", "was interrupted; the same command continues"),
+    ):
+        bad = script(tmp_path / name, code)
+        after = script(tmp_path / f"after_{name}", "PROVE", needs=bad)
+        ended = {}
+        run_beside([bad, after], [{}], lambda job, why: ended.update({job.name: why}))  # noqa: B023
+        assert ended == {name: reason, f"after_{name}": f"{name}: {reason}"}
+        assert bad.record()["status"] == "failed"
+        assert not bad.finished()
+
+
+def test_a_run_in_this_process_fails_for_itself(script, tmp_path):
+    job = script(tmp_path / "job", "")
+
+    def fail(argv):
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    sys.modules["medssl.fake"].main = fail
+    assert run_here(job) == "RuntimeError: CUDA out of memory more"
+    assert "Traceback" in (job.folder / "log.txt").read_text()
+    sys.modules["medssl.fake"].main = lambda argv: (job.folder / "proof").touch()
+    assert run_here(job) is None
+    assert job.finished()
+
+
+def test_a_killed_study_goes_on(tmp_path):
+    """kill -9: what runs saves its state and ends with its parent; the same command does the rest."""
+    words = [*SMALL[:-3], "--no-features", "--init", "random", "--annotation-percent", "1", "--epochs", "8"]
+    command = [sys.executable, "-m", "medssl.compare", *words, "--trials", "2", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folders = [tmp_path / "classification" / "1_percent" / "random" / f"run_{k}" for k in (0, 1)]
+    deadline = time.monotonic() + 300
+    while not (folders[1] / "trial_0" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = (folders[0] / "results.json").stat().st_mtime_ns
+    if sys.platform == "linux":
+        while "medssl" in subprocess.run(["pgrep", "-f", str(folders[1])], capture_output=True, text=True).stdout:
+            time.sleep(0.1)
+        last = folders[1] / "trial_0" / "last.pt"
+        while not last.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    rows = compare.main([*command[3:], *HERE])
+    assert rows[0]["trials"] == 2
+    assert (folders[0] / "results.json").stat().st_mtime_ns == first
+
+
+def test_on_a_cluster(encoder, tmp_path, capsys, monkeypatch):
+    """The printed script submits arrays that cover all runs; each run of them works by itself."""
+    options = [*SMALL, "--init", "random", "pcrlv2", "--annotation-percent", "1", "--trials", "1"]
+    options += ["--with", "pcrlv2 --local-size 32 --b 4 --steps 2", "--output", str(tmp_path / "out of space")]
+    compare.main([*options, "--slurm"])
+    script = tmp_path / "submit.sh"
+    script.write_text(capsys.readouterr().out)
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/bash\nn=$(ls {tmp_path} | grep -c call_)\necho "$@" > {tmp_path}/call_$n\n'
+        f"cat > {tmp_path}/script_$n\necho 10$n\n"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    subprocess.run(["bash", str(script)], check=True, capture_output=True)
+    calls = [(tmp_path / f"call_{n}").read_text().split() for n in range(3)]
+    assert calls[0][-1] == "--array=0-0"
+    assert calls[1][-2:] == ["--dependency=afterany:100", "--array=1-2"]
+    assert calls[2][-1] == "--dependency=afterany:101"
+    for n, end in enumerate(("--job $SLURM_ARRAY_TASK_ID", "--job $SLURM_ARRAY_TASK_ID", "--tables-only")):
+        first, line = (tmp_path / f"script_{n}").read_text().strip().splitlines()
+        assert first == "#!/bin/bash"
+        assert line.endswith(end)
+        words = shlex.split(line.split("exec ")[1])
+        assert words[2:-2] == options or words[2:-1] == options
+
+    with pytest.raises(InputError, match="pcrlv2, trial 0: pre-training of pcrlv2: has not been run"):
+        compare.main([*options, "--job", "2"])
+    for k in range(3):
+        compare.main([*options, "--job", str(k)])
+    rows = compare.main([*options, "--tables-only"])
+    assert [row["trials"] for row in rows] == [1, 1]

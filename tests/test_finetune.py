@@ -231,34 +231,6 @@ def test_a_killed_run_continues_to_the_same_result(tmp_path):
         assert whole[0][key] == killed[0][key], key
 
 
-def test_compare_prints_paired_gains(encoder, tmp_path, capsys):
-    rows = compare.main(
-        [*SMALL[:9], "--b", "8", "--init", "random", str(encoder), "--annotation-percent", "1", "2", "--epochs", "1"]
-        + ["--trials", "2", "--output", str(tmp_path)]
-    )
-    assert [(row["percent"], row["images"]) for row in rows] == [(1, 20), (1, 20), (2, 41), (2, 41)]
-    difference = np.subtract(rows[1]["values"], rows[0]["values"])
-    assert rows[1]["gain"] == pytest.approx(difference.mean())
-    assert rows[1]["standard_error"] == pytest.approx(difference.std(ddof=1) / np.sqrt(2))
-    assert f"{rows[1]['gain']:+.3f}" in capsys.readouterr().out
-    assert (tmp_path / "comparison.png").exists()
-
-
-def test_paired_gain_by_hand():
-    gain, error = compare.paired_gain([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
-    assert gain == pytest.approx(0.1)
-    assert error == pytest.approx(0.1 / np.sqrt(3))
-
-
-def test_compare_finds_missing_weights_before_the_work(tmp_path):
-    with pytest.raises(InputError, match="no such checkpoint file"):
-        compare.main(["--init", "random", str(tmp_path / "none.pt")])
-    with pytest.raises(InputError, match="--init: the same weights twice"):
-        compare.main(["--init", "random", "random"])
-    with pytest.raises(InputError, match="2 numbers for 3 percentages"):
-        compare.main(["--epochs", "1", "2"])
-
-
 def test_bootstrap_interval():
     rng = np.random.default_rng(0)
     truth = (rng.random(300) < 0.4).astype(float)
@@ -351,11 +323,12 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("command", commands())
 def test_documented_commands_parse(command, monkeypatch):
-    monkeypatch.setattr(options, "resolve_init", lambda init, folder: init)  # MODELS is the reader's
+    monkeypatch.setattr(options, "resolve_init", lambda init, *_: init)  # MODELS is the reader's
     script, *words = shlex.split(command)
     if script == "compare.py":
         args, rest = compare.get_parser().parse_known_args(words)
-        compare.TASKS[args.task][0].get_parser().parse_args(rest)
+        for task in args.task:
+            compare.TASKS[task].script.get_parser().parse_args(rest)
     else:
         module = importlib.import_module("medssl." + script.removesuffix(".py").replace("/", "."))
         module.get_parser().parse_args(words)

@@ -67,7 +67,7 @@ class ConCL(Method):
         self.teacher = make_teacher(self.student)
         self.contrast = QueueContrast("infonce", temperature, 1, queue, DIM)
         self.concept_contrast = QueueContrast("infonce", temperature, 1, queue, DIM)
-        self.register_buffer("progress", torch.zeros(()))
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float64))  # as exact as what it is compared with
         self.concepts, self.warm_up, self.weight = concepts, warm_up, weight
         self.momentum, self.schedule, self.normalization = momentum, schedule, normalization
 
@@ -160,6 +160,7 @@ def get_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     devices = setup(args.gpus, args.device, args.deterministic)
+    options.check_warm_up(args, "concepts")
     data = open_pretraining(args, (2,))
     torch.manual_seed(args.seed)
     method = ConCL(

@@ -49,8 +49,7 @@ class DenseCL(Method):
 
     Batch: "view1", "view2" (B, 3, H, W) normalised.
 
-    Differences from the published code: the learning rate changes every step; with `--dense-weight 0` no dense head is
-    trained.
+    Differences from the published code: the learning rate changes every step.
     """
 
     def __init__(

@@ -55,13 +55,12 @@ class PCL(Method):
         arch: str = "resnet18",
         images: int = 1,
         clusters: Sequence[int] = (1,),
-        warm_up: float = 0.1,
         queue: int = 16384,
         temperature: float = 0.2,
         momentum: float = 0.999,
         schedule: str = "constant",
     ) -> None:
-        """`clusters` are the numbers of them, one for each granularity; `warm_up` is a share of the run."""
+        """`clusters` are the numbers of them, one for each granularity."""
         super().__init__()
         encoder = make_encoder(arch)
         c = encoder.out_channels[-1]
@@ -72,20 +71,16 @@ class PCL(Method):
             self.register_buffer(f"assigned{m}", torch.arange(images) % count)
             self.register_buffer(f"prototypes{m}", l2_normalize(torch.randn(count, DIM)))
             self.register_buffer(f"density{m}", torch.full((count,), temperature))
-        self.register_buffer("progress", torch.zeros(()))
-        self.clusters, self.warm_up, self.temperature = tuple(clusters), warm_up, temperature
+        self.register_buffer("clustered", torch.zeros((), dtype=torch.bool))  # whether there are prototypes yet
+        self.clusters, self.temperature = tuple(clusters), temperature
         self.momentum, self.schedule = momentum, schedule
-
-    def warmed_up(self) -> bool:
-        """Whether the warm-up is over."""
-        return float(self.progress) >= self.warm_up
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, batch["view1"])
         _, k = run.shuffled(self.teacher, batch["view2"])
         self.features = features.detach()
         (instance,) = self.contrast([(z, k)])
-        if not self.warmed_up():
+        if not self.clustered:
             return {"contrast": instance}
         q, terms = l2_normalize(z), []
         for m in range(len(self.clusters)):
@@ -98,7 +93,6 @@ class PCL(Method):
     def after_step(self, progress: float) -> None:
         self.contrast.after_step()
         ema_update(self.teacher, self.student, momentum_at(progress, self.momentum, self.schedule))
-        self.progress.fill_(progress)
 
     def encoder_state(self) -> dict[str, Tensor]:
         return self.student.encoder.state_dict()
@@ -140,8 +134,9 @@ def cluster(z: np.ndarray, count: int, temperature: float, seed: int) -> tuple[n
 def update_clusters(
     method: PCL, views: WholeOrCropViews, data: ImageDataset, args: argparse.Namespace, devices: Devices, step: int
 ) -> None:
-    """Make the prototypes of an epoch, where the warm-up is over; in all processes the same."""
-    if not method.warmed_up():
+    """Make the prototypes of the epoch that begins after `step` steps, where the warm-up is over; in all processes the
+    same."""
+    if round(step * args.b / len(data)) < args.warm_up:
         return
     made = None
     if devices.main:
@@ -160,6 +155,7 @@ def update_clusters(
     for m, values in enumerate(devices.broadcast(made)):
         for name, value in zip(BUFFERS, values):
             method.get_buffer(f"{name}{m}").copy_(torch.from_numpy(value))
+    method.clustered.fill_(True)
 
 
 def get_parser() -> options.Parser:
@@ -171,9 +167,8 @@ def get_parser() -> options.Parser:
         help="numbers of clusters; by default one for 51, 26 and 13 images, as the paper has for ImageNet",
     )  # fmt: skip
     options.add_pair_views(parser)
-    parser.set_defaults(
-        **options.MOCO_V2
-    )  # appendix A of the paper, version 2, on MoCo-v2's views; the batch is ConCL's
+    # Appendix A of the paper, version 2, on MoCo-v2's views; the batch is ConCL's.
+    parser.set_defaults(**options.MOCO_V2)
     return parser
 
 
@@ -181,15 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args, (2,))
+    options.check_warm_up(args, "prototypes")
+    if len(data) < 2:
+        raise InputError("PCL: one image makes no clusters; give more images")
     by_size = [max(2, math.ceil(len(data) / images)) for images in IMAGES_A_CLUSTER]
     args = options.complete(args, {"clusters": by_size})
     if max(args.clusters) > len(data) or min(args.clusters) < 2:
         raise InputError(f"--clusters {' '.join(map(str, args.clusters))}: {len(data)} images make 2 to {len(data)}")
     torch.manual_seed(args.seed)
-    method = PCL(
-        args.arch, len(data), args.clusters, args.warm_up / args.epochs, args.queue, args.temperature, args.ema,
-        args.ema_schedule,
-    )  # fmt: skip
+    method = PCL(args.arch, len(data), args.clusters, args.queue, args.temperature, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
     views = WholeOrCropViews(**start["normalization"], **options.large_views(args))

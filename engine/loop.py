@@ -130,7 +130,7 @@ def make_optimizer(parameters: list[dict], args: argparse.Namespace) -> torch.op
         groups = [
             {**group, "params": [p for p in group["params"] if (p.ndim > 1) == large], **more}
             for group in parameters
-            for large, more in ((True, {}), (False, {"weight_decay": 0.0}))
+            for large, more in ((True, {"always_adapt": True}), (False, {"weight_decay": 0.0}))
         ]
         groups = [group for group in groups if group["params"]]
         return timm.optim.Lars(groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)

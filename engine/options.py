@@ -120,6 +120,14 @@ def refuse_other_dims(dims: int, name: str, given: Mapping[int, Sequence[str]]) 
             raise InputError(f"{options[0]}: is for {kind}, and {name} has {dims} dimensions; leave it out")
 
 
+def check_warm_up(args: argparse.Namespace, what: str) -> None:
+    """Raise InputError for a run that ends before its `--warm-up`, after which there is `what`."""
+    if args.warm_up >= args.epochs:
+        raise InputError(
+            f"--warm-up {args.warm_up:g}: a run of {args.epochs} epochs would never learn from {what}; give less"
+        )
+
+
 def check_inits(inits: Sequence[str], methods: Sequence[str] = ()) -> None:
     """Raise InputError where several `--init` name the same weights twice, or a file that is not there; `methods` may
     be named too."""

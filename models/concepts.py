@@ -28,7 +28,12 @@ def cosine_kmeans(x: Tensor, seeds: Tensor, spare: Tensor) -> tuple[Tensor, Tens
     Returns:
         the cluster of each pixel, (B, N) int64, and the centroids, (B, K, C), means of normalised features.
     """
-    x = F.normalize(x.float(), dim=2)
+    with torch.autocast(x.device.type, enabled=False):  # whose products would move pixels between near clusters
+        return _cosine_kmeans(F.normalize(x.float(), dim=2), seeds, spare)
+
+
+def _cosine_kmeans(x: Tensor, seeds: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """`cosine_kmeans` of features of unit length."""
     b, _, c = x.shape
     k = seeds.shape[1]
     first = k * torch.arange(b, device=x.device)[:, None]  # of each image's clusters among those of all
@@ -108,5 +113,6 @@ def concept_means(maps: Tensor, concepts: Tensor, count: int) -> tuple[Tensor, T
     """
     inside = F.one_hot(concepts.flatten(1), count).to(torch.float32).transpose(1, 2)  # (B, K, h·w)
     cells = inside.sum(2, keepdim=True)
-    means = inside @ maps.float().flatten(2).transpose(1, 2) / cells.clamp(min=1)
+    with torch.autocast(maps.device.type, enabled=False):
+        means = inside @ maps.float().flatten(2).transpose(1, 2) / cells.clamp(min=1)
     return means, cells[..., 0] > 0

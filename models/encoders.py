@@ -21,7 +21,9 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 # Where published checkpoints keep an encoder, longest first so that `module.` does not win by accident.
 PREFIXES = (
     "module.model.encoder.",
+    "module.encoder_q.",
     "module.encoder.",
+    "encoder_q.0.",  # ConCL's
     "densenet121.module.",
     "encoder.module.",
     "model.encoder.",

@@ -1,5 +1,7 @@
 """ConCL: the published k-means, maps and means, views, keys of their own image; SimCLR, BYOL and DenseCL by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from medssl.engine.loop import make_optimizer
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
 from medssl.models.concepts import concept_means, cosine_kmeans, random_pixels, view_maps
-from medssl.models.encoders import IMAGENET, make_encoder
+from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import match
@@ -203,7 +205,10 @@ def test_concl_loss_is_the_papers():
     run = run_with(0)
     run.permutation(8)  # the teacher's order
     q, k = reference.student(batch["view1"]), reference.teacher(batch["view2"])
-    concepts = reference.cluster(batch["reference"], run)
+    layer3 = reference.teacher(batch["reference"])["maps"][-2]
+    assert layer3.shape == (8, 256, 4, 4)
+    seeds, spare = random_pixels(run, 8, 16, 3, 10)
+    concepts = cosine_kmeans(layer3.flatten(2).transpose(1, 2), seeds, spare)[0].view(8, 4, 4)
     total, count = 0.0, 0
     for i in range(8):
         one, other = (view_maps(concepts[i : i + 1], batch[f"box{v}"][i : i + 1], 3, 2)[0] for v in (1, 2))
@@ -293,6 +298,73 @@ def test_cells_are_matched_by_the_encoders_maps():
     assert torch.equal(order[found[0, :, 0].long()], torch.arange(9))
 
 
+def test_densecl_loss_is_the_papers():
+    torch.manual_seed(0)
+    method = batch_norm_eval(train_densecl.DenseCL(queue=20, weight=0.3))
+    with torch.no_grad():
+        for p in method.teacher.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=seeded(p.numel())))
+    batch = {k: torch.randn(4, 3, 64, 64, generator=seeded(i)) for i, k in enumerate(("view1", "view2"))}
+    losses = method(batch, run_with(0))
+    q, k = method.student(batch["view1"]), method.teacher(batch["view2"])
+    total = 0.0
+    for i in range(4):
+        f, g = (out["maps"][-1][i].flatten(1).T for out in (q, k))  # (4 cells, C)
+        d, e = (F.normalize(out["dense"][i].flatten(1).T, dim=1) for out in (q, k))
+        for s in range(4):
+            t = F.cosine_similarity(f[s], g, dim=1).argmax()
+            logits = torch.cat([(d[s] @ e[t])[None], method.dense_contrast.queue.keys @ d[s]]) / 0.2
+            total -= F.log_softmax(logits, 0)[0].item() / 16
+    assert losses["dense"].item() == pytest.approx(0.3 * total, rel=1e-4)
+    z, w = F.normalize(q["z"], dim=1), F.normalize(k["z"], dim=1)
+    logits = torch.cat([(z * w).sum(1, keepdim=True), z @ method.contrast.queue.keys.T], 1) / 0.2
+    whole = F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)).item()
+    assert losses["contrast"].item() == pytest.approx(0.7 * whole, rel=1e-4)
+
+
+def test_embeddings_of_simclr_are_normalised_over_the_batch():
+    _, z = train_simclr.SimCLR().train().student(torch.randn(6, 3, 64, 64, generator=seeded(0)))
+    assert torch.allclose(z.mean(0), torch.zeros(128), atol=1e-5)
+    assert torch.allclose(z.var(0, unbiased=False), torch.ones(128), atol=1e-2)
+
+
+def test_clusters_and_means_do_not_depend_on_mixed_precision():
+    x, maps = torch.randn(8, 196, 256, generator=seeded(0)), torch.randn(8, 64, 14, 14, generator=seeded(1))
+    seeds, spare = random_pixels(run_with(0), 8, 196, 8, 10)
+    clusters = cosine_kmeans(x, seeds, spare)[0]
+    means = concept_means(maps, clusters.view(8, 14, 14), 8)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cosine_kmeans(x, seeds, spare)[0], clusters)
+        assert torch.equal(concept_means(maps, clusters.view(8, 14, 14), 8)[0], means)
+
+
+def test_published_concl_checkpoints_are_read(tmp_path):
+    encoder = make_encoder("resnet18")
+    for prefix in ("backbone.", "encoder_q.0.", "module.encoder_q."):
+        state = {prefix + key: value for key, value in encoder.state_dict().items()}
+        head = {prefix.replace(".0.", ".1.") + "head.0.weight": torch.zeros(3)}
+        torch.save({"state_dict": state | head}, tmp_path / "published.pth")
+        other = make_encoder("resnet18")
+        assert initialise(other, "resnet18", str(tmp_path / "published.pth"))["matched"] == 100
+        assert torch.equal(other.conv1.weight, encoder.conv1.weight)
+
+
+def test_a_run_that_is_all_warm_up_is_refused():
+    for module, what in ((train_concl, "concepts"), (train_pcl, "prototypes")):
+        with pytest.raises(InputError, match=f"--warm-up 20: a run of 10 epochs would never learn from {what}"):
+            module.main(["--epochs", "10"])
+
+
+def test_lars_adapts_weights_that_do_not_decay():
+    args = train_simclr.get_parser().parse_args(["--lr", "1", "--momentum", "0", "--weight-decay", "0"])
+    layer = torch.nn.Linear(3, 2, bias=False)
+    weight = layer.weight.detach().clone()
+    layer.weight.grad = torch.full((2, 3), 5.0)
+    make_optimizer([{"params": [layer.weight]}], args).step()
+    trust = 0.001 * weight.norm() / layer.weight.grad.norm()
+    assert torch.allclose(layer.weight, weight - trust * 5, atol=1e-6)
+
+
 def test_lars_leaves_norms_and_biases_alone():
     args = train_simclr.get_parser().parse_args(["--lr", "1", "--momentum", "0", "--weight-decay", "0.1"])
     layer = torch.nn.Linear(3, 2)
@@ -324,10 +396,10 @@ def test_prototypes_by_hand():
 
 def test_pcl_loss_is_the_papers():
     torch.manual_seed(0)
-    method = batch_norm_eval(PCL(images=9, clusters=(2, 4), warm_up=0.25, queue=20))
+    method = batch_norm_eval(PCL(images=9, clusters=(2, 4), queue=20))
     batch = {k: v for k, v in concept_batch().items() if k.startswith("view")} | {"index": torch.arange(1, 9)}
     assert set(method(batch, run_with(0))) == {"contrast"}
-    method.after_step(0.25)
+    method.clustered.fill_(True)
     with torch.no_grad():
         for m, count in enumerate((2, 4)):
             method.get_buffer(f"assigned{m}").copy_(torch.randint(0, count, (9,), generator=seeded(m)))
@@ -353,6 +425,13 @@ def test_prototypes_are_made_of_all_images(tmp_path, monkeypatch):
     assert all(np.allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5) for z, *_ in seen)
     state = load_safe(tmp_path / "last.pt")["method"]
     assert torch.equal(state["assigned0"], torch.from_numpy(real(*seen[-1])[0]))
+    # A warm-up that ends within an epoch lasts to its end: there are no prototypes before.
+    seen.clear()
+    half = ["--epochs", "4", "--warm-up", "1.5", "--log-every", "1", "--output", str(tmp_path / "half")]
+    train_pcl.main([*run, "--clusters", "3", *half])
+    assert [seed for *_, seed in seen] == [10, 15]
+    lines = [json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert ["prototypes" in line for line in lines] == [False] * 10 + [True] * 10
     with pytest.raises(InputError, match="--clusters 3 21: 20 images make 2 to 20"):
         train_pcl.main([*run, "--clusters", "3", "21", "--output", str(tmp_path / "more")])
     assert train_pcl.get_parser().parse_args([]).clusters is None
@@ -404,14 +483,14 @@ def test_options_reach_the_method_and_its_views(module, tmp_path, monkeypatch):
     if module is train_densecl:
         assert method.weight == 0.25
     if module is train_pcl:
-        assert (method.clusters, method.warm_up) == ((3, 5), 0.5)
+        assert method.clusters == (3, 5)
 
 
 def test_published_defaults():
     expected = {  # batch, learning rate, decay, optimiser, momentum of the teacher
         train_concl: (256, 0.03, 1e-4, "sgd", 0.999), train_densecl: (256, 0.03, 1e-4, "sgd", 0.999),
         train_pcl: (256, 0.03, 1e-4, "sgd", 0.999), train_simclr: (1024, 0.6, 1e-6, "lars", None),
-        train_byol: (1024, 0.2, 1.5e-6, "lars", 0.996),
+        train_byol: (1024, 0.8, 1.5e-6, "lars", 0.996),
     }  # fmt: skip
     for module, values in expected.items():
         args = module.get_parser().parse_args([])

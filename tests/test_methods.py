@@ -106,6 +106,14 @@ class Case:
 
 ONE, THREE = {"contrast": 8}, {"contrast": 24}  # keys of an image
 
+
+def clustered_pcl(**more):
+    """PCL after its warm-up, with prototypes."""
+    method = PCL(**more)
+    method.clustered.fill_(True)
+    return method
+
+
 CASES = {
     "pcrlv2": Case(PCRLv2, {"locals_": 2}, pcrlv2_batch, pcrlv2_share, lr=0.02),
     "pcrlv2_3d": Case(
@@ -147,7 +155,7 @@ CASES = {
         keys=ONE | {"dense_contrast": 8},
     ),
     "pcl": Case(
-        PCL, {"queue": 60, "images": 8, "clusters": (3, 5), "warm_up": 0.0}, pair_batch, plain_share, lr=0.05, keys=ONE
+        clustered_pcl, {"queue": 60, "images": 8, "clusters": (3, 5)}, pair_batch, plain_share, lr=0.05, keys=ONE
     ),
     "concl_warm_up": Case(
         ConCL, {"queue": 60}, concept_batch, plain_share, lr=0.05, keys=ONE | {"concept_contrast": 0}
@@ -162,7 +170,7 @@ CASES = {
     ),
     "magical": Case(MAGICAL, {"arch": "resnet18"}, magical_batch, plain_share, lr=0.05),
 }
-TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, PCL, ConCL)]
+TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, clustered_pcl, ConCL)]
 
 
 def build(case):

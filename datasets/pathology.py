@@ -16,7 +16,8 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -168,14 +169,19 @@ def _natural(path: Path) -> tuple[str, int]:
 def _with_mask(root: Path, image: Path, mask: Path, part: str) -> Tile:
     if not mask.is_file():
         raise InputError(f"{image}: its annotation {mask} is missing; add it, or move the image away")
-    return Tile(image.relative_to(root).as_posix(), image, part, lambda: read_mask(mask).astype(np.int32))
+    return Tile(image.relative_to(root).as_posix(), image, part, partial(read_glands, mask))
+
+
+def read_glands(path: Path) -> np.ndarray:
+    """The glands' numbers (H, W) int32."""
+    return read_mask(path).astype(np.int32)
 
 
 def find_coco(root: Path) -> list[Tile]:
     """Images and glands of `annotations/{train,test}.json`, in `{train,test}/`; every category counts as a gland.
 
     Raises:
-        InputError: for a file that is no COCO annotation, or an image that is missing.
+        InputError: for a file that is no COCO annotation, one with regions of crowds, or an image that is missing.
     """
     tiles = []
     for part in ("train", "test"):
@@ -183,29 +189,49 @@ def find_coco(root: Path) -> list[Tile]:
         if not path.is_file():
             continue
         try:
-            content = json.loads(path.read_text())
-            images = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]}
-            shapes: dict[int, list[object]] = {number: [] for number in images}
-            for annotation in content["annotations"]:
-                shapes[annotation["image_id"]].append(annotation["segmentation"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            images = read_coco(path)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: no COCO annotation ({type(error).__name__}: {error})") from None
-        for number, (name, height, width) in images.items():
+        for name, shapes in images.items():
             image = root / part / name
             if not image.is_file():
                 raise InputError(f"{path}: names {image}, which is missing")
-            reader = Shapes(shapes[number], height, width)
-            tiles.append(Tile(image.relative_to(root).as_posix(), image, part, reader))
+            tiles.append(Tile(image.relative_to(root).as_posix(), image, part, shapes))
     if not any(tile.part == "train" for tile in tiles):
         raise InputError(f"--data {root}: no annotations/train.json there")
     return tiles
+
+
+def read_coco(path: Path) -> dict[str, "Shapes"]:
+    """An annotation file's images by name.
+
+    Raises:
+        InputError: for regions of crowds. ValueError, KeyError, TypeError, AttributeError: for other contents.
+    """
+    content = json.loads(path.read_text())
+    names: dict[object, str] = {}
+    images: dict[str, Shapes] = {}
+    for image in content["images"]:
+        name, height, width = image["file_name"], image["height"], image["width"]
+        if type(height) is not int or type(width) is not int or min(height, width) < 1:
+            raise ValueError(f"{name} has the sides {height} and {width}")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{name} leads out of the folder")
+        if image["id"] in names or name in images:
+            raise ValueError(f"{name} or its id {image['id']} comes twice")
+        names[image["id"]], images[name] = name, Shapes([], height, width)
+    for annotation in content["annotations"]:
+        if annotation.get("iscrowd"):
+            raise InputError(f"{path}: annotation {annotation.get('id')} is a crowd, which is no instance; remove it")
+        images[names[annotation["image_id"]]].segmentations.append(annotation["segmentation"])
+    return images
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Reads an image's segmentations in COCO's format, polygons or run lengths; where they overlap, the last counts."""
 
-    segmentations: Sequence[object]
+    segmentations: list[object]
     height: int
     width: int
 
@@ -219,10 +245,12 @@ class Shapes:
                 if isinstance(shape, list):
                     runs = coco.merge(coco.frPyObjects(shape, self.height, self.width))
                 elif isinstance(shape["counts"], list):
+                    if min(shape["counts"]) < 0 or sum(shape["counts"]) != found.size:
+                        raise ValueError(f"its runs are not of {found.size} pixels")
                     runs = coco.frPyObjects(shape, self.height, self.width)
                 else:
                     runs = shape
                 found[coco.decode(runs) > 0] = number
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except Exception as error:  # pycocotools raises its very base class
                 raise UnreadableImage(f"its annotation {number} is no polygon and no run lengths: {error}") from None
         return found

@@ -87,6 +87,10 @@ class MaskedImages(ImageDataset):
         """
         raise NotImplementedError
 
+    def annotation(self, i: int) -> tuple[np.ndarray, ...]:
+        """All that is known of image i, by which data are told from others."""
+        return self.truth(i)
+
     def load(self, i: int) -> dict[str, Tensor]:
         item = super().load(i)
         if not self.segmented:
@@ -132,6 +136,9 @@ class InstanceImages(MaskedImages):
             UnreadableImage: for a file that cannot be decoded or is of another size than its image.
         """
         raise NotImplementedError
+
+    def annotation(self, i: int) -> tuple[np.ndarray, ...]:
+        return (self.instances(i),)
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         glands = self.instances(i)

@@ -66,7 +66,10 @@ def average_precision(truth: dict, found: Sequence[dict]) -> dict[str, dict[str,
                 there = [True, True, True, *(any(low <= a < high for a in areas) for low, high in AREAS)]
                 values[name] = {key: 0.0 if areas and is_there else None for key, is_there in zip(NAMES, there)}
                 continue
-            judge = COCOeval(known, known.loadRes([dict(each) for each in found]), kind)
+            # A mask's size is its own, not its box's, from which pycocotools takes it where there is one.
+            left = {"bbox"} if kind == "segm" else set()
+            results = [{key: value for key, value in each.items() if key not in left} for each in found]
+            judge = COCOeval(known, known.loadRes(results), kind)
             judge.evaluate()
             judge.accumulate()
             judge.summarize()

@@ -110,7 +110,7 @@ def run_trials(
                 shutil.rmtree(old)
             for name in RESULTS:  # which, beside a new config.json, would pass for its results if it fails
                 shutil.rmtree(output / name) if (output / name).is_dir() else (output / name).unlink(missing_ok=True)
-        elif (output / "config.json").exists():
+        elif any(output.glob("trial_*/config.json")):  # a command that was refused before has begun nothing
             refuse_changes(json.loads((output / "config.json").read_text()), args, output)
         write_json(output / "config.json", {**plain(args), "versions": versions()})
     devices.wait()
@@ -124,10 +124,15 @@ def run_trials(
             entry = run_trial(argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed, "run": 0}))
             if devices.main:
                 seconds = round(time.perf_counter() - since, 1)
-                write_json(finished, {"trial": k, "seed": seed, **entry, "seconds": seconds})
+                write_json(finished, {"trial": k, "seed": seed, **entry, "seconds": seconds, "limit": args.steps})
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
         entries.append(devices.broadcast(json.loads(finished.read_text()) if devices.main else None))
+        if entries[-1].get("limit") != args.steps:
+            raise InputError(
+                f"{folder}: was ended with --steps {entries[-1].get('limit')}, now {args.steps}; "
+                "use the same value, another --output, or --resume never"
+            )
         if devices.main:
             print(f"trial {k}: {say(entries[-1])}, {entries[-1]['seconds']:.0f} s", flush=True)
     return entries, max(range(args.trials), key=lambda k: entries[k]["val_score"])  # the first of equals

@@ -142,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         measures.append(measure(tile))
         names.append(f"tiles/{y:06d}_{x:06d}.png")
         Image.fromarray(tile).save(output / names[-1])
-    for name, members in lists_of([split for *_, split in places], *np.array(measures).T).items():
+    lists = lists_of([split for *_, split in places], *np.array(measures).T)
+    if not lists["train"]:
+        raise InputError(f"--slide {args.slide}: no tile has tissue, which is coloured")
+    for name, members in lists.items():
         labels = [[label] for _, label in members if label is not None]
         write_list(
             output / f"{name}.txt", [names[i] for i, _ in members],

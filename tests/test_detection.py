@@ -13,10 +13,10 @@ from medssl.datasets.pathology import NCT_CLASSES
 from medssl.datasets.phantom_tissue import tiles
 from medssl.datasets.registry import Request, UnreadableImage, open_splits
 from medssl.datasets.views import DetectionViews, Draws, instance_targets
-from medssl.engine.coco import annotations_of, average_precision
-from medssl.engine.detection import Detector
+from medssl.engine.coco import annotations_of, average_precision, encode
+from medssl.engine.detection import Detector, evaluate
 from medssl.engine.options import InputError
-from medssl.engine.parallel import Devices, wrap
+from medssl.engine.parallel import Devices, setup, wrap
 from medssl.models.detector import make_detector
 from medssl.models.encoders import IMAGENET, make_encoder
 from medssl.preprocess import to_coco
@@ -240,6 +240,36 @@ def test_coco_files_of_other_tools(tmp_path):
         coco_tiles(tmp_path)
 
 
+def test_damaged_coco_files(tmp_path):
+    save(tmp_path / "train" / "a.png", np.zeros((20, 30, 3), np.uint8))
+    path = tmp_path / "annotations" / "train.json"
+    path.parent.mkdir()
+
+    def tiles(image=(), annotation=(), **more):
+        one = {"id": 5, "file_name": "a.png", "height": 20, "width": 30} | dict(image)
+        shape = {"id": 7, "image_id": 5, "segmentation": [[1, 1, 9, 1, 9, 9]]} | dict(annotation)
+        path.write_text(json.dumps({"images": [one], "annotations": [shape], **more}))
+        return coco_tiles(tmp_path)
+
+    assert tiles()[0].glands().any()
+    for image in ({"height": None}, {"height": "20"}, {"width": -1}, {"file_name": 3}, {"file_name": "/etc/a.png"},
+                  {"file_name": "../train/a.png"}, {"id": [1]}):  # fmt: skip
+        with pytest.raises(InputError, match="train.json: no COCO annotation"):
+            tiles(image)
+    same = {"id": 5, "file_name": "a.png", "height": 20, "width": 30}
+    for twice in ([same, same | {"id": 6}], [same, same | {"file_name": "b.png"}]):
+        with pytest.raises(InputError, match="comes twice"):
+            tiles(images=twice)
+    with pytest.raises(InputError, match="annotation 7 is a crowd"):
+        tiles(annotation={"iscrowd": 1})
+    for shape in ([[1, 2]], [{"a": 1}], {"size": [20, 30], "counts": [-5, 605]}, {"size": [20, 30], "counts": [5, 5]}):
+        with pytest.raises(UnreadableImage, match="its annotation 1 is no polygon"):
+            tiles(annotation={"segmentation": shape})[0].glands()
+    path.write_text("[" * 100000)
+    with pytest.raises(InputError, match="train.json: no COCO annotation"):
+        coco_tiles(tmp_path)
+
+
 def coco_tiles(root):
     from medssl.datasets.pathology import find_coco
 
@@ -375,7 +405,7 @@ SMALL = [
     "--test-side",
     "64",
 ]
-SMALL += ["--proposals", "20", "--samples", "16"]
+SMALL += ["--proposals", "20", "--samples", "16", "--warmup-iterations", "0"]
 
 
 def test_script(tmp_path):
@@ -403,6 +433,72 @@ def test_script(tmp_path):
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     finetune_detection.main(run)  # finished trials are not done again
     assert json.loads((tmp_path / "out" / "results.json").read_text())["trials"] == again["trials"]
+    # Unless they were cut short, or annotations have changed since.
+    with pytest.raises(InputError, match="trial_0: was ended with --steps None, now 1"):
+        finetune_detection.main([*run, "--steps", "1"])
+    for path in (tmp_path / "data").rglob("*_anno.bmp"):
+        Image.fromarray(np.asarray(Image.open(path)).T.clip(0, 1)).save(path)
+    with pytest.raises(InputError, match="was started with other data"):
+        finetune_detection.main(run)
+
+
+def test_continued_exactly(tmp_path):
+    """4 = 2 + resume + 2, also where sides are small."""
+    glas(tmp_path / "data")
+    run = ["--data", str(tmp_path / "data"), "--dataset", "glas", *SMALL, "--warmup-iterations", "1"]
+    run += ["--iterations", "4", "--milestones", "3", "--save-every", "2"]
+    finetune_detection.main([*run, "--output", str(tmp_path / "whole")])
+    real, steps = Detector.forward, []
+
+    def stop_after_two(method, *inputs):
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return real(method, *inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Detector, "forward", stop_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            finetune_detection.main([*run, "--output", str(tmp_path / "cut")])
+    finetune_detection.main([*run, "--output", str(tmp_path / "cut")])
+    whole, cut = (torch.load(tmp_path / name / "best.pt", weights_only=True)["state_dict"] for name in ("whole", "cut"))
+    assert all(torch.equal(cut[key], value) for key, value in whole.items())
+
+
+class Oracle(torch.nn.Module):
+    """Finds the true instances of the images that it is shown, in their order, each image's last one twice."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.backbone, self.data, self.calls = torch.nn.Identity(), data, 0
+
+    def forward(self, images):
+        assert tuple(images[0].shape[1:]) == self.data.instances(self.calls).shape
+        target = instance_targets(torch.from_numpy(self.data.instances(self.calls).astype(np.int32)))
+        self.calls += 1
+        count = len(target["boxes"])
+        order = torch.tensor([*range(count), count - 1])
+        scores = torch.linspace(0.9, 0.6, count + 1)
+        scores[-1] = 0.1  # the second time, with less trust than anything else
+        masks = target["masks"][order, None].float()
+        return [{"boxes": target["boxes"][order].float(), "scores": scores, "masks": 0.2 + 0.6 * masks}]
+
+
+def test_true_instances_have_full_precision(tmp_path):
+    """From the network's answer to the written files: boxes, images, scores and masks are where they belong."""
+    glas(tmp_path / "data")
+    data = open_splits(Request("glas", str(tmp_path / "data")), ["test"])["test"]
+    data.detected, data.labels = True, None
+    assert len(data) > 1
+    args = finetune_detection.get_parser().parse_args(["--workers", "0", "--output", str(tmp_path / "out")])
+    found = evaluate(Oracle(data), DetectionViews(**IMAGENET), data, args, setup(None, "cpu", True), write=True)
+    assert (found["ap_box"], found["ap_mask"]) == (100, 100)
+    truth = json.loads((tmp_path / "out" / "predictions" / "truth.json").read_text())
+    written = json.loads((tmp_path / "out" / "predictions" / "instances.json").read_text())
+    for each in truth["annotations"]:
+        own = [f for f in written if f["image_id"] == each["image_id"] and f["bbox"] == each["bbox"]]
+        assert any(f["segmentation"] == each["segmentation"] and f["score"] > 0.5 for f in own)
+    assert len(written) == len(truth["annotations"]) + len(data)
 
 
 def test_a_network_that_gives_no_numbers(tmp_path):
@@ -438,6 +534,52 @@ def test_defaults_and_bad_input(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             finetune_detection.main([*command, "--device", "cpu", "--output", str(tmp_path / "out")])
+
+
+def test_annotations_that_are_all_empty_are_refused(tmp_path):
+    glas(tmp_path / "data")
+    for pattern, split in (("test*_anno.bmp", "test"), ("*_anno.bmp", "train")):
+        for path in (tmp_path / "data").rglob(pattern):
+            Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+        with pytest.raises(InputError, match=f"no image of the {split} split has an instance"):
+            finetune_detection.main(
+                ["--data", str(tmp_path / "data"), "--dataset", "glas", *SMALL, "--output", str(tmp_path / "out")]
+            )
+
+
+def test_a_refused_command_leaves_the_way_free(tmp_path):
+    glas(tmp_path / "data")
+    run = ["--data", str(tmp_path / "data"), "--dataset", "glas", *SMALL, "--iterations", "2", "--milestones", "1"]
+    run += ["--warmup-iterations", "0", "--output", str(tmp_path / "out")]
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="no entry fits"):
+        finetune_detection.main([*run, "--init", str(tmp_path / "other.pt")])
+    finetune_detection.main(run)
+
+
+def test_schedules_hold_their_rate():
+    for name, protocol in finetune_detection.PROTOCOLS.items():
+        assert protocol["warmup_iterations"] < protocol["milestones"][0] < protocol["iterations"], name
+    with pytest.raises(InputError, match=r"--warmup-iterations 5: the rate falls at 4 \(--milestones\)"):
+        finetune_detection.main(["--warmup-iterations", "5", "--milestones", "4", "--texture-size", "64"])
+
+
+def test_strides_do_not_depend_on_the_first_image(small):
+    _, network = small
+    for pool in (network.roi_heads.box_roi_pool, network.roi_heads.mask_roi_pool):
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+        areas = [torch.tensor([[0.0, 0, side, side]]) for side in (50, 112, 224, 448, 2000)]
+        assert pool.map_levels([torch.cat(areas)]).tolist() == [0, 1, 2, 3, 3]
+
+
+def test_sizes_of_masks_are_their_own():
+    """A thin mask in a large box is a small one, whatever its box."""
+    truth, found = perfect()
+    diagonal = np.eye(400, 480, dtype=bool)
+    thin = {**found[0], "bbox": [0, 0, 400, 400], "segmentation": encode(diagonal), "score": 0.99}
+    precision = average_precision(truth, [*found, thin])
+    large = [key for key in ("ap_medium", "ap_large") if precision["mask"][key] is not None]
+    assert all(precision["mask"][key] == 100 for key in large)
 
 
 def test_gpus_share_batch_statistics_under_torchrun(monkeypatch):

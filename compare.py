@@ -19,7 +19,8 @@ mean of paired differences, with its standard error, and the p of a paired t-tes
 comparisons (Holm). Every fine-tuning is a run of its own: a failed one is shown with its reason, and the rest goes on.
 Finished runs are kept: the same command continues, and tries failed ones again.
 
-`--output` gets results.csv (a row a run), comparison.json, comparison.md, comparison.tex, comparison.png, and the runs:
+`--output` gets report.html, one page with all that was found, to open in a browser, send or print; results.csv (a row a
+run), comparison.json, comparison.md, comparison.tex, comparison.png; and the runs:
 pretraining/METHOD, TASK/P_percent/INIT/run_K, features/INIT, each with job.json and log.txt.
 
 On a cluster: `--slurm` prints a script that submits the study as arrays of jobs; `--job K` runs one of them.
@@ -43,6 +44,7 @@ from medssl.engine import options, plots
 from medssl.engine.jobs import Job, run_beside, run_here
 from medssl.engine.loop import write_json
 from medssl.engine.options import InputError
+from medssl.engine.report import write_report
 from medssl.engine.segmentation2d import PROTOCOLS
 from medssl.engine.study import Cell, gather, latex, markdown, write_csv
 
@@ -401,8 +403,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         run(study, args)
     rows = write_tables(study, output)
     plots.label_efficiency(rows, {task: TASKS[task].name for task in study.tasks}, output / "comparison.png")
+    command = shlex.join(["python", "compare.py", *(word for word in argv if word != "--tables-only")])
+    write_report(
+        output / "report.html", command, {task: TASKS[task].name for task in study.tasks}, rows, study.cells, study.jobs
+    )
     print(f"\n{(output / 'comparison.md').read_text(encoding='utf-8')}")
-    print(f"written: {output}/comparison.md, .tex, .json, .png and results.csv", flush=True)
+    print(f"written: {output}/report.html, results.csv, comparison.md, .tex, .json and .png", flush=True)
     failed = {job: job.record().get("reason") or "has not been run" for job in study.jobs if not job.finished()}
     if len(failed) == len(study.jobs) and len(set(failed.values())) == 1:
         raise InputError(next(iter(failed.values())))

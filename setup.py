@@ -37,6 +37,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"medssl": "."},
     packages=["medssl", *(f"medssl.{folder}" for folder in FOLDERS)],
+    package_data={"medssl.engine": ["report.html"]},
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],

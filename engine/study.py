@@ -62,7 +62,7 @@ def paired_gain(values: Sequence[float], baseline: Sequence[float]) -> tuple[flo
 def paired_test(values: Sequence[float], baseline: Sequence[float]) -> float | None:
     """Two-sided p of Student's t-test of the paired differences; None for fewer than two, or where all are equal."""
     difference = np.subtract(values, baseline)
-    if len(difference) < 2 or np.ptp(difference) == 0:
+    if len(difference) < 2 or np.ptp(difference) < 1e-12:
         return None
     return float(stats.ttest_rel(values, baseline).pvalue)
 

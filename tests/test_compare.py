@@ -113,6 +113,8 @@ def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
     assert latex.count(r"\\") == 4
     assert r"1 \%" in latex
     assert (tmp_path / "comparison.png").stat().st_size > 5000
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"{row['mean']:.3f}" in report for row in rows)
 
     # Again: nothing is run twice.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}

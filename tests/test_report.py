@@ -1,0 +1,187 @@
+"""The report says what the runs found, needs no other file, and is without fault in a real browser."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from medssl.engine.jobs import Job
+from medssl.engine.report import findings, write_report
+from medssl.engine.study import Cell, gather
+
+VALUES = {  # AUROC of five trials
+    ("random", 1): [0.70, 0.72, 0.69, 0.71, 0.73],
+    ("random", 100): [0.90, 0.91, 0.90, 0.92, 0.91],
+    ("<b>odd & co</b>", 1): [0.80, 0.83, 0.80, 0.81, 0.84],
+    ("<b>odd & co</b>", 100): [0.90, 0.92, 0.89, 0.92, None],  # the last trial failed
+    ("worse", 1): [None] * 5,
+    ("worse", 100): [0.80, 0.81, 0.80, 0.82, 0.81],
+}
+
+
+def finished(folder, reason=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    ended = {"status": "failed" if reason else "finished", "reason": reason, "began": "2026-01-01T00:00:00+00:00"}
+    (folder / "job.json").write_text(json.dumps({**ended, "seconds": 60, "machine": "host"}))
+
+
+def results(auroc, percent):
+    classes = {name: {"auroc": auroc + i / 1000, "interval": [0, 1]} for i, name in enumerate(("a", "b", "c"))}
+    entry = {"auroc": auroc, "train_images": 10 * percent, "per_class": classes, "val_score": auroc, "seconds": 50}
+    entry |= {"best_epoch": 2, "start": {"matched": 100, "missing": 3, "unexpected": 0}}
+    config = {"dataset": "chest", "arch": "resnet18", "epochs": 4, "data": "D", "list": None}
+    versions = {"medssl": "0.1.0", "torch": "2.11", "python": "3.11"}
+    return {"trials": [entry], "config": config, "versions": versions, "device": "one GPU"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Cells, and all jobs: a pre-training, features, and five trials of three inits at two shares of labels."""
+    home, cells = tmp_path_factory.mktemp("study"), []
+    pretraining = Job("pre-training of magical", "train_magical", (), home / "pretraining" / "magical", "encoder.pt")
+    finished(pretraining.folder)
+    (pretraining.folder / "encoder.pt").touch()
+    (pretraining.folder / "config.json").write_text(json.dumps({"epochs": 3, "b": 8, "device": "one GPU", "data": "E"}))
+    lines = [{"step": k, "epoch": k / 2, "loss": 2.0 / (k + 1), "contrast": 1.0, "lr": 0.1} for k in range(4)]
+    (pretraining.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (pretraining.folder / "warnings.txt").write_text("step 9: all images have nearly the same features\n")
+    for percent in (1, 100):
+        for k in range(5):
+            for init in ("random", "<b>odd & co</b>", "worse"):
+                folder = home / str(percent) / re.sub(r"\W", "", init) / str(k)
+                value = VALUES[init, percent][k]
+                more = {"needs": pretraining, "weights": pretraining.folder / "encoder.pt"} if "odd" in init else {}
+                name = f"classification, {percent} %, {init}, trial {k}"
+                argv = ("--init", init)
+                job = Job(name, "finetune_classification", argv, folder, "results.json", **more)
+                cells.append(Cell("classification", percent, init, k, "auroc", job))
+                finished(folder, None if value else "CUDA out of memory <script>alert(1)</script>")
+                if value:
+                    (folder / "results.json").write_text(json.dumps(results(value, percent)))
+                    (folder / "trial_0").mkdir()
+                    scores = [{"step": e, "epoch": float(e), "score": value - 0.1 / e} for e in (1, 2, 3)]
+                    (folder / "trial_0" / "metrics.jsonl").write_text("\n".join(map(json.dumps, scores)))
+    (folder / "overlays").mkdir()
+    Image.new("RGB", (2400, 100)).save(folder / "overlays" / "case.png")
+    features = Job("features of worse", "evaluate_features", (), home / "features" / "worse", "features.json")
+    finished(features.folder)
+    scores = {"auroc": 0.75, "accuracy": None}
+    (features.folder / "features.json").write_text(json.dumps({"results": [{"knn": scores, "probe": scores}]}))
+    Image.new("RGB", (300, 300)).save(features.folder / "embedding.png")
+    return cells, [pretraining, features, *(cell.job for cell in cells)]
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory):
+    cells, jobs = study
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    write_report(path, "python compare.py --init <x>", {"classification": "test AUROC"}, gather(cells), cells, jobs)
+    return path
+
+
+class Reader(html.parser.HTMLParser):
+    """Notes what a page asks for, its ids and links within it, and whether every tag is closed."""
+
+    VOID = ("meta", "link", "img", "br", "path", "use", "rect", "line", "circle")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.ids, self.links, self.text, self.alts = [], [], [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.sources += [attrs[key] for key in ("src", "href", "srcset", "xlink:href") if key in attrs]
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        if tag == "img":
+            self.alts.append(attrs["alt"])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_else(page):
+    text, reader = page.read_text(encoding="utf-8"), Reader()
+    reader.feed(text)
+    assert not reader.open
+    assert all(source.startswith(("data:", "#")) for source in reader.sources)
+    assert {source[1:] for source in reader.sources if source.startswith("#")} <= set(reader.ids)
+    assert "url(http" not in text
+    assert all(reader.alts)
+    assert len(reader.alts) == 2  # overlay and embedding
+    assert "<script" not in text
+    assert "<b>odd" not in text
+
+
+def test_the_page_says_what_was_found(page):
+    reader = Reader()
+    reader.feed(page.read_text(encoding="utf-8"))
+    text = " ".join(" ".join(reader.text).split())
+    for part in (
+        "Does pre-training help on chest?",
+        "With 1 % of the labels (10 images), <b>odd & co</b> helps: +0.106 ± 0.002, p < 0.001.",
+        "worse is 0.100 ± 0.000 below the baseline",  # differences that are all equal have no test
+        "6 of 32 runs failed or are missing",
+        "CUDA out of memory <script>alert(1)</script>",
+        "3 entries of the encoder are not in its file",
+        "pre-training of magical: step 9: all images have nearly the same features",
+        "pre-training of magical: saw other images than fine-tuning trains on",
+        "26 of 32 runs ended well; 0.5 hours of work in all.",
+        "python compare.py --init <x>",
+        "0.816 ± 0.018",
+    ):
+        assert part in text, part
+
+
+def test_what_few_trials_can_tell(study):
+    rows = gather(study[0])
+    one = {**rows[1], "gain": -0.02, "standard_error": None, "p_adjusted": None, "images": 1, "percent": 0.5}
+    assert findings([one]) == [
+        "With 0.5 % of the labels (1 image), <b>odd & co</b> is 0.020 below the baseline, which these trials cannot "
+        "tell from chance."
+    ]
+    assert rows[4]["pairs"] == 4
+    assert rows[2]["mean"] is None
+
+
+def browser():
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(browser() is None, reason="no browser")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser(page, tmp_path, width):
+    """No error in the console, all pictures there, and nothing wider than the window."""
+    probe = tmp_path / "probe.html"
+    check = (
+        "<script>addEventListener('load', () => document.title = JSON.stringify({"
+        "wide: document.documentElement.scrollWidth - innerWidth,"
+        "broken: [...document.images].filter(i => !i.naturalWidth).length, images: document.images.length,"
+        "svg: [...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().height < 50).length"
+        "}))</script>"
+    )
+    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", check + "</body>"), encoding="utf-8")
+    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", f"--window-size={max(width, 500)},900", "--dump-dom"]
+    framed = tmp_path / "frame.html"  # a window cannot be as narrow as a phone; a frame can
+    framed.write_text(
+        f"<iframe id=f src=probe.html style='width:{width}px;height:900px;border:0'></iframe><script>"
+        "f.onload = () => setTimeout(() => document.title = f.contentDocument.title, 200)</script>"
+    )
+    out = subprocess.run(
+        [*command, "--allow-file-access-from-files", "--virtual-time-budget=5000", framed.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", out.stdout)[1]))
+    assert found["wide"] <= 0
+    assert (found["broken"], found["images"], found["svg"]) == (0, 2, 0)
+    assert "CONSOLE" not in out.stderr

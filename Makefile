@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 .venv/installed: requirements.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ test: .venv/installed
 lint: .venv/installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+docs: .venv/installed
+	@$(BIN)/python -m mkdocs build --strict --quiet && echo "written: runs/site/index.html"
 
 clean:
 	rm -rf .venv runs/demo .pytest_cache .ruff_cache *.egg-info build dist

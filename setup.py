@@ -40,7 +40,7 @@ setup(
     package_data={"medssl.engine": ["report.html"]},
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mkdocs>=1.6"],
         "export": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.31"],
     },
     entry_points={

@@ -329,10 +329,14 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.own_inits += METHODS
     group = parser.add_argument_group("study")
-    group.add_argument("--task", nargs="+", choices=tuple(TASKS), default=["classification"], help="what is fine-tuned")
     group.add_argument(
-        "--init", nargs="+", default=["random"], metavar="{random,imagenet,METHOD,FILE,NAME}",
-        help=f"weights to compare, the first the baseline; METHOD is {', '.join(METHODS)}",
+        "--task", nargs="+", choices=tuple(TASKS), default=["classification"], metavar="TASK",
+        help=f"what is fine-tuned: {', '.join(TASKS)}",
+    )  # fmt: skip
+    group.add_argument(
+        "--init", nargs="+", default=["random"], metavar="INIT",
+        help="weights to compare, the first the baseline: random, imagenet, a file, a model's name in --proxy-dir, or "
+        f"a method, {', '.join(METHODS)}",
     )  # fmt: skip
     options.add_proxy_folder(group)
     group.add_argument(
@@ -340,12 +344,17 @@ def get_parser() -> options.Parser:
         "--annotation_percent",
         nargs="+",
         type=options.bounded_float(1e-6, 100),
+        metavar="P",
         default=[1.0, 10.0, 100.0],
         help="percentages of the training labels",
     )
     group.add_argument("--trials", "--trial", type=options.positive_int, default=5, help="paired trials of each")
     group.add_argument(
-        "--epochs", nargs="+", type=options.positive_int, help="passes over the labels: one number, or one a percentage"
+        "--epochs",
+        nargs="+",
+        type=options.positive_int,
+        metavar="E",
+        help="passes over the labels: one number, or one a percentage",
     )
     group.add_argument(
         "--with", action="append", default=[], dest="extra", metavar='"NAME OPTIONS"', type=options.filled,

@@ -1,6 +1,7 @@
 """The whole road in under ten minutes on two cores, without data: pre-train, fine-tune, evaluate, compare.
 
-  make demo                     or, with the package installed,     python demo.py [--output DIR] [--quick]
+  python demo.py                                (make demo does so, and installs what is needed)
+  python demo.py --quick --output DIR
 
 Generated chest radiographs stand in for a hospital's archive: many without labels, few with. PCRLv2 learns from the
 former; a nodule classifier is then fine-tuned on a fraction of the labels from random and from pre-trained weights.

@@ -214,8 +214,9 @@ def get_parser() -> options.Parser:
         "--init",
         nargs="+",
         default=["random"],
-        metavar="{random,imagenet,FILE}",
-        help="encoder weights to judge; several stand side by side",
+        metavar="INIT",
+        help="encoder weights to judge: random, imagenet, a file, or a model's name in --proxy-dir; several stand side "
+        "by side",
     )
     options.add_proxy_folder(group)
     group.add_argument("--image-size", type=options.positive_int, default=224, help="side of an image's view, pixels")

@@ -275,7 +275,9 @@ def _save(state: dict[str, Tensor], path: Path) -> Path:
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     parser.add_argument("--file", required=True, metavar="FILE", help="encoder.pt of a 2D pre-training run")
-    parser.add_argument("--to", nargs="+", choices=tuple(TO), default=["torchvision"], help="tools")
+    parser.add_argument(
+        "--to", nargs="+", choices=tuple(TO), default=["torchvision"], metavar="TOOL", help=f"tools: {', '.join(TO)}"
+    )
     parser.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
     parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of ONNX's images, pixels")
     return parser

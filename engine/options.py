@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from medssl.engine.helptext import arrange
+
 
 class InputError(Exception):
     """Something the user gave cannot be used. Its text is one line: what is wrong, and what to do."""
@@ -60,7 +62,8 @@ class Parser(argparse.ArgumentParser):
     own_inits: tuple[str, ...] = ("random", "imagenet")  # values of --init that are no file and no model's name
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
+        text, examples = arrange(description)
+        super().__init__(description=text, epilog=examples, formatter_class=_Formatter, allow_abbrev=False)
 
     def parse_known_args(self, *given: object, **named: object) -> tuple[argparse.Namespace, list[str]]:
         args, rest = super().parse_known_args(*given, **named)

@@ -14,7 +14,7 @@ def arrange(doc: str) -> tuple[str, str]:
     command are the examples, each with what stands in brackets behind it as a comment.
     """
     texts, examples = [], []
-    for paragraph in re.split(r"\n\s*\n", textwrap.dedent(doc).strip("\n")):
+    for paragraph in filter(None, re.split(r"\n\s*\n", textwrap.dedent(doc).strip("\n"))):
         lines = paragraph.splitlines()
         if lines[0].lstrip().startswith(COMMANDS):
             examples += commands(lines)

@@ -59,6 +59,7 @@ def test_examples_are_taken(script):
 
 
 def test_a_docstring_is_arranged():
+    assert arrange("") == ("", "")
     text, examples = arrange(
         """One line
 that goes on.

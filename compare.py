@@ -175,15 +175,8 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
         script = TASKS[task].script.__name__.rpartition(".")[2]
         for percent, epochs in zip(args.annotation_percent, args.epochs):
             for init in args.init:
-                words = [
-                    *rest,
-                    *devices,
-                    *extra.get(task, []),
-                    "--init",
-                    value(init),
-                    "--annotation-percent",
-                    f"{percent:g}",
-                ]
+                words = [*rest, *devices, *extra.get(task, []), "--init", value(init)]
+                words += ["--annotation-percent", f"{percent:g}"]
                 words += [] if epochs is None else ["--epochs", str(epochs)]
                 for k in range(args.trials):
                     job = Job(
@@ -197,16 +190,9 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
     if args.features and "classification" in args.task:
         words = [*options_for(evaluate_features, "classification"), *extra.get("features", [])]
         for init in args.init:
-            features.append(
-                Job(
-                    f"features of {labels[init]}",
-                    "evaluate_features",
-                    (*words, "--init", value(init)),
-                    output / "features" / labels[init],
-                    "features.json",
-                    **started(init),
-                )  # fmt: skip
-            )
+            folder, argv = output / "features" / labels[init], (*words, "--init", value(init))
+            name = f"features of {labels[init]}"
+            features.append(Job(name, "evaluate_features", argv, folder, "features.json", **started(init)))
     return Study([*pretraining.values(), *features, *(cell.job for cell in cells)], cells, tuple(args.task))
 
 

@@ -1,4 +1,4 @@
-"""The whole road in under ten minutes on two cores, without data: pre-train, fine-tune, evaluate, compare.
+"""The whole road in about ten minutes on two cores, without data: pre-train, fine-tune, evaluate, compare.
 
   python demo.py                                (make demo does so, and installs what is needed)
   python demo.py --quick --output DIR
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{pretrained['mean']:.3f} from PCRLv2's ({pretrained['gain']:+.3f} in pairs). {minutes:.1f} minutes."
     )
     print(
-        f"Look at {output}/pcrlv2/samples/ (what the network saw and restored) and {output}/comparison/comparison.png"
+        f"Look at {output}/pcrlv2/samples/ (what the network saw and restored) and {output}/comparison/report.html"
     )
 
 

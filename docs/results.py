@@ -16,9 +16,8 @@ def on_files(files: Files, config: object) -> Files:
 
 def on_page_markdown(markdown: str, page: object, config: object, files: Files) -> str:
     """Links as they are in the checkout, as they are in the site."""
-    inside = page.file.src_uri.startswith("results/")
-    return (
-        markdown.replace("](../../docs/", "](../")
-        if inside
-        else markdown.replace("](../benchmarks/results/", "](results/")
+    if page.file.src_uri.startswith("results/"):
+        return markdown.replace("](../../docs/", "](../")
+    return markdown.replace("](../../benchmarks/results/", "](../results/").replace(
+        "](../benchmarks/results/", "](results/"
     )

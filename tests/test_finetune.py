@@ -294,14 +294,14 @@ def test_demo_runs(tmp_path, capsys):
 
 def commands() -> list[str]:
     folders = ROOT / "benchmarks" / "results", ROOT / "docs"
-    pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.glob("*.md")))]
+    pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.rglob("*.md")))]
     text = "\n".join(page.read_text() for page in pages)
     return re.findall(r"^(?:python|torchrun --nproc-per-node 4 --) (\S+\.py .*)$", text, flags=re.M)
 
 
 def texts() -> list[str]:
     """Everything that a reader copies commands from."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md"), *ROOT.glob("*.py")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md"), *ROOT.glob("*.py")]
     return [page.read_text() for page in pages]
 
 
@@ -316,7 +316,7 @@ def test_torchrun_leaves_the_scripts_options_alone():
 
 
 def test_links_lead_somewhere():
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")]:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"

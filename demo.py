@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"\nTest AUROC with {random['images']} labelled images: {random['mean']:.3f} from random weights, "
         f"{pretrained['mean']:.3f} from PCRLv2's ({pretrained['gain']:+.3f} in pairs). {minutes:.1f} minutes."
     )
-    print(
-        f"Look at {output}/pcrlv2/samples/ (what the network saw and restored) and {output}/comparison/report.html"
-    )
+    print(f"Look at {output}/pcrlv2/samples/ (what the network saw and restored) and {output}/comparison/report.html")
 
 
 def cli() -> None:

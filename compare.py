@@ -42,7 +42,7 @@ from medssl.datasets.registry import ImageDataset, open_labelled
 from medssl.datasets.segmentation import open_instances, open_segmented
 from medssl.engine import options, plots
 from medssl.engine.jobs import Job, run_beside, run_here
-from medssl.engine.loop import write_json
+from medssl.engine.loop import refuse_changes, write_json
 from medssl.engine.options import InputError
 from medssl.engine.report import write_report
 from medssl.engine.segmentation2d import PROTOCOLS
@@ -207,7 +207,13 @@ def check(args: argparse.Namespace, rest: Sequence[str], study: Study) -> None:
         planned = options.changed(parser, parser.parse_args(rest), ("run", "resume"))
         if planned:
             raise InputError(f"{planned[0]}: the study chooses it; leave it out")
-        TASKS[task].open(next(cell.job for cell in study.cells if cell.task == task).options())
+        own = [cell for cell in study.cells if cell.task == task]
+        args_of_all = own[0].job.options()
+        TASKS[task].open(args_of_all)  # which notes the data's digest
+        for cell in own:
+            entry = cell.results()
+            if entry:
+                refuse_changes({"data_digest": entry["config"].get("data_digest")}, args_of_all, cell.job.folder)
     for job in study.jobs:
         job.check()
 
@@ -278,7 +284,7 @@ def write_tables(study: Study, output: Path) -> list[dict]:
     return rows
 
 
-def slurm_script(study: Study, args: argparse.Namespace, argv: Sequence[str]) -> str:
+def slurm_script(study: Study, argv: Sequence[str]) -> str:
     """A shell script that submits all runs: pre-trainings, then all others, then the tables."""
     words = [word for word in argv if word != "--slurm"]
     command = shlex.join([sys.executable, str(Path(__file__).resolve()), *words])
@@ -380,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     args.jobs = max(1, len(args.gpus or [])) if args.jobs is None else args.jobs
     study, output = plan(args, rest), Path(args.output)
     if args.slurm:
-        print(slurm_script(study, args, argv))
+        print(slurm_script(study, argv))
         return []
     if args.job is not None:
         if args.job >= len(study.jobs):

@@ -141,6 +141,14 @@ class ImageDataset(torch.utils.data.Dataset):
         inside = [patient in first for patient in self.patients]
         return [i for i, there in enumerate(inside) if there], [i for i, there in enumerate(inside) if not there]
 
+    def annotation(self, i: int) -> tuple[np.ndarray, ...]:
+        """What is known of image i beside its label, by which data are told from others: masks, where they are used.
+
+        Raises:
+            UnreadableImage: for a mask that cannot be decoded.
+        """
+        return ()
+
     def load(self, i: int) -> dict[str, Tensor]:
         """Image i: "image", its texture (C, S, S) uint8, and "size", its original height and width (2,) float32.
 
@@ -364,6 +372,17 @@ def sample_contents(data: ImageDataset) -> str:
     return digest("\n".join(prints).encode())
 
 
+def sample_annotations(data: ImageDataset) -> str:
+    """What the annotations of those images are known by; "" for a set without."""
+    prints = []
+    for i in np.unique(np.linspace(0, len(data) - 1, SAMPLED).astype(int)):
+        try:
+            prints += [digest(np.ascontiguousarray(part).tobytes()) for part in data.annotation(i)]
+        except UnreadableImage:
+            prints.append("unreadable")
+    return digest("\n".join(prints).encode()) if prints else ""
+
+
 DETACHED = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)", re.MULTILINE)
 
 
@@ -398,12 +417,14 @@ def digest(content: bytes) -> str:
 
 
 def data_digest(splits: Mapping[str, ImageDataset], labels: bool = True) -> str:
-    """What tells these images from others, wherever they lie: the splits' ids, labels, and samples of the contents."""
+    """What tells these images from others, wherever they lie: the splits' ids, labels, and samples of the contents, and
+    of the masks where they are used."""
     parts = []
     for name, data in splits.items():
         known = b"" if data.labels is None or not labels else data.labels.numpy().tobytes()
         contents = sample_contents(data) if data.contents is None else data.contents
-        parts += [name, "\n".join(data.ids), digest(known), contents]
+        masks = sample_annotations(data) if contents and labels else ""
+        parts += [name, "\n".join(data.ids), digest(known), contents, *([masks] if masks else [])]
     return digest("\0".join(parts).encode())
 
 

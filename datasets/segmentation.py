@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from medssl.datasets import folder, registry, segmentation2d, segmentation3d
 from medssl.datasets.reading import find_images
 from medssl.datasets.registry import ImageDataset, Request, UnreadableImage
-from medssl.datasets.segmentation2d import InstanceImages, MaskedImages
+from medssl.datasets.segmentation2d import InstanceImages
 from medssl.datasets.volumes import find_volumes
 from medssl.engine.options import InputError
 
@@ -50,7 +48,6 @@ def open_segmented(args: argparse.Namespace, protocols: Mapping[str, Mapping]) -
         _refuse(request, name, ("labels", *OF_VOLUMES))
     if opened["train"].info.dims == 2:
         opened = segmentation2d.with_masks(opened)
-    note_masks(opened)
     args.data_digest = registry.data_digest(opened)
     for option in OF_VOLUMES:
         value = getattr(opened["train"], option, None)
@@ -76,12 +73,11 @@ def open_instances(args: argparse.Namespace) -> dict[str, InstanceImages]:
         raise InputError(f"--texture-size {args.texture_size}: detection reads images at their own size; leave it out")
     request = replace(registry.request_of(args), name=name)
     opened = registry.open_splits(request, SPLITS, args.d)
-    note_masks(opened)
-    args.dataset, args.data_digest = name, registry.data_digest(opened)
     for split, data in opened.items():
         data.detected, data.labels = True, None
         if split != "val" and not any(has_instances(data, i) for i in range(len(data))):
             raise InputError(f"--dataset {name}: no image of the {split} split has an instance")
+    args.dataset, args.data_digest = name, registry.data_digest(opened)
     return opened
 
 
@@ -91,19 +87,6 @@ def has_instances(data: InstanceImages, i: int) -> bool:
         return bool(data.instances(i).any())
     except UnreadableImage:
         return False
-
-
-def note_masks(opened: dict[str, ImageDataset]) -> None:
-    """Let the masks of images be part of what splits are known by, as the images are: of some, spread over a split."""
-    for data in opened.values():
-        if isinstance(data, MaskedImages) and data.contents:
-            prints = [data.contents]
-            for i in np.unique(np.linspace(0, len(data) - 1, registry.SAMPLED).astype(int)):
-                try:
-                    prints += [registry.digest(np.ascontiguousarray(part).tobytes()) for part in data.annotation(i)]
-                except UnreadableImage:
-                    prints.append("unreadable")
-            data.contents = registry.digest("\n".join(prints).encode())
 
 
 def _refuse(request: Request, name: str, options: tuple[str, ...]) -> None:

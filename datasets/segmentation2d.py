@@ -88,8 +88,7 @@ class MaskedImages(ImageDataset):
         raise NotImplementedError
 
     def annotation(self, i: int) -> tuple[np.ndarray, ...]:
-        """All that is known of image i, by which data are told from others."""
-        return self.truth(i)
+        return self.truth(i) if self.segmented else ()
 
     def load(self, i: int) -> dict[str, Tensor]:
         item = super().load(i)
@@ -138,7 +137,7 @@ class InstanceImages(MaskedImages):
         raise NotImplementedError
 
     def annotation(self, i: int) -> tuple[np.ndarray, ...]:
-        return (self.instances(i),)
+        return (self.instances(i),) if self.detected or self.segmented else ()
 
     def truth(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         glands = self.instances(i)

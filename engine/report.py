@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -95,7 +94,7 @@ def warnings(rows: Sequence[dict], entries: dict[Cell, dict | None], jobs: Seque
     trials = max((len(row["values"]) for row in rows), default=0)
     if trials < FEW_TRIALS:
         out.append(f"{trials} trials of each: too few to tell small differences from chance; give --trials 5 or more.")
-    incomplete = Counter(
+    incomplete = dict.fromkeys(
         (cell.init, entry["start"]["missing"]) for cell, entry in entries.items() if entry and entry["start"]["missing"]
     )
     for init, missing in incomplete:

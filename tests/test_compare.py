@@ -125,6 +125,12 @@ def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
         compare.main([*options, "--lr", "0.5", "--output", str(tmp_path)])
     with pytest.raises(InputError, match="was run with --steps 2"):
         compare.main([*options, "--steps", "3", "--output", str(tmp_path)])
+    first = next(tmp_path.rglob("run_0/results.json"))
+    kept = first.read_text()
+    first.write_text(kept.replace(json.loads(kept)["config"]["data_digest"], "of other images"))
+    with pytest.raises(InputError, match="run_0: was started with other data"):
+        compare.main([*options, "--output", str(tmp_path)])
+    first.write_text(kept)
     os.utime(encoder)
     encoder.write_bytes(encoder.read_bytes() + b" ")
     with pytest.raises(InputError, match="was run from other weights"):

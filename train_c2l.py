@@ -68,7 +68,7 @@ class C2L(Method):
         x1, x2 = batch["view1"], batch["view2"]
         features, q = run(self.student, x1)
         _, k = run.shuffled(self.teacher, x2)
-        self.features = features.detach()
+        self.features, self.embeddings = features.detach(), q.detach()
         pairs = {"contrast": (q, k)}
         if self.mixup:
             mix = Mixup.draw(run, len(x1))

@@ -73,7 +73,7 @@ class ConCL(Method):
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         q, k = run(self.student, batch["view1"]), run.shuffled(self.teacher, batch["view2"])
-        self.features = q["features"].detach()
+        self.features, self.embeddings = q["features"].detach(), q["z"].detach()
         (instance,) = self.contrast([(q["z"], k["z"])])
         if float(self.progress) < self.warm_up:
             return {"instance": instance}

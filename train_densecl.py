@@ -70,7 +70,7 @@ class DenseCL(Method):
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         q, k = run(self.student, batch["view1"]), run.shuffled(self.teacher, batch["view2"])
-        self.features = q["features"].detach()
+        self.features, self.embeddings = q["features"].detach(), q["z"].detach()
         (whole,) = self.contrast([(q["z"], k["z"])])
         matched = match(q["maps"][-1], k["maps"][-1], k["dense"])
         pairs = [(cells(q["dense"]).flatten(0, 1), matched.flatten(0, 1))]

@@ -59,7 +59,7 @@ class InsDis(Method):
         features, z = run(self.student, batch["view1"])
         slots, index = self.memory.slots, batch["index"]
         drawn = torch.randint(len(slots), (self.negatives,), generator=run.generator).to(index.device)
-        self.features, z = features.detach(), l2_normalize(z)
+        self.features, self.embeddings, z = features.detach(), z.detach(), l2_normalize(z)
         s = similarities(z, slots[index], slots[drawn])
         own = torch.nn.functional.pad(drawn == index[:, None], (1, 0))  # (B, 1 + K), the positive is not masked
         self.seen = index, z.detach()

@@ -109,7 +109,7 @@ class MAGICAL(Method):
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         out = run(self.network, batch["image"], batch["changed"])
-        self.features = out["features"].detach()
+        self.features, self.embeddings = out["features"].detach(), out["z"].detach()
         return {
             "contrast": nt_xent(out["z"], out["z_changed"], self.temperature, batch.get("index")),
             "restoration": F.l1_loss(out["restored"], batch["target"]),

@@ -72,7 +72,7 @@ class MoCo(Method):
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, batch["view1"])
         _, k = run.shuffled(self.teacher, batch["view2"])
-        self.features = features.detach()
+        self.features, self.embeddings = features.detach(), z.detach()
         (loss,) = self.contrast([(z, k)])
         return {"contrast": loss}
 

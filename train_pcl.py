@@ -78,7 +78,7 @@ class PCL(Method):
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, batch["view1"])
         _, k = run.shuffled(self.teacher, batch["view2"])
-        self.features = features.detach()
+        self.features, self.embeddings = features.detach(), z.detach()
         (instance,) = self.contrast([(z, k)])
         if not self.clustered:
             return {"contrast": instance}

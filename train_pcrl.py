@@ -95,7 +95,7 @@ class PCRL(Method):
 
         student, mixed = run(self.student, x1), run(self.student, mix(x1))
         teacher, mixed_teacher = run.shuffled(self.teacher, x2), run.shuffled(self.teacher, mix(x2))
-        self.features = student["features"].detach()
+        self.features, self.embeddings = student["features"].detach(), student["z"].detach()
 
         q, q_mixed, k, k_mixed = (out["z"] for out in (student, mixed, teacher, mixed_teacher))
         contrasts = self.contrast([(q, k), (q_mixed, k_mixed), (q_mixed, mix(k))])

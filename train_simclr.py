@@ -51,7 +51,7 @@ class SimCLR(Method):
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         features, z = run(self.student, torch.stack([batch["view1"], batch["view2"]], 1).flatten(0, 1))
-        self.features = features[::2].detach()
+        self.features, self.embeddings = features[::2].detach(), z[::2].detach()
         return {"contrast": nt_xent(z[::2], z[1::2], self.temperature, batch.get("index"))}
 
     def encoder_state(self) -> dict[str, Tensor]:

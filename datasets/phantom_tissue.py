@@ -2,8 +2,9 @@
 
 What tells the classes apart is small: the nuclei of a benign gland stand in one row along its border, those of a
 malignant one lie scattered over its wall. Number and mean size of nuclei, shape and place of glands, the fibres, and
-how strongly either stain took are drawn alike for both. Colours follow the law of Beer and Lambert, with the absorbance
-of haematoxylin and eosin (Ruifrok and Johnston, 2001).
+how strongly either stain took are drawn alike for both. They differ from tile to tile as tissues do, so that a tile can
+be told from others where the views have lost its colours. Colours follow the law of Beer and Lambert, with the
+absorbance of haematoxylin and eosin (Ruifrok and Johnston, 2001).
 """
 
 import math
@@ -29,6 +30,10 @@ CORNERS = 48  # of the polygon that outlines a gland
 HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 EOSIN = np.array([0.07, 0.99, 0.11])
 GLANDS = (2, 5)  # in a tile, at least and at most
+RADIUS = (0.1, 0.19)  # mean of a tile's glands; each differs by a seventh at most
+HOLLOW = (0.3, 0.6)  # radius of the lumen, of the gland's
+GROUND_NUCLEI = (8, 100)
+COARSER = 2.0  # the coarsest fibres, and the finest, against the middle
 CLASSES = ("benign", "malignant")
 
 
@@ -100,33 +105,37 @@ def _tile(rng: np.random.Generator, size: int, malignant: bool) -> tuple[np.ndar
     """One tile (S, S, 3) uint8 and its glands (S, S) uint8."""
     side = size * FINER
     outlines = _outlines(rng)
+    hollow = rng.uniform(*HOLLOW)
 
-    # Ground: eosin in wavy fibres, with spindle-shaped nuclei along them.
-    angle = rng.uniform(0, 180)
-    fibres = ndimage.gaussian_filter(rng.standard_normal((side, side)), (side / 120, side / 16))
+    # Ground: eosin in wavy fibres, fine or coarse, with few or many spindle-shaped nuclei along them.
+    angle, coarse = rng.uniform(0, 180), math.exp(rng.uniform(-math.log(COARSER), math.log(COARSER)))
+    width, length = coarse * side / 120, rng.uniform(1, 8) * coarse * side / 120
+    fibres = ndimage.gaussian_filter(rng.standard_normal((side, side)), (width, length))
     fibres = ndimage.rotate(fibres, angle, reshape=False, mode="reflect", order=1)
-    eosin = 0.45 + 0.18 * fibres / fibres.std()
+    fibres /= fibres.std()
+    eosin = rng.uniform(0.3, 0.6) + rng.uniform(0.08, 0.25) * fibres
     nuclei = Image.new("L", (side, side))
     pen = ImageDraw.Draw(nuclei)
-    for _ in range(rng.integers(25, 40)):
-        turn = math.radians(-angle) + rng.normal(0, 0.3)
-        _ellipse(pen, rng.uniform(0, 1, 2), (0.017, 0.006), turn, side, rng.integers(140, 220))
+    grow, scatter = rng.uniform(0.8, 1.4), rng.uniform(0.1, 0.8)
+    for _ in range(round(math.exp(rng.uniform(*np.log(GROUND_NUCLEI))))):
+        turn = math.radians(-angle) + rng.normal(0, scatter)
+        _ellipse(pen, rng.uniform(0, 1, 2), (0.017 * grow, 0.006 * grow), turn, side, rng.integers(140, 220))
 
     # Glands: a pale wall around an empty lumen; ground nuclei do not show through.
     glands = Image.new("L", (side, side))
     wall = Image.new("L", (side, side))
     for number, (centre, corners) in enumerate(outlines, 1):
         outer = [(x * side, y * side) for x, y in corners]
-        inner = [_towards(corner, centre, 0.45, side) for corner in corners]
+        inner = [_towards(corner, centre, hollow, side) for corner in corners]
         ImageDraw.Draw(glands).polygon(outer, number)
         pen.polygon(outer, 0)
         ImageDraw.Draw(wall).polygon(outer, 255)
         ImageDraw.Draw(wall).polygon(inner, 128)
     inside = np.asarray(wall)
-    eosin = np.where(inside == 255, 0.3 + 0.05 * fibres / fibres.std(), eosin)
+    eosin = np.where(inside == 255, rng.uniform(0.2, 0.4) + 0.05 * fibres, eosin)
     eosin = np.where(inside == 128, 0.02, eosin)
     for centre, corners in outlines:
-        _wall_nuclei(rng, pen, centre, corners, malignant, side)
+        _wall_nuclei(rng, pen, centre, corners, hollow, malignant, side)
 
     haematoxylin = np.asarray(nuclei, np.float64) / 255
     haematoxylin *= 1 + 0.25 * ndimage.gaussian_filter(rng.standard_normal((side, side)), 1.5) * 3
@@ -140,12 +149,12 @@ def _tile(rng: np.random.Generator, size: int, malignant: bool) -> tuple[np.ndar
 
 def _outlines(rng: np.random.Generator) -> list[tuple[Point, list[Point]]]:
     """Glands that do not touch: centre and corners in picture coordinates from 0 to 1."""
-    wanted, found = rng.integers(GLANDS[0], GLANDS[1] + 1), []
+    wanted, found, mean = rng.integers(GLANDS[0], GLANDS[1] + 1), [], rng.uniform(*RADIUS)
     radii: list[tuple[Point, float]] = []
     for _ in range(200):
         if len(found) == wanted:
             break
-        radius, centre = rng.uniform(0.11, 0.19), tuple(rng.uniform(0.08, 0.92, 2))
+        radius, centre = mean * rng.uniform(6 / 7, 8 / 7), tuple(rng.uniform(0.08, 0.92, 2))
         if any(math.dist(centre, other) < 1.25 * (radius + r) for other, r in radii):
             continue
         theta = np.arange(CORNERS) * 2 * np.pi / CORNERS
@@ -158,9 +167,16 @@ def _outlines(rng: np.random.Generator) -> list[tuple[Point, list[Point]]]:
 
 
 def _wall_nuclei(
-    rng: np.random.Generator, pen: ImageDraw.ImageDraw, centre: Point, corners: list[Point], malignant: bool, side: int
+    rng: np.random.Generator,
+    pen: ImageDraw.ImageDraw,
+    centre: Point,
+    corners: list[Point],
+    hollow: float,
+    malignant: bool,
+    side: int,
 ) -> None:
-    """Draw a gland's nuclei: in one row, long axes towards the centre, or scattered and turned at random."""
+    """Draw the nuclei of a gland, whose lumen has the share `hollow` of its radius: in one row, long axes towards the
+    centre, or scattered and turned at random."""
     length = sum(math.dist(a, b) for a, b in zip(corners, [*corners[1:], corners[0]]))
     count = max(8, round(length / 0.035))
     for i in range(count):
@@ -169,7 +185,7 @@ def _wall_nuclei(
         a, b = corners[int(place)], corners[(int(place) + 1) % CORNERS]
         t = place - int(place)
         edge = a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1])
-        depth = rng.uniform(0.55, 0.93) if malignant else 0.86 + rng.normal(0, 0.01)
+        depth = rng.uniform(hollow + 0.1, 0.93) if malignant else 0.86 + rng.normal(0, 0.01)
         at = centre[0] + depth * (edge[0] - centre[0]), centre[1] + depth * (edge[1] - centre[1])
         turn = math.atan2(edge[1] - centre[1], edge[0] - centre[0])
         turn = rng.uniform(0, math.pi) if malignant else turn + rng.normal(0, 0.1)

@@ -46,12 +46,14 @@ class Method(nn.Module):
     Attributes:
         sync_batch_norm: whether batch norms share their statistics under DistributedDataParallel on GPUs.
         find_unused: whether a step may leave parameters without gradient (DistributedDataParallel asks).
-        features: (B, C) embeddings of the last forward, before any batch norm, for the collapse alarm.
+        features: (B, C) of the last forward, before any batch norm, for the collapse alarm.
+        embeddings: (B, D) of the last forward, which are contrasted, of one view of each image, for the same alarm.
     """
 
     sync_batch_norm = False
     find_unused = False
     features: Tensor | None = None
+    embeddings: Tensor | None = None
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Named, already weighted, scalar losses, whose sum is minimised. Changes nothing but batch-norm statistics."""
@@ -522,7 +524,7 @@ def fit(
                 values = dict(zip(["loss", *losses], means))
                 values |= {"lr": optimizer.param_groups[0]["lr"], "grad_norm": float(grad_norm)}
                 if monitor:
-                    monitor.log(step, step * args.b / n, values, method.features)
+                    monitor.log(step, step * args.b / n, values, method.features, method.embeddings)
             if evaluate and ends_epoch(step):
                 candidate = validated()
                 since_best += 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 COLLAPSED = 0.01
+ALIKE = 0.99
 PATIENCE = 3
 
 
@@ -30,6 +31,14 @@ def feature_std(features: Tensor) -> float:
     """
     rows = torch.nn.functional.normalize(features.detach().float(), dim=1)
     return float(rows.std(0, unbiased=False).mean() * math.sqrt(rows.shape[1]))
+
+
+def similarity(embeddings: Tensor) -> float:
+    """Mean cosine between the embeddings (B, D) of different images, B at least 2: near 0 for directions spread evenly,
+    1 where all point the same way."""
+    rows = torch.nn.functional.normalize(embeddings.detach().float(), dim=1)
+    b = len(rows)
+    return float((rows.sum(0).square().sum() - b) / (b * (b - 1)))
 
 
 def trim_metrics(path: Path, steps_done: int) -> None:
@@ -69,7 +78,7 @@ class Monitor:
 
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
         self.bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), leave=False)
-        self.flat_logs = 0
+        self.flat_logs = self.alike_logs = 0
         self.start_window()
 
     def start_window(self) -> None:
@@ -81,7 +90,14 @@ class Monitor:
         self.images, self.waited = self.images + images, self.waited + waited
         self.bar.update(1)
 
-    def log(self, step: int, epoch: float, values: dict[str, float], features: Tensor | None = None) -> None:
+    def log(
+        self,
+        step: int,
+        epoch: float,
+        values: dict[str, float],
+        features: Tensor | None = None,
+        embeddings: Tensor | None = None,
+    ) -> None:
         """Write one line. `step` counts steps done; `values` are losses, lr and grad_norm."""
         line = {"step": step, "epoch": round(epoch, 4), **values}
         if features is not None and len(features) > 1:
@@ -91,6 +107,15 @@ class Monitor:
                 self.warn(
                     f"step {step}: all images have nearly the same features (feature_std "
                     f"{line['feature_std']:.4f}); the network may have collapsed: lower --lr or look at samples/"
+                )
+        if embeddings is not None and len(embeddings) > 1:
+            line["similarity"] = similarity(embeddings)
+            self.alike_logs = self.alike_logs + 1 if line["similarity"] > ALIKE else 0
+            if self.alike_logs == PATIENCE:
+                self.warn(
+                    f"step {step}: the embeddings of different images point the same way (similarity "
+                    f"{line['similarity']:.4f}), where contrast hardly parts them; if the loss stays at "
+                    "chance, start again with --warmup-epochs 1 or a lower --lr"
                 )
         seconds = time.perf_counter() - self.since
         if self.images:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from medssl.engine.monitor import COLLAPSED, Monitor, feature_std
+from medssl.engine.monitor import ALIKE, COLLAPSED, Monitor, feature_std, similarity
 from medssl.engine.parallel import Run, finish, setup, wrap
 from medssl.models.momentum import momentum_at
 from medssl.models.queue import KeyQueue
@@ -476,11 +477,32 @@ def test_alarm_needs_a_row_of_flat_lines(tmp_path):
     assert stds[0] < COLLAPSED < 0.3 < stds[2]
 
 
+def test_alarm_on_embeddings_that_point_one_way(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(8, 128, generator=generator)
+    alike = spread + 20 * torch.randn(1, 128, generator=generator)
+    monitor = Monitor(tmp_path, 9, 0, 1, "test", tensorboard=False)
+    for step, embeddings in enumerate([alike, alike, spread, alike, 9 * alike, alike, alike, None, spread[:1]], 1):
+        monitor.log(step, 0.1, {"loss": 1.0}, spread, embeddings)
+    monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    over = [line["step"] for line in lines if line.get("similarity", 0) > ALIKE]
+    assert over == [1, 2, 4, 5, 6, 7]
+    pairs = F.cosine_similarity(spread[:, None], spread[None], dim=2)
+    assert lines[2]["similarity"] == pytest.approx(float((pairs.sum() - 8) / 56), abs=1e-5)
+    (warning,) = (tmp_path / "warnings.txt").read_text().splitlines()  # once, after three lines on end
+    assert warning.startswith("step 6: the embeddings of different images point the same way (similarity 0.99")
+
+
 def test_alarm_is_quiet_for_a_healthy_method(case, tmp_path):
     method, features = build(case).train(), []
     for seed in range(4):
         method(case.batch(), run_with(seed))
         features.append(method.features)
+        if method.embeddings is not None:
+            assert len(method.embeddings) == len(method.features)
+            assert not method.embeddings.requires_grad
+            assert -1 / 3 < similarity(method.embeddings) < ALIKE
     warnings, stds = alarm(tmp_path, features)
     assert warnings == []
     assert min(stds) > 2 * COLLAPSED

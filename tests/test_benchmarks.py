@@ -1,12 +1,15 @@
 """The benchmarks run, and report every variant. Speeds are never judged here."""
 
+import importlib
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from medssl.benchmarks import concepts, contrast, curves, machine, pipeline, step
+from medssl.benchmarks import concepts, contrast, curves, machine, methods, pipeline, step
 from medssl.engine.options import InputError
 from medssl.models.concepts import concept_means
 
@@ -117,20 +120,63 @@ def test_concepts(tmp_path, monkeypatch):
 
 
 def test_curves(tmp_path, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
     with pytest.raises(InputError, match="no config.json and metrics.jsonl"):
         curves.main([str(run)])
     (run / "config.json").write_text(json.dumps({"method": "C2L", "queue": 2048, "loss": "infonce"}))
-    lines = [{"step": i, "epoch": i / 4, "contrast": 2.5 - i / 50, "mixed_images": 2.5, "lr": 9} for i in range(20)]
+    lines = [{"step": i, "epoch": i / 4, "loss": 5, "contrast": 2.5 - i / 50, "mixed_images": 2.5} for i in range(20)]
+    lines = [{**line, "lr": 9, "similarity": 1} for line in lines]
+    lines.insert(9, {"step": 9, "val_restoration": 0.5})
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config, epochs, losses = curves.read_run(run)
     assert epochs == [i / 4 for i in range(4, 20)]
-    assert losses == pytest.approx([5.0 - (i - 2) / 50 for i in range(4, 20)])
+    assert list(losses) == ["contrast", "mixed_images"]
+    assert losses["contrast"] == pytest.approx([2.5 - (i - 2) / 50 for i in range(4, 20)])
     assert curves.chance(config) == pytest.approx(math.log(2049))
     assert curves.chance(config | {"loss": "nce"}) is None
-    curves.main([str(run), "--output", str(tmp_path / "curves.png")])
+    assert curves.chance({"method": "BYOL"}) is None
+    assert curves.chance({"method": "SimCLR", "b": 32}) == pytest.approx(math.log(63))
+
+    # ConCL's loss is another after the warm-up, and its options have no --loss.
+    (other / "config.json").write_text(json.dumps({"method": "ConCL", "queue": 2048}))
+    both = [{"step": i, "epoch": i, "loss": 5, "instance" if i < 9 else "concept": 5.0, "lr": 9} for i in range(20)]
+    (other / "metrics.jsonl").write_text("\n".join(map(json.dumps, both)))
+    losses = curves.read_run(other)[2]
+    assert [math.isnan(value) for value in losses["instance"]] == [False] * 5 + [True] * 11
+    assert losses["concept"][9:] == [5.0] * 7
+    (other / "samples").mkdir()
+    machine_made = Image.new("RGB", (300, 100), "red")
+    machine_made.save(other / "samples" / "step_0000020.png")
+    curves.main([str(other), "--output", str(tmp_path / "one.png")])
+    drawn = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)
+    red = (drawn[..., 0] > 240) & (drawn[..., 1] < 15) & (drawn[..., 2] < 15)
+    assert 0.2 < red.mean() < 0.6  # the samples below the curves
+    with pytest.raises(InputError, match="other: no contrast among its losses, instance, concept"):
+        curves.main([str(run), str(other)])
+    curves.main([str(run), str(run), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 5000
-    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2}')
-    with pytest.raises(InputError, match="fewer than 5 logged lines with a contrast"):
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2, "contrast": 2, "lr": 1}')
+    with pytest.raises(InputError, match="fewer than 5 logged lines"):
         curves.main([str(run)])
+
+
+def test_methods(tmp_path):
+    """Every method's script takes what the benchmark gives it, two of them run."""
+    path = tmp_path / "methods.json"
+    small = ["--b", "2", "--image-size", "64", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+    methods.main(["--methods", "concl", *small, "--output", str(path)])
+    content = read(path, {"moco", "concl"})
+    assert content["results"]["moco"]["ratio"] == 1
+    args = methods.get_parser().parse_args(small)
+    assert len(methods.METHODS) == 11
+    for method, dims in [*((method, 2) for method in methods.METHODS), *((method, 3) for method in methods.VOLUMES)]:
+        words = methods.command(method, dims, args, tmp_path / "run")[2:]
+        importlib.import_module(f"medssl.train_{method}").get_parser().parse_args(words)
+
+
+def test_methods_that_cannot_be_measured(tmp_path):
+    for words, message in (["--b", "65"], "--b 65"), (["--cubes", "1"], "--cubes 1"), (["--arch", "nothing"], "--arch"):
+        with pytest.raises(InputError, match=message):
+            methods.main(["--methods", "moco", *words, "--output", str(tmp_path / "x.json")])

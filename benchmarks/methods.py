@@ -1,0 +1,118 @@
+"""What a step of every method costs: images per second and peak memory of its own script, views and update included.
+
+  python benchmarks/methods.py
+  python benchmarks/methods.py --b 64 --gpus 0 --output benchmarks/results/methods_gpu.json
+  python benchmarks/methods.py --methods moco concl --b 2 --image-size 64 --steps 2 --output methods.json
+
+Every method trains in mixed precision, in one process that also decodes and makes the views, as after its warm-up:
+on images of noise, on generated CTs in 3D. The first window of steps does not count, and no clustering between epochs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medssl.benchmarks.machine import ROOT, add_measuring, report, summarise
+from medssl.engine import options
+from medssl.engine.options import InputError
+
+METHODS = sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
+VOLUMES = ("pcrl", "pcrlv2")
+IMAGES = 64
+BASELINE = "moco"  # to which costs are compared
+EXTRA = {  # the loss after the warm-up, not before
+    "concl": ["--warm-up", "0"],
+    "pcl": ["--warm-up", "0", "--clusters", "8", "16", "32"],
+    "magical": ["--patience", "0"],
+}
+
+
+def command(method: str, dims: int, args: argparse.Namespace, output: Path) -> list[str]:
+    """What measures a method."""
+    words = [sys.executable, str(ROOT / f"train_{method}.py"), "--amp", "--workers", "0"]
+    words += ["--steps", str((args.repeats + 1) * args.steps), "--log-every", str(args.steps), "--output", str(output)]
+    words += ["--gpus", args.gpus] if args.gpus else ["--device", args.device]
+    if dims == 3:
+        return [*words, "--d", "3", "--b", str(args.cubes), "--dataset", "phantom3d"]
+    words += ["--data", str(output.parent / "images"), "--dataset", "folder", "--epochs", "1000000"]
+    return [
+        *words,
+        *EXTRA.get(method, []),
+        "--b",
+        str(args.b),
+        "--arch",
+        args.arch,
+        "--image-size",
+        str(args.image_size),
+    ]
+
+
+def write_images(folder: Path, size: int) -> None:
+    """Grey PNG files of noise, a little larger than the views."""
+    folder.mkdir()
+    for i in range(IMAGES):
+        noise = np.random.default_rng(i).integers(0, 256, (size * 8 // 7,) * 2, np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+
+
+def measure(method: str, dims: int, args: argparse.Namespace) -> tuple[list[float], float]:
+    """Images (or pairs of cubes) per second of each window, and the peak memory in MB."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        write_images(Path(folder) / "images", args.image_size)
+        words = command(method, dims, args, output)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"train_{method}.py failed: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "images_per_s" in line][1:]
+    return [line["images_per_s"] for line in lines], max(line["peak_memory_mib"] for line in lines) * 2**20 / 1e6
+
+
+def get_parser() -> options.Parser:
+    """The options of this script."""
+    parser = options.Parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="which")
+    parser.add_argument("--b", type=options.positive_int, default=16, help="images in a step")
+    parser.add_argument("--cubes", type=options.positive_int, default=2, help="pairs of cubes in a step, in 3D")
+    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the views")
+    parser.add_argument("--arch", default="resnet18", help="2D encoder")
+    parser.add_argument("--steps", type=options.positive_int, default=4, help="steps in a window")
+    parser.add_argument("--gpus", help="GPU numbers")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
+    add_measuring(parser, "methods.json")
+    parser.set_defaults(repeats=3)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    args = get_parser().parse_args(argv)
+    if args.b > IMAGES or min(args.b, args.cubes) < 2:
+        raise InputError(f"--b {args.b}, --cubes {args.cubes}: from 2 on, --b up to {IMAGES}")
+    if BASELINE not in args.methods:
+        args.methods = [BASELINE, *args.methods]
+    cases = [(method, 2) for method in args.methods] + [(method, 3) for method in VOLUMES if method in args.methods]
+    speeds, memory = {}, {}
+    for method, dims in cases:
+        name = method if dims == 2 else f"{method} 3D"
+        speeds[name], memory[name] = measure(method, dims, args)
+    results = summarise(speeds, BASELINE)
+    for name, row in results.items():
+        row["peak_mb"] = memory[name]
+    return report(args.output, "methods", vars(args), results)
+
+
+def cli() -> None:
+    """Command line."""
+    options.run_script(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -63,7 +63,8 @@ def draw_chance(axes: Axes, value: float, name: str) -> None:
     """A dashed line, named."""
     axes.axhline(value, color="grey", linestyle="--", linewidth=1)
     # Out of the layout: chance may lie beyond the picture.
-    axes.text(0, value, name, va="bottom", fontsize=8, color="grey", clip_on=True, in_layout=False)
+    place = {"transform": axes.get_yaxis_transform(), "va": "top", "clip_on": True, "in_layout": False}
+    axes.text(0.01, value, name, fontsize=8, color="grey", **place)
 
 
 def draw_one(run: Path) -> Figure:
@@ -75,7 +76,8 @@ def draw_one(run: Path) -> Figure:
     figure = Figure(figsize=(9, 2.6 + height), layout="constrained")
     above = figure.add_gridspec(2, 1, height_ratios=[2.6, height]) if pictures else figure.add_gridspec(1, 1)
     grid = above[0].subgridspec(1, len(losses))
-    expected = chance(config)
+    # C2L's terms are thirds, of which the sum is compared with chance.
+    expected = chance(config) if config["method"] != "C2L" else None
     for place, (name, values) in zip(grid, losses.items()):
         axes = figure.add_subplot(place)
         axes.plot(epochs, values, linewidth=1.2)
@@ -83,7 +85,7 @@ def draw_one(run: Path) -> Figure:
         axes.set_xlabel("epoch")
         if expected and name in WHOLE:
             draw_chance(axes, expected, f" chance {expected:.2f}")
-            axes.set_ylim(top=min(np.nanmax(values), 1.05 * expected) + 0.1)
+            axes.set_ylim(top=max(expected, min(np.nanmax(values), 1.05 * expected)) + 0.1)
     if sheet is not None:
         axes = figure.add_subplot(above[1])
         axes.imshow(sheet)

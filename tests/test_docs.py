@@ -1,6 +1,8 @@
 """The documentation's snippets run, and its commands are those of the scripts (tests/test_finetune.py)."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,5 +54,32 @@ def test_the_site_is_built(tmp_path):
     assert done.returncode == 0, done.stderr
     for page in ("index", "your_own_data", "results/pneumoniamnist_contrastive"):
         assert (tmp_path / "site" / f"{page}.html").stat().st_size > 3000
+    page = (tmp_path / "site" / "methods" / "concl.html").read_text(encoding="utf-8")
+    assert "Keys are means of the teacher" in page  # of the docstring
+    assert "<!-- docstring" not in page
     assert "WARNING" not in done.stderr
     assert "not included in the" not in done.stderr
+
+
+METHODS = sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
+FREE = {"data", "dataset", "data_set", "output", "d", "version"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_page_spells_out_its_defaults(method):
+    """Where a default depends on the dimension, the version or the data set, the recipe is one of these."""
+    script = importlib.import_module(f"medssl.train_{method}")
+    defaults = vars(script.get_parser().parse_args([]))
+    choices = [*getattr(script, "DEFAULTS", {}).values(), *getattr(script, "VERSIONS", {}).values()]
+    page = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    recipe = re.search(r"## Recipe\n.*?```\n(.*?)```", page, flags=re.S)[1]
+    for line in recipe.splitlines():
+        words = shlex.split(line)[2:]
+        given = vars(script.get_parser().parse_args(words))
+        assert sum(word.startswith("--") for word in words) >= 8
+        depends = {name: value for name, value in given.items() if value != defaults[name] and name not in FREE}
+        assert not depends or any(all(c.get(name) == value for name, value in depends.items()) for c in choices), (
+            depends
+        )
+    assert f"<!-- docstring train_{method}." in page
+    assert (ROOT / "docs" / "methods" / f"{method}.jpg").stat().st_size > 10_000

@@ -185,3 +185,16 @@ def test_in_a_browser(page, tmp_path, width):
     assert found["wide"] <= 0
     assert (found["broken"], found["images"], found["svg"]) == (0, 2, 0)
     assert "CONSOLE" not in out.stderr
+
+
+@pytest.mark.skipif(browser() is None, reason="no browser")
+def test_on_paper_what_is_folded_is_printed(page, tmp_path):
+    tall = "<details><summary>folded</summary><div style='height: 300cm'></div></details>"
+    (tmp_path / "tall.html").write_text(page.read_text(encoding="utf-8").replace("</body>", tall + "</body>"))
+    command = [browser(), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    pages = []
+    for path in (page, tmp_path / "tall.html"):
+        pdf = tmp_path / "printed.pdf"
+        subprocess.run([*command, f"--print-to-pdf={pdf}", path.as_uri()], capture_output=True, check=True, timeout=120)
+        pages.append(len(re.findall(rb"/Type\s*/Page\b", pdf.read_bytes())))
+    assert pages[1] >= pages[0] + 10

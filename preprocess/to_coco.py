@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     if args.data and output.resolve() == Path(args.data).resolve():
         raise InputError(f"--output {output}: is --data; choose another folder")
+    for part in PARTS:
+        if (output / "annotations" / f"{part}.json").exists():
+            raise InputError(f"--output {output}: has annotations/{part}.json already; choose another folder")
     request = Request(args.dataset, args.data, texture_size=args.texture_size)
     opened = open_splits(request, ["train", "val", "test"])
     (output / "annotations").mkdir(parents=True, exist_ok=True)

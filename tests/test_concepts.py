@@ -70,6 +70,18 @@ def test_random_pixels():
     assert set(few.flatten().tolist()) == set(range(4))
 
 
+def test_of_concepts_that_cover_a_cell_alike_the_first_wins():
+    """Counted; shares of a cell, summed in floating point, differ in their last bits."""
+    clusters = torch.randint(0, 3, (64, 10, 10), generator=torch.Generator().manual_seed(1))
+    maps = view_maps(clusters, torch.tensor([[0.0, 0, 1, 1, 0]]).expand(64, 5), 3, 4)
+    bins = [slice(i * 10 // 4, -(-(i + 1) * 10 // 4)) for i in range(4)]
+    counts = [[F.one_hot(clusters[:, rows, columns].flatten(1), 3).sum(1) for columns in bins] for rows in bins]
+    counted = torch.stack([torch.stack(row, 1) for row in counts], 1)  # (64, 4, 4, 3)
+    best, second = counted.topk(2, dim=3).values.unbind(3)
+    assert (best == second).float().mean() > 0.1
+    assert torch.equal(maps, counted.argmax(3))
+
+
 def test_view_maps_are_adaptive_averages():
     g = seeded(0)
     for _ in range(40):

@@ -202,6 +202,8 @@ def test_coco_and_back(name, tmp_path, capsys):
     assert first["area"] == 30 * 23
     with pytest.raises(InputError, match="is --data; choose another folder"):
         to_coco.main(["--data", str(root), "--dataset", name, "--output", str(root)])
+    with pytest.raises(InputError, match="has annotations/train.json already; choose another folder"):
+        to_coco.main(["--data", str(root), "--dataset", name, "--output", str(tmp_path / "coco")])
     image = next(path for path in sorted(root.rglob("*")) if path.name in ("train_1.bmp", "train_1.png"))
     image = image if image.suffix == ".bmp" else root / "train" / "Images" / "train_1.png"
     image.write_bytes(image.read_bytes()[:200])

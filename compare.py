@@ -28,6 +28,7 @@ On a cluster: `--slurm` prints a script that submits the study as arrays of jobs
 
 import argparse
 import importlib
+import json
 import os
 import shlex
 import sys
@@ -38,7 +39,7 @@ from pathlib import Path
 from types import ModuleType
 
 from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
-from medssl.datasets.registry import ImageDataset, open_labelled
+from medssl.datasets.registry import ImageDataset, open_labelled, open_pretraining
 from medssl.datasets.segmentation import open_instances, open_segmented
 from medssl.engine import options, plots
 from medssl.engine.jobs import Job, run_beside, run_here
@@ -213,9 +214,19 @@ def check(args: argparse.Namespace, rest: Sequence[str], study: Study) -> None:
         for cell in own:
             entry = cell.results()
             if entry:
-                refuse_changes({"data_digest": entry["config"].get("data_digest")}, args_of_all, cell.job.folder)
+                refuse_other_data(entry["config"], args_of_all, cell.job)
     for job in study.jobs:
         job.check()
+    for job in study.jobs[: study.pretrainings]:
+        if job.finished():
+            args_of_one = job.options()
+            open_pretraining(args_of_one)  # as above
+            refuse_other_data(json.loads((job.folder / "config.json").read_text()), args_of_one, job)
+
+
+def refuse_other_data(before: dict, args: argparse.Namespace, job: Job) -> None:
+    """Raise InputError where a finished run saw other data than there are now."""
+    refuse_changes({"data_digest": before.get("data_digest")}, args, job.folder, "or another --output")
 
 
 # Running -------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class ImageDataset(torch.utils.data.Dataset):
             scan each stands for, (whole set's images,) float; FROC curves count by it. None for other images.
         order: the patients, one an image, of the list that the split was taken from, in its order, where `--ratio`
             parts that list between patients; None where it parts the split between two images.
-        contents: what `sample_contents` said of the split when it was opened; "" for generated images.
+        contents: what `sample_contents` said of the split when it was opened.
         cached: gives the texture's item of a position from a cache, which then is not decoded; or None.
     """
 
@@ -341,7 +341,7 @@ def finish(request: Request, opened: dict[str, ImageDataset]) -> dict[str, Image
         if request.dims not in (None, data.info.dims):
             raise InputError(f"--d {request.dims}: data set {request.name} has {data.info.dims} dimensions")
         # Generated images may differ in a grey level between machines, on which a run may continue.
-        data.contents = sample_contents(data) if request.data else ""
+        data.contents = sample_contents(data)
     refuse_overlap(opened)
     if request.cache:
         from medssl.datasets import cache
@@ -372,15 +372,15 @@ def sample_contents(data: ImageDataset) -> str:
     return digest("\n".join(prints).encode())
 
 
-def sample_annotations(data: ImageDataset) -> str:
-    """What the annotations of those images are known by; "" for a set without."""
+def sample_annotations(data: ImageDataset) -> list[str]:
+    """What the annotations of those images are known by; none for a set without."""
     prints = []
     for i in np.unique(np.linspace(0, len(data) - 1, SAMPLED).astype(int)):
         try:
             prints += [digest(np.ascontiguousarray(part).tobytes()) for part in data.annotation(i)]
         except UnreadableImage:
             prints.append("unreadable")
-    return digest("\n".join(prints).encode()) if prints else ""
+    return prints
 
 
 DETACHED = re.compile(rb"^(?:ElementDataFile *=|data ?file:) *([^\r\n]+)", re.MULTILINE)
@@ -423,8 +423,9 @@ def data_digest(splits: Mapping[str, ImageDataset], labels: bool = True) -> str:
     for name, data in splits.items():
         known = b"" if data.labels is None or not labels else data.labels.numpy().tobytes()
         contents = sample_contents(data) if data.contents is None else data.contents
-        masks = sample_annotations(data) if contents and labels else ""
-        parts += [name, "\n".join(data.ids), digest(known), contents, *([masks] if masks else [])]
+        masks = sample_annotations(data) if labels else []
+        contents = digest("\n".join([contents, *masks]).encode()) if masks else contents
+        parts += [name, "\n".join(data.ids), digest(known), contents]
     return digest("\0".join(parts).encode())
 
 

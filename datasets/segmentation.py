@@ -73,11 +73,13 @@ def open_instances(args: argparse.Namespace) -> dict[str, InstanceImages]:
         raise InputError(f"--texture-size {args.texture_size}: detection reads images at their own size; leave it out")
     request = replace(registry.request_of(args), name=name)
     opened = registry.open_splits(request, SPLITS, args.d)
+    for data in opened.values():
+        data.detected = True
+    args.dataset, args.data_digest = name, registry.data_digest(opened)
     for split, data in opened.items():
-        data.detected, data.labels = True, None
+        data.labels = None
         if split != "val" and not any(has_instances(data, i) for i in range(len(data))):
             raise InputError(f"--dataset {name}: no image of the {split} split has an instance")
-    args.dataset, args.data_digest = name, registry.data_digest(opened)
     return opened
 
 

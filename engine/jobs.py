@@ -99,7 +99,7 @@ class Job:
         args = self.options()
         if before.get("weights_digest") not in (None, getattr(args, "weights_digest", None)):
             raise InputError(f"{self.folder}: was run from other weights in {self.weights}; give another --output")
-        refuse_changes(before, args, self.folder)
+        refuse_changes(before, args, self.folder, "or another --output")
         steps = getattr(args, "steps", None)  # which may change while a run goes on
         if self.finished() and before.get("steps") != steps:
             raise InputError(f"{self.folder}: was run with --steps {before.get('steps')}; give another --output")

@@ -39,6 +39,8 @@ FREE_OPTIONS = {
     "data", "data_digest", "compile", "trials",
 }  # fmt: skip
 
+OR_RESUME = "another --output, or --resume never"
+
 
 class Method(nn.Module):
     """What is trained. Its networks are attributes; everything that must survive a restart is in its state dict.
@@ -272,20 +274,20 @@ def open_output(args: argparse.Namespace, method_name: str, devices: Devices) ->
     return folder, saved
 
 
-def refuse_changes(before: dict, args: argparse.Namespace, where: Path) -> None:
-    """Raise InputError when an option that changes results, or the data, differ from what a run was started with."""
+def refuse_changes(before: dict, args: argparse.Namespace, where: Path, instead: str = OR_RESUME) -> None:
+    """Raise InputError when an option that changes results, or the data, differ from what a run was started with;
+    `instead` says what else than the same can be done."""
     # Runs without a digest are older than digests.
     if before.get("data_digest") not in (None, getattr(args, "data_digest", None)):
         raise InputError(
             f"{where}: was started with other data: images, their order, lists or labels differ; use the same data, "
-            "another --output, or --resume never"
+            f"{instead}"
         )
     for key, value in plain(args).items():
         # An option that the run did not know is newer than it.
         if key in before and key not in FREE_OPTIONS and before[key] != value:
             raise InputError(
-                f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, "
-                "another --output, or --resume never"
+                f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, {instead}"
             )
 
 

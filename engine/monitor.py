@@ -55,6 +55,16 @@ def trim_metrics(path: Path, steps_done: int) -> None:
     os.replace(temporary, path)
 
 
+def loss_names(lines: list[dict]) -> list[str]:
+    """The losses in lines of metrics.jsonl, which stand in each between their sum and the learning rate."""
+    names: dict[str, None] = {}
+    for line in lines:
+        if "loss" in line and "lr" in line:
+            keys = list(line)
+            names |= dict.fromkeys(keys[keys.index("loss") + 1 : keys.index("lr")])
+    return list(names)
+
+
 class Monitor:
     """Writes a run's numbers; one per run, in the main process.
 

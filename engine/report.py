@@ -16,15 +16,13 @@ from PIL import Image
 
 from medssl.engine import plots
 from medssl.engine.jobs import Job
+from medssl.engine.monitor import loss_names
 from medssl.engine.study import Cell, best_of, cells_of, digits, header_of, in_words
 
 SIGNIFICANT = 0.05
 FEW_TRIALS = 5
 PICTURE = 1000  # widest side of a picture, pixels
 OVERLAYS = 2  # pictures of predictions of an init
-NOT_LOSSES = (  # numbers of metrics.jsonl that are no losses
-    "step", "epoch", "loss", "lr", "grad_norm", "feature_std", "images_per_s", "data_wait", "peak_memory_mib", "score",
-)  # fmt: skip
 
 
 def write_report(
@@ -254,9 +252,9 @@ def training_curves(done: dict[Cell, dict], metric: str) -> Markup | None:
 
 def loss_curves(lines: list[dict]) -> Markup | None:
     """A pre-training's losses over epochs, a panel each."""
-    names = dict.fromkeys(key for line in lines for key, value in line.items() if isinstance(value, float))
-    lines = [line for line in lines if "loss" in line]
-    names = [name for name in names if name not in NOT_LOSSES and sum(name in line for line in lines) > 1]
+    names = loss_names(lines)
+    names += dict.fromkeys(name for line in lines for name in line if name.startswith("val_") and name not in names)
+    names = [name for name in names if sum(line.get(name) is not None for line in lines) > 1]
     if not names:
         return None
     figure = Figure(figsize=(3 * len(names), 2.5), layout="constrained")

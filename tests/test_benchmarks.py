@@ -145,7 +145,11 @@ def test_curves(tmp_path, capsys):
     (other / "metrics.jsonl").write_text("\n".join(map(json.dumps, both)))
     losses = curves.read_run(other)[2]
     assert [math.isnan(value) for value in losses["instance"]] == [False] * 5 + [True] * 11
-    assert losses["concept"][9:] == [5.0] * 7
+    assert losses["concept"][9:].tolist() == [5.0] * 7
+    assert curves.weight({"method": "ConCL", "concept_weight": 0.5}, "concept") == 0.5
+    assert curves.weight({"method": "DenseCL", "dense_weight": 0.25}, "contrast") == 0.75
+    assert curves.weight({"method": "C2L", "mixup": False}, "contrast") == 1
+    assert curves.weight({"method": "PCRLv2"}, "restoration") is None
     (other / "samples").mkdir()
     machine_made = Image.new("RGB", (300, 100), "red")
     machine_made.save(other / "samples" / "step_0000020.png")
@@ -153,13 +157,42 @@ def test_curves(tmp_path, capsys):
     drawn = np.asarray(Image.open(tmp_path / "one.png").convert("RGB")).astype(int)
     red = (drawn[..., 0] > 240) & (drawn[..., 1] < 15) & (drawn[..., 2] < 15)
     assert 0.2 < red.mean() < 0.6  # the samples below the curves
-    with pytest.raises(InputError, match="other: no contrast among its losses, instance, concept"):
+    with pytest.raises(InputError, match="other: no whole contrast among its losses, instance, concept"):
         curves.main([str(run), str(other)])
     curves.main([str(run), str(run), "--output", str(tmp_path / "curves.png")])
     assert (tmp_path / "curves.png").stat().st_size > 5000
     (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2, "contrast": 2, "lr": 1}')
-    with pytest.raises(InputError, match="fewer than 5 logged lines"):
+    with pytest.raises(InputError, match="fewer than 5 logged lines with losses"):
         curves.main([str(run)])
+
+
+@pytest.mark.parametrize(
+    ("config", "log", "message"),
+    [
+        ("[]", "", "its config.json is not that of a pre-training"),
+        ('{"b": 2}', "", "its config.json is not that of a pre-training"),
+        ('{"method": "BYOL"}', '7\n{"epoch": 1, "lr": 1}\n{"cut', "fewer than 5 logged lines with losses"),
+        ('{"method": "BYOL"}', '{"epoch": 1, "loss": null, "prediction": null, "lr": 1}\n' * 9, "fewer than 5"),
+        ('{"method": "BYOL"}', '{"epoch": 1, "loss": 0, "lr": 1}\n' * 9, "fewer than 5"),
+    ],
+)
+def test_curves_of_damaged_runs(tmp_path, config, log, message):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "metrics.jsonl").write_text(log)
+    with pytest.raises(InputError, match=message):
+        curves.main([str(tmp_path), "--output", str(tmp_path / "x.png")])
+
+
+def test_curves_at_zero(tmp_path):
+    (tmp_path / "config.json").write_text('{"method": "BYOL"}')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "loss": 0.0, "prediction": 0.0, "lr": 1}\n' * 9)
+    assert curves.read_run(tmp_path)[2]["prediction"].tolist() == [0.0] * 5
+    with pytest.raises(InputError, match=r"--output .*x.what: Format 'what' is not supported"):
+        curves.main([str(tmp_path), "--output", str(tmp_path / "x.what")])
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_1.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="step_1.png: cannot identify"):
+        curves.main([str(tmp_path), "--output", str(tmp_path / "x.png")])
 
 
 def test_methods(tmp_path):

@@ -131,6 +131,12 @@ def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
     with pytest.raises(InputError, match="run_0: was started with other data"):
         compare.main([*options, "--output", str(tmp_path)])
     first.write_text(kept)
+    first = next(tmp_path.glob("pretraining/*/config.json"))
+    kept = first.read_text()
+    first.write_text(kept.replace(json.loads(kept)["data_digest"], "of other images"))
+    with pytest.raises(InputError, match=r"pretraining.*: was started with other data.*or another --output$"):
+        compare.main([*options, "--output", str(tmp_path)])
+    first.write_text(kept)
     os.utime(encoder)
     encoder.write_bytes(encoder.read_bytes() + b" ")
     with pytest.raises(InputError, match="was run from other weights"):

@@ -66,9 +66,14 @@ def _commit() -> str | None:
         return None
 
 
-def add_measuring(parser: Parser, output: str | None, help_: str = "the JSON file") -> None:
+def add_measuring(
+    parser: Parser,
+    output: str | None,
+    help_: str = "the JSON file",
+    repeats: str = "interleaved runs; the median counts",
+) -> None:
     """Add the options of every benchmark; `output` is the default's name beside the other results."""
-    parser.add_argument("--repeats", type=positive_int, default=5, help="interleaved runs; the median counts")
+    parser.add_argument("--repeats", type=positive_int, default=5, help=repeats)
     parser.add_argument("--output", metavar="FILE", default=output and str(RESULTS / output), help=help_)
 
 

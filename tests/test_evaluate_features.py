@@ -233,7 +233,8 @@ def test_unreadable_images_are_left_out(tmp_path):
 def test_the_dimension_is_checked_by_the_scripts(module, tmp_path, monkeypatch):
     def open_volumes(request, splits):
         info = Info("volumes", dims=3, task="binary", classes=("a", "b"))
-        return {s: ImageDataset(info, None, [f"{s}/{i}" for i in range(30)], torch.arange(30) % 2) for s in splits}
+        read = np.zeros((30, 2, 2, 2), np.uint8).__getitem__
+        return {s: ImageDataset(info, read, [f"{s}/{i}" for i in range(30)], torch.arange(30) % 2) for s in splits}
 
     monkeypatch.setattr(registry, "FAMILIES", {"volumes": "phantom"})
     monkeypatch.setattr(phantom, "open_splits", open_volumes)

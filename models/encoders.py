@@ -100,12 +100,10 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         if dims == 3:
             raise InputError(f"--init imagenet: there are no ImageNet weights for {arch}; use random or a checkpoint")
         state = _download_imagenet(arch)
-        source = "imagenet"
         expected = smp.encoders.get_preprocessing_params(arch, pretrained="imagenet")
         report["normalization"] = {"mean": list(expected["mean"]), "std": list(expected["std"])}
     else:
         content = load_safe(init)
-        source = Path(init).name
         state = find_state_dict(content, init)
         fields = {
             **getattr(content, "_metadata", {}).get(METADATA, {}),
@@ -136,7 +134,7 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     missing = [key for key in learned if key not in state]
     unexpected = [key for key in state if key not in wanted]
     print(
-        f"{source}: {len(matched)} of {len(learned)} encoder entries matched, "
+        f"{init}: {len(matched)} of {len(learned)} encoder entries matched, "
         f"{len(missing)} missing, {len(unexpected)} unexpected"
         + (f" (missing: {', '.join(missing[:5])})" if missing else "")
     )
@@ -192,7 +190,7 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
         except (RuntimeError, TypeError, AttributeError):
             which = "of other shapes, as those without skips are (PCRLv2's)" if state else "not there"
             raise InputError(f"--init {init}: its decoder is {which}; use --load encoder") from None
-        print(f"{Path(init).name}: {len(state)} of {len(state)} decoder entries matched")
+        print(f"{init}: {len(state)} of {len(state)} decoder entries matched")
         return start | {"matched": start["matched"] + len(state)}
     body = nn.Module()
     for name, part in network.named_children():

@@ -44,16 +44,8 @@ def command(method: str, dims: int, args: argparse.Namespace, output: Path) -> l
     if dims == 3:
         return [*words, "--d", "3", "--b", str(args.cubes), "--dataset", "phantom3d"]
     words += ["--data", str(output.parent / "images"), "--dataset", "folder", "--epochs", "1000000"]
-    return [
-        *words,
-        *EXTRA.get(method, []),
-        "--b",
-        str(args.b),
-        "--arch",
-        args.arch,
-        "--image-size",
-        str(args.image_size),
-    ]
+    words += [*EXTRA.get(method, []), "--b", str(args.b), "--arch", args.arch]
+    return [*words, "--image-size", str(args.image_size)]
 
 
 def write_images(folder: Path, size: int) -> None:

@@ -281,7 +281,7 @@ def refuse_changes(before: dict, args: argparse.Namespace, where: Path, instead:
     if before.get("data_digest") not in (None, getattr(args, "data_digest", None)):
         raise InputError(
             f"{where}: was started with other data: images, their order, lists or labels differ; use the same data, "
-            f"{instead}"
+            + instead
         )
     for key, value in plain(args).items():
         # An option that the run did not know is newer than it.

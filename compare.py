@@ -28,7 +28,6 @@ On a cluster: `--slurm` prints a script that submits the study as arrays of jobs
 
 import argparse
 import importlib
-import json
 import os
 import shlex
 import sys
@@ -45,9 +44,10 @@ from medssl.engine import options, plots
 from medssl.engine.jobs import Job, run_beside, run_here
 from medssl.engine.loop import refuse_changes, write_json
 from medssl.engine.options import InputError
-from medssl.engine.report import write_report
+from medssl.engine.report import read_json, write_report
 from medssl.engine.segmentation2d import PROTOCOLS
 from medssl.engine.study import Cell, gather, latex, markdown, write_csv
+from medssl.models.encoders import DEFAULT_ARCH
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,10 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
         """What a script takes over from a task's options."""
         parser = TASKS[task].script.get_parser()
         given = parser.parse_args([*rest, *extra.get(task, [])])
-        return [*as_words(parser, given, SHARED, dests(script)), *devices]
+        words = [*as_words(parser, given, SHARED, dests(script)), *devices]
+        if "--arch" not in words and script.get_parser().get_default("arch"):  # MAGICAL's own is ResNet-50
+            words += ["--arch", given.arch or DEFAULT_ARCH[2]]  # what comes in 3D too has none of its own
+        return words
 
     pretraining = {}
     for init in args.init:
@@ -210,18 +213,22 @@ def check(args: argparse.Namespace, rest: Sequence[str], study: Study) -> None:
             raise InputError(f"{planned[0]}: the study chooses it; leave it out")
         own = [cell for cell in study.cells if cell.task == task]
         args_of_all = own[0].job.options()
-        TASKS[task].open(args_of_all)  # which notes the data's digest
+        data = TASKS[task].open(args_of_all)  # which notes the data's digest
+        arch = args_of_all.arch or DEFAULT_ARCH[data["train"].info.dims]
         for cell in own:
+            made = cell.job.needs and cell.job.needs.options().arch
+            if made not in (None, arch):
+                raise InputError(f"{cell.job.needs.name}: --arch {made}, but {task} has {arch}; give one for both")
             entry = cell.results()
             if entry:
                 refuse_other_data(entry["config"], args_of_all, cell.job)
     for job in study.jobs:
         job.check()
-    for job in study.jobs[: study.pretrainings]:
+    for job in study.jobs[: -len(study.cells)]:
         if job.finished():
             args_of_one = job.options()
-            open_pretraining(args_of_one)  # as above
-            refuse_other_data(json.loads((job.folder / "config.json").read_text()), args_of_one, job)
+            (open_pretraining if job.proof == "encoder.pt" else open_labelled)(args_of_one)  # as above
+            refuse_other_data(read_json(job.folder / "config.json"), args_of_one, job)
 
 
 def refuse_other_data(before: dict, args: argparse.Namespace, job: Job) -> None:

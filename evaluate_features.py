@@ -13,7 +13,6 @@ both are scored on the test split. Writes `features.json` and `embedding.png` (t
 """
 
 import argparse
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from medssl.datasets.views import ClassificationViews
 from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import options
 from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import CHANNELS_LAST, autocast, describe, versions
+from medssl.engine.loop import CHANNELS_LAST, autocast, describe, plain, versions, write_json
 from medssl.engine.metrics import score, targets_of
 from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, Run, setup
@@ -299,7 +298,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "device": describe(devices),
     }
-    (output / "features.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(output / "config.json", plain(args))
+    write_json(output / "features.json", content)
     titles = [shorten(init, args.init) for init in args.init]
     panels = dict(zip(titles, extracted["test"]))
     draw_embedding(panels, names_of(targets["test"], info), info, args.tsne_limit, args.seed, output / "embedding.png")

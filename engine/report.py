@@ -17,7 +17,7 @@ from PIL import Image
 from medssl.engine import plots
 from medssl.engine.jobs import Job
 from medssl.engine.monitor import loss_names
-from medssl.engine.study import Cell, best_of, cells_of, digits, header_of, in_words
+from medssl.engine.study import MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
 
 SIGNIFICANT = 0.05
 FEW_TRIALS = 5
@@ -140,8 +140,6 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
     """What the page shows of a task."""
     own = [row for row in rows if row["task"] == name]
     done = {cell: entry for cell, entry in entries.items() if cell.task == name and entry}
-    classes = list(dict.fromkeys(key for row in own for key in row["per_class"]))
-    classes = classes if len(classes) > 2 else []  # of two, both have the number that is in the table
     header = header_of(own[0], metric)
     return {
         "name": name, "metric": metric, "header": header, "baseline": own[0]["init"], "findings": findings(own),
@@ -151,26 +149,52 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
              "first": i > 0 and row["percent"] != own[i - 1]["percent"]}
             for i, row in enumerate(own)
         ],
-        "classes": classes, "class_rows": class_rows(own, classes),
+        "tables": [table for table in (class_table(own), measures_table(own)) if table["columns"]],
         "training": training_curves(done, metric), "pictures": predictions(done),
         "options": json.dumps(next(iter(done.values()))["config"], indent=1) if done else "no run ended well",
     }  # fmt: skip
 
 
-def class_rows(rows: Sequence[dict], classes: Sequence[str]) -> list[dict]:
-    """The table by class: texts, and the columns (from 1) in which a row is the best of its share of labels."""
+def class_table(rows: list[dict]) -> dict:
+    """The table by class, with the columns (from 1) in which a row is the best of its share of labels."""
+    classes = list(dict.fromkeys(key for row in rows for key in row["per_class"]))
+    classes = classes if len(classes) > 2 else []  # of two, both have the number that is in the table of all
     out = []
-    for i, row in enumerate(rows):
+    for row in rows:
         rivals = [other for other in rows if other["percent"] == row["percent"]]
-        texts, best = [f"{row['percent']:g} %", row["init"]], []
+        texts, best = [], []
         for column, name in enumerate(classes, 3):
             value = row["per_class"].get(name)
             known = [v for v in (other["per_class"].get(name) for other in rivals) if v is not None]
             texts.append("–" if value is None else f"{value:.{digits(row)}f}")
             if value is not None and value == max(known):
                 best.append(column)
-        out.append({"texts": texts, "best": best, "first": i > 0 and row["percent"] != rows[i - 1]["percent"]})
-    return out
+        out.append({"texts": texts, "best": best})
+    return side_table("By class", rows, classes, out)
+
+
+def measures_table(rows: list[dict]) -> dict:
+    """The table of the other measures; of some, less is better, so that none is marked as the best."""
+    keys = [key for key in MEASURES if any(key in row["measures"] for row in rows)]
+    out = []
+    for row in rows:
+        texts = []
+        for key in keys:
+            found, n = row["measures"].get(key), MEASURES[key][1]
+            std = "" if found is None or found["std"] is None else f" ± {found['std']:.{n}f}"
+            texts.append("–" if found is None else f"{found['mean']:.{n}f}{std}")
+        out.append({"texts": texts, "best": []})
+    return side_table("Other measures", rows, [MEASURES[key][0] for key in keys], out)
+
+
+def side_table(heading: str, rows: list[dict], columns: Sequence[str], texts: list[dict]) -> dict:
+    """A table of `columns` behind the share of labels and the init of each row."""
+    lines = [
+        {**text, "texts": [f"{row['percent']:g} %", row["init"], *text["texts"]],
+         "first": i > 0 and row["percent"] != rows[i - 1]["percent"]}
+        for i, (row, text) in enumerate(zip(rows, texts))
+    ]  # fmt: skip
+    return {"heading": heading, "columns": columns, "rows": lines}
 
 
 def pretraining_section(job: Job) -> dict:

@@ -18,6 +18,13 @@ COLUMNS = (
     "task", "percent", "images", "init", "trial", "status", "metric", "value", "val_score", "matched_keys", "seconds",
     "reason",
 )  # fmt: skip
+MEASURES = {  # other numbers of a trial in results.json ("box.ap50": "ap50" of "box"), in words, and their decimals
+    "auroc": ("AUROC", 3), "accuracy": ("accuracy", 3), "f1": ("F1", 3), "cpm": ("CPM", 3),
+    "sensitivity": ("sensitivity", 3), "specificity": ("specificity", 3), "cldice": ("clDice", 3),
+    "pooled_dice": ("Dice of all pixels, %", 1), "hd95": ("95 % Hausdorff distance", 1),
+    "box.ap50": ("boxes, AP50", 1), "box.ap75": ("boxes, AP75", 1),
+    "ap_mask": ("masks, AP", 1), "mask.ap50": ("masks, AP50", 1), "mask.ap75": ("masks, AP75", 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
             "std": float(np.std(known, ddof=1)) if len(known) > 1 else None, "interval": interval(known),
             "gain": None, "standard_error": None, "better": None, "pairs": 0, "p": None, "p_adjusted": None,
             "failures": {cell.trial: cell.reason() for cell in own if cell.reason()},
-            "per_class": per_class(done),
+            "per_class": per_class(done), "measures": join_measures(done, own[0].metric),
             "seconds": sum(entry["seconds"] for entry in done),
             "versions": done[0]["versions"] if done else None, "device": done[0]["device"] if done else None,
         }  # fmt: skip
@@ -135,6 +142,30 @@ def per_class(entries: Sequence[dict]) -> dict[str, float | None]:
     names = entries[0].get("per_class", {}) if entries else {}
     key = "auroc" if any("interval" in value for value in names.values()) else "dice"
     return {name: mean_of(entry["per_class"][name][key] for entry in entries) for name in names}
+
+
+def measures_of(entry: dict, metric: str) -> dict[str, float]:
+    """Those of `MEASURES` that a trial has, but the compared one."""
+    found = {}
+    for key in MEASURES:
+        value = entry
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if key != metric and isinstance(value, float):  # in 3D classification, "sensitivity" has one for each rate
+            found[key] = value
+    return found
+
+
+def join_measures(entries: Sequence[dict], metric: str) -> dict[str, dict[str, float | None]]:
+    """Mean and standard deviation over the trials of each of `measures_of`."""
+    known: dict[str, list[float]] = {}
+    for entry in entries:
+        for key, value in measures_of(entry, metric).items():
+            known.setdefault(key, []).append(value)
+    return {
+        key: {"mean": mean_of(values), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+        for key, values in known.items()
+    }
 
 
 def best_of(rows: Sequence[dict], row: dict) -> bool:
@@ -209,14 +240,15 @@ def latex(rows: Sequence[dict], metric: str) -> str:
 
 
 def write_csv(cells: Sequence[Cell], path: Path) -> None:
-    """One row a run."""
+    """One row a run; after `COLUMNS`, those of `MEASURES` that a run has."""
+    entries = [cell.results() or {} for cell in cells]
+    others = [measures_of(entry, cell.metric) for cell, entry in zip(cells, entries)]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, [*COLUMNS, *(key for key in MEASURES if any(key in other for other in others))])
         writer.writeheader()
-        for cell in cells:
-            entry = cell.results() or {}
+        for cell, entry, other in zip(cells, entries, others):
             row = {key: getattr(cell, key) for key in ("task", "percent", "init", "trial", "metric")}
             row |= {"status": "failed" if cell.reason() else "finished", "reason": cell.reason() or ""}
             row |= {"images": entry.get("train_images"), "value": entry.get(cell.metric)}
             row |= {"matched_keys": entry.get("start", {}).get("matched")}
-            writer.writerow(row | {key: entry.get(key) for key in ("val_score", "seconds")})
+            writer.writerow(row | other | {key: entry.get(key) for key in ("val_score", "seconds")})

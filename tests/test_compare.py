@@ -74,9 +74,18 @@ def test_interval_of_a_mean():
 # Whole studies -------------------------------------------------------------------------------------
 
 
+def test_other_measures_by_hand():
+    box, mask = {"ap": 50.0, "ap50": 70.0, "ap75": None}, {"ap": 40.0, "ap50": 60.0}
+    one = {"ap_box": 50.0, "ap_mask": 40.0, "box": box, "mask": mask, "sensitivity": {"1": 0.5}, "best_epoch": 3.0}
+    assert study.measures_of(one, "ap_box") == {"box.ap50": 70.0, "ap_mask": 40.0, "mask.ap50": 60.0}
+    joined = study.join_measures([one, {"ap_mask": 42.0}, {"ap_mask": None}], "ap_box")
+    assert joined["ap_mask"] == {"mean": 41.0, "std": pytest.approx(2**0.5)}
+    assert joined["mask.ap50"] == {"mean": 60.0, "std": None}
+
+
 def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
     options = [*SMALL, *HERE, "--init", "random", "pcrlv2", str(encoder), "--annotation-percent", "1"]
-    options += ["--epochs", "1", "--trials", "2", "--with", "pcrlv2 --local-size 32 --b 4 --steps 2"]
+    options += ["--epochs", "1", "--trials", "2", "--with", "pcrlv2 --local-size 32 --b 4 --steps 2", "--features"]
     rows = compare.main([*options, "--output", str(tmp_path)])
     name = encoder.parent.name
     assert [(row["percent"], row["init"], row["images"]) for row in rows] == [
@@ -108,6 +117,8 @@ def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
     ]
     assert {row["matched_keys"] for row in table if row["init"] != "random"} == {"100"}
     assert len(table) == 6
+    accuracies = [float(row["accuracy"]) for row in table if row["init"] == "random"]
+    assert rows[0]["measures"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
     latex = (tmp_path / "comparison.tex").read_text(encoding="utf-8")
     assert latex.count(r"\textbf") == 1
     assert latex.count(r"\\") == 4
@@ -131,12 +142,15 @@ def test_a_study_from_pretraining_to_tables(encoder, tmp_path, capsys):
     with pytest.raises(InputError, match="run_0: was started with other data"):
         compare.main([*options, "--output", str(tmp_path)])
     first.write_text(kept)
-    first = next(tmp_path.glob("pretraining/*/config.json"))
-    kept = first.read_text()
-    first.write_text(kept.replace(json.loads(kept)["data_digest"], "of other images"))
-    with pytest.raises(InputError, match=r"pretraining.*: was started with other data.*or another --output$"):
-        compare.main([*options, "--output", str(tmp_path)])
-    first.write_text(kept)
+    for noted in ("pretraining/pcrlv2", "features/random"):
+        config = tmp_path / noted / "config.json"
+        kept = config.read_text()
+        config.write_text(kept.replace(json.loads(kept)["data_digest"], "of other images"))
+        with pytest.raises(InputError, match=noted + r": was started with other data.*or another --output$"):
+            compare.main([*options, "--output", str(tmp_path)])
+        config.unlink()  # which says nothing against it
+        assert compare.main([*options, "--output", str(tmp_path)]) == rows
+        config.write_text(kept)
     os.utime(encoder)
     encoder.write_bytes(encoder.read_bytes() + b" ")
     with pytest.raises(InputError, match="was run from other weights"):
@@ -221,13 +235,45 @@ def test_options_go_where_they_belong(tmp_path):
     args.epochs, args.jobs = [None], 1
     pretraining, random, magical = compare.plan(args, rest).jobs
     words = "--data DIR --dataset drive --workers 0 --amp --no-deterministic --image-size 96 --epochs 7 --lr 0.25"
-    assert sorted(pretraining.argv) == sorted(words.split())
+    assert sorted(pretraining.argv) == sorted([*words.split(), "--arch", "resnet18"])
     assert (pretraining.options().epochs, pretraining.options().lr) == (7, 0.25)
     assert (magical.options().lr, magical.options().patch, magical.options().overlays) == (0.5, [64], 1)
     assert magical.needs is pretraining
     assert magical.options().init == str(tmp_path / "pretraining" / "magical" / "encoder.pt")
     assert random.needs is None
     assert random.weights is None
+
+
+def test_all_methods_are_of_one_architecture(tmp_path):
+    """Each pre-training makes what is fine-tuned, whatever its script's own default."""
+    words = [
+        "--dataset",
+        "phantom2d",
+        "--image-size",
+        "32",
+        "--annotation-percent",
+        "1",
+        "--trials",
+        "1",
+        "--no-features",
+    ]
+    words += ["--init", "random", *compare.METHODS, "--output", str(tmp_path)]
+    for given, arch in (([], "resnet18"), (["--arch", "resnet34"], "resnet34")):
+        args, rest = compare.get_parser().parse_known_args([*words, *given])
+        args.epochs, args.jobs = [None], 1
+        study = compare.plan(args, rest)
+        assert len(study.jobs) == 2 * len(compare.METHODS) + 1
+        assert {job.options().arch or "resnet18" for job in study.jobs} == {arch}
+        compare.check(args, rest, study)
+    detection = ["--task", "detection", "--dataset", "tissue2d", "--init", "magical", "--trials", "1"]
+    args, rest = compare.get_parser().parse_known_args([*detection, "--output", str(tmp_path)])
+    args.epochs, args.jobs = [None] * 3, 1
+    assert compare.plan(args, rest).jobs[0].options().arch == "resnet18"
+    with pytest.raises(InputError, match="^pre-training of magical: --arch resnet50, but classification has resnet18"):
+        compare.main([*words, "--with", "magical --arch resnet50"])
+    with pytest.raises(InputError, match="^pre-training of pcrlv2: --arch resnet50, but classification has resnet18"):
+        compare.main([*words, "--with", "pcrlv2 --arch resnet50"])
+    assert not list(tmp_path.rglob("job.json"))
 
 
 # Jobs ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@
   onnx          encoder.onnx: normalised images (B, 3, H, W) → features (B, F), the average of the last map
 
 Every file is loaded into the tool's own network, which must give the same features as ours. ONNX wants the packages
-`onnx`, `onnxscript` and `onnxruntime` (pip install medssl[export]); where detectron2 is not installed, its file is
+`onnx`, `onnxscript` and `onnxruntime` (pip install -e '.[export]'); where detectron2 is not installed, its file is
 checked against its published layout instead, and a note says so.
 """
 
@@ -237,7 +237,7 @@ def to_onnx(source: Exported, folder: Path, side: int = SIDE) -> Path:
         import onnxruntime
         import onnxscript  # noqa: F401  torch's exporter wants it
     except ImportError as error:
-        raise InputError(f"--to onnx: needs {error.name}; pip install onnx onnxscript onnxruntime") from None
+        raise InputError(f"--to onnx: needs {error.name}; pip install -e '.[export]' in the checkout") from None
     path = folder / "encoder.onnx"
     batch = torch.export.Dim("batch")
     images = source.images(side)

@@ -192,9 +192,11 @@ def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
     )
     with (
         open(folder / "progress.jsonl", "a", encoding="utf-8") as progress,
-        tqdm(total=len(data), initial=len(data) - sum(len(_block_rows(data, block, b)) for b in missing)) as bar,
-    ):
-        bar.set_description(f"cache {data.info.name}")
+        tqdm(
+            total=len(data), initial=len(data) - sum(len(_block_rows(data, block, b)) for b in missing),
+            desc=f"cache {data.info.name}", disable=None,
+        ) as bar,
+    ):  # fmt: skip
         for note in loader:
             done[note["block"]] = note
             progress.write(json.dumps(note) + "\n")

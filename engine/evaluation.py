@@ -18,7 +18,7 @@ from medssl.datasets.views3d import VolumeClassificationViews
 from medssl.engine import plots
 from medssl.engine.loop import BadFiles, autocast, ignore_signals, to_device
 from medssl.engine.metrics import froc, mean_of, score, score_with_intervals, targets_of
-from medssl.engine.options import InputError
+from medssl.engine.options import InputError, decoders
 from medssl.engine.parallel import Devices, Run
 from medssl.losses.classification import classification_loss, probabilities
 
@@ -32,7 +32,7 @@ def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, dev
     Raises:
         InputError: when more than `--max-bad` of the reads fail.
     """
-    loader = DataLoader(data, b, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore_signals)
+    loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=ignore_signals)
     bad = BadFiles(Path(args.output), args.max_bad, len(data))
     asked = 0
     for batch in loader:

@@ -23,7 +23,7 @@ from medssl.datasets.registry import ImageDataset, collate
 from medssl.datasets.views import Draws, Views, denormalise
 from medssl.engine.checkpoint import FORMAT_VERSION, load_safe, save_atomic
 from medssl.engine.monitor import Monitor, middle_slices, save_pictures, stretch
-from medssl.engine.options import InputError
+from medssl.engine.options import InputError, decoders
 from medssl.engine.parallel import Devices, Run, finish, wrap
 
 # Seconds after which a checkpoint is written even when --save-every is far: slow machines lose no more.
@@ -420,7 +420,7 @@ def fit(
     loader = DataLoader(
         data,
         batch_sampler=Order(n, args.b, share, args.seed, step, last),
-        num_workers=args.workers,
+        num_workers=decoders(args),
         collate_fn=collate,
         worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",

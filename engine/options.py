@@ -100,6 +100,11 @@ def check_sides(option: str, sides: Sequence[int]) -> None:
         raise InputError(f"{option} {' '.join(map(str, sides))}: the 3D U-Net needs sides of at least 8 voxels")
 
 
+def decoders(args: argparse.Namespace) -> int:
+    """Decoding processes: `--workers`, but no more than cores, where published commands would only be slower."""
+    return min(args.workers, os.cpu_count() or 1)
+
+
 def complete(args: argparse.Namespace, defaults: Mapping[str, object]) -> argparse.Namespace:
     """The options, with `defaults` (of a data set, or of its dimension) where the user gave none."""
     given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
@@ -229,7 +234,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--num_workers",
         type=non_negative_int,
         default=min(4, os.cpu_count() or 1),
-        help="decoding processes",
+        help="decoding processes, at most one a core",
     )
     group.add_argument(
         "--cache",

@@ -5,8 +5,8 @@
   python compare.py --init random OURS/encoder.pt --annotation-percent 10 --trials 3 --image-size 64 --output OUT
   python compare.py --task segmentation --init random OURS/encoder.pt --annotation-percent 2 --output OUT
   python compare.py --task detection --init random OURS/encoder.pt --annotation-percent 100 --output OUT
-  python compare.py --task classification segmentation --init random magical --with "magical --lr 0.0002"
-      --with "pretraining --epochs 50" --with "segmentation --patch 48" --image-size 64 --output OUT --jobs 2
+  python compare.py --data DIR --dataset lits --task segmentation --d 3 --init random pcrlv2 --annotation-percent 10
+      --with "pretraining --epochs 50" --with "segmentation --patch 48 48 48" --output OUT --jobs 2
 
 An `--init` is random, imagenet, a checkpoint file, or a method, which is first pre-trained on the training images,
 their labels unseen. Every option that is not listed below goes to finetune_classification.py, finetune_segmentation.py
@@ -29,21 +29,23 @@ On a cluster: `--slurm` prints a script that submits the study as arrays of jobs
 import argparse
 import importlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
-from medssl.datasets.registry import ImageDataset, open_labelled, open_pretraining
+from medssl.datasets.registry import ImageDataset, Info, open_labelled, open_pretraining
 from medssl.datasets.segmentation import open_instances, open_segmented
 from medssl.engine import options, plots
 from medssl.engine.jobs import Job, run_beside, run_here
 from medssl.engine.loop import refuse_changes, write_json
 from medssl.engine.options import InputError
+from medssl.engine.parallel import count_gpus
 from medssl.engine.report import read_json, write_report
 from medssl.engine.segmentation2d import PROTOCOLS
 from medssl.engine.study import Cell, gather, latex, markdown, write_csv
@@ -65,28 +67,38 @@ TASKS = {
     "segmentation": Task(finetune_segmentation, partial(open_segmented, protocols=PROTOCOLS), "dice", "test Dice"),
     "detection": Task(finetune_detection, open_instances, "ap_box", "test AP of boxes"),
 }
-METHODS = ("insdis", "moco", "c2l", "pcrl", "pcrlv2", "magical", "concl", "simclr", "byol", "densecl", "pcl")
+METHODS = tuple(sorted(path.stem.removeprefix("train_") for path in Path(__file__).parent.glob("train_*.py")))
 SHARED = (  # options of fine-tuning that pre-training and the features take over
     "data", "dataset", "list", "val_list", "test_list", "d", "texture_size", "workers", "cache", "max_bad", "view",
     "image_size", "arch", "device", "amp", "amp_dtype", "compile", "deterministic",
 )  # fmt: skip
 
 
-def label_of(init: str, inits: Sequence[str]) -> str:
-    """A short name for an init, unique among `inits`, fit for a folder."""
-    if init in ("random", "imagenet", *METHODS):
-        return init
+def labels_of(inits: Sequence[str]) -> dict[str, str]:
+    """A short name for each init, unlike all others, fit for a folder, a table and a figure."""
+    labels = {init: init for init in inits if init in ("random", "imagenet", *METHODS)}
+    own = ("random", "imagenet", *METHODS)  # which no file is called, in this study or not
 
     def parts(path: str) -> tuple[str, ...]:
         # A run's export is called encoder.pt in every run: the folder's name is what tells them apart.
         names = Path(path).absolute().with_suffix("").parts[1:]
         return names[:-1] if names[-1] == "encoder" and len(names) > 1 else names
 
-    own = parts(init)
-    for n in range(1, len(own) + 1):
-        if sum(parts(other)[-n:] == own[-n:] for other in inits) == 1 and "_".join(own[-n:]) not in inits:
-            break
-    return "_".join(own[-n:])
+    for init in inits:
+        if init in labels:
+            continue
+        mine = parts(init)
+        for n in range(1, len(mine) + 1):
+            label = re.sub(r"[^\w.+-]", "-", "_".join(mine[-n:]))
+            others = [parts(other)[-n:] for other in inits if other not in own and other != init]
+            if mine[-n:] not in others and label not in (*own, *labels.values()):
+                break
+        number = 2
+        while label in (*own, *labels.values()):  # a.pt beside a.pth
+            label = f"{label.rpartition('-')[0] if number > 2 else label}-{number}"
+            number += 1
+        labels[init] = label
+    return {init: labels[init] for init in inits}
 
 
 # Planning ------------------------------------------------------------------------------------------
@@ -128,15 +140,15 @@ def dests(script: ModuleType) -> set[str]:
     return {action.dest for action in script.get_parser()._actions}
 
 
-def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
-    """All runs of a study.
+def extra_options(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What `--with` adds to each kind of run.
 
     Raises:
-        InputError, SystemExit: for options that a script refuses.
+        InputError: for a name that is none, or of which the study has no run.
     """
-    output, extra = Path(args.output), {}
-    here = args.jobs == 0 and args.gpus  # else each run sees its own GPU alone
-    devices = ["--gpus", ",".join(map(str, args.gpus))] if here else []
+    extra: dict[str, list[str]] = {}
+    methods = [init for init in args.init if init in METHODS]
+    judged = ["features"] if args.features and "classification" in args.task else []
     for text in args.extra:
         try:
             name, *words = shlex.split(text)
@@ -144,14 +156,91 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
             raise InputError(f"--with {text}: {error}") from None
         if name not in (*METHODS, *TASKS, "pretraining", "features"):
             raise InputError(f"--with {name}: no method, no task, and neither pretraining nor features")
+        if name not in (*methods, *args.task, *judged, *(["pretraining"] if methods else [])):
+            raise InputError(f"--with {name}: this study has no such run; leave it out")
         extra.setdefault(name, []).extend(words)
-    labels = {init: label_of(init, args.init) for init in args.init}
+    return extra
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A task's options with the digest of its data, and its splits."""
+
+    args: argparse.Namespace
+    splits: dict[str, ImageDataset]
+
+    @property
+    def info(self) -> Info:
+        """What the data are."""
+        return self.splits["train"].info
+
+
+def open_tasks(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Opened]:
+    """The data of each task.
+
+    Raises:
+        InputError, SystemExit: for data that cannot be used, and options that the study chooses itself.
+    """
+    opened, extra = {}, extra_options(args)
+    for task in args.task:
+        parser = TASKS[task].script.get_parser()
+        given = parser.parse_args([*rest, *extra.get(task, [])])
+        planned = options.changed(parser, given, ("run", "resume", "trials", "output", "init", "annotation_percent"))
+        if planned:
+            raise InputError(f"{planned[0]}: the study chooses it; leave it out")
+        splits = TASKS[task].open(given)  # which notes their digest
+        opened[task] = Opened(given, splits)
+    return opened
+
+
+def held_out(job: Job, opened: dict[str, Opened]) -> Job:
+    """A pre-training that sees no image by which a task is judged.
+
+    Class folders and a single list are training images to a pre-training by itself, and are split by a task: those
+    that the task trains on, and those without labels, then stand in a list of their own.
+
+    Raises:
+        InputError: where nothing is left.
+    """
+    args = job.options()
+    args.ratio = 1.0  # of the list that is made here
+    data = open_pretraining(args)
+    judged = [part for task in opened.values() for split, part in task.splits.items() if split != "train"]
+    ids = {name for part in judged for name in part.ids}
+    patients = {name for part in judged for name in part.patients or ()}
+    known = data.patients or [None] * len(data)
+    left = [name for name, patient in zip(data.ids, known) if name not in ids and patient not in patients]
+    if len(left) == len(data):
+        return job
+    if not left:
+        raise InputError(f"{job.name}: all its images are validation or test images of {' or '.join(opened)}")
+    path = job.folder.with_name(f"{job.folder.name}_images.txt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(left) + "\n", encoding="utf-8")
+    return replace(job, argv=(*job.argv, "--list", str(path)))
+
+
+def plan(args: argparse.Namespace, rest: Sequence[str], opened: dict[str, Opened]) -> Study:
+    """All runs of a study.
+
+    Args:
+        opened: data of the tasks; {} where they are not at hand, and nothing will be run.
+
+    Raises:
+        InputError, SystemExit: for options that a script refuses.
+    """
+    output, extra = Path(args.output), extra_options(args)
+    here = args.jobs == 0 and args.gpus  # else each run sees its own GPU alone
+    devices = ["--gpus", ",".join(map(str, args.gpus))] if here else ["--device", "cuda"] if args.gpus else []
+    labels = labels_of(args.init)
 
     def options_for(script: ModuleType, task: str) -> list[str]:
         """What a script takes over from a task's options."""
         parser = TASKS[task].script.get_parser()
         given = parser.parse_args([*rest, *extra.get(task, [])])
         words = [*as_words(parser, given, SHARED, dests(script)), *devices]
+        if given.dataset is None and task in opened:  # each script has a default of its own
+            words += ["--dataset", opened[task].info.name]
         if "--arch" not in words and script.get_parser().get_default("arch"):  # MAGICAL's own is ResNet-50
             words += ["--arch", given.arch or DEFAULT_ARCH[2]]  # what comes in 3D too has none of its own
         return words
@@ -162,7 +251,8 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
             script = importlib.import_module(f"medssl.train_{init}")
             words = [*options_for(script, args.task[0]), *extra.get("pretraining", []), *extra.get(init, [])]
             folder = output / "pretraining" / labels[init]
-            pretraining[init] = Job(f"pre-training of {init}", f"train_{init}", tuple(words), folder, "encoder.pt")
+            job = Job(f"pre-training of {init}", f"train_{init}", tuple(words), folder, "encoder.pt")
+            pretraining[init] = held_out(job, opened) if opened else job
 
     def started(init: str) -> dict:
         """What a job that starts from an init needs."""
@@ -200,34 +290,27 @@ def plan(args: argparse.Namespace, rest: Sequence[str]) -> Study:
     return Study([*pretraining.values(), *features, *(cell.job for cell in cells)], cells, tuple(args.task))
 
 
-def check(args: argparse.Namespace, rest: Sequence[str], study: Study) -> None:
+def check(study: Study, opened: dict[str, Opened]) -> None:
     """Find before the hours of work what cannot work: options, data, results of other options in `--output`.
 
     Raises:
         InputError, SystemExit: naming it.
     """
-    for task in args.task:
-        parser = TASKS[task].script.get_parser()
-        planned = options.changed(parser, parser.parse_args(rest), ("run", "resume"))
-        if planned:
-            raise InputError(f"{planned[0]}: the study chooses it; leave it out")
-        own = [cell for cell in study.cells if cell.task == task]
-        args_of_all = own[0].job.options()
-        data = TASKS[task].open(args_of_all)  # which notes the data's digest
-        arch = args_of_all.arch or DEFAULT_ARCH[data["train"].info.dims]
-        for cell in own:
-            made = cell.job.needs and cell.job.needs.options().arch
-            if made not in (None, arch):
-                raise InputError(f"{cell.job.needs.name}: --arch {made}, but {task} has {arch}; give one for both")
-            entry = cell.results()
-            if entry:
-                refuse_other_data(entry["config"], args_of_all, cell.job)
     for job in study.jobs:
         job.check()
+    for cell in study.cells:
+        task = opened[cell.task]
+        arch = task.args.arch or DEFAULT_ARCH[task.info.dims]
+        made = cell.job.needs and cell.job.needs.options().arch
+        if made not in (None, arch):
+            raise InputError(f"{cell.job.needs.name}: --arch {made}, but {cell.task} has {arch}; give one for both")
+        entry = cell.results()
+        if entry:
+            refuse_other_data(entry["config"], task.args, cell.job)
     for job in study.jobs[: -len(study.cells)]:
         if job.finished():
             args_of_one = job.options()
-            (open_pretraining if job.proof == "encoder.pt" else open_labelled)(args_of_one)  # as above
+            (open_pretraining if job.proof == "encoder.pt" else open_labelled)(args_of_one)  # which notes the digest
             refuse_other_data(read_json(job.folder / "config.json"), args_of_one, job)
 
 
@@ -391,6 +474,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare starts its runs itself; start it without torchrun, with --gpus for several")
     options.check_inits(args.init, METHODS)
+    if args.gpus and not (args.slurm or args.tables_only):
+        count_gpus(args.gpus)  # which says what is not there
     for name in ("task", "annotation_percent"):
         given = getattr(args, name)
         if len(set(given)) < len(given):
@@ -402,8 +487,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         )
     args.epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
     args.jobs = max(1, len(args.gpus or [])) if args.jobs is None else args.jobs
-    study, output = plan(args, rest), Path(args.output)
+    output = Path(args.output)
+    try:
+        opened = open_tasks(args, rest)
+    except InputError:
+        if not args.tables_only:  # which are written where the data need not be
+            raise
+        opened = {}
+    study = plan(args, rest, opened)
     if args.slurm:
+        check(study, opened)
         print(slurm_script(study, argv))
         return []
     if args.job is not None:
@@ -418,7 +511,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         return []
     output.mkdir(parents=True, exist_ok=True)
     if not args.tables_only:
-        check(args, rest, study)
+        check(study, opened)
         run(study, args)
     rows = write_tables(study, output)
     plots.label_efficiency(rows, {task: TASKS[task].name for task in study.tasks}, output / "comparison.png")

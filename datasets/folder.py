@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets import luna, segmentation2d
+from medssl.datasets import luna, segmentation2d, segmentation3d
 from medssl.datasets.cache import DecodedVolumes
 from medssl.datasets.lists import (
     SPLIT_SEED,
@@ -70,8 +70,8 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     in a folder are of one series. Cubes that `preprocess/luna.py` made are opened as `luna` does.
 
     Which images and labels:
-        * a folder of `images` and `masks` (2D): as `segmentation2d` says, so that masks are no images, and pre-training
-          sees no image that segmentation holds out;
+        * images or volumes with masks: as `segmentation2d` and, for pre-training, `segmentation3d` say, so that masks
+          are no images, and pre-training sees no case that segmentation holds out;
         * lists where given, with names relative to the folder: one column of 0 and 1 is a binary task, of
           0…K−1 a multi-class one, several columns are a multi-label one (0, 1, or −1: not known). `--list`
           alone is split 70/10/20 when "val" or "test" is asked, and used whole when not.
@@ -88,6 +88,10 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     if request.dims != 3 and segmentation2d.has_pairs(root) and not sort_out(root)[1]:
         return segmentation2d.open_folder(request, splits, channels_of)
     found, dims = _find(root, request.dims)
+    if dims == 3 and set(splits) == {"train"} and segmentation3d.has_pairs(root):
+        cases = segmentation3d.split_cases(segmentation3d.find_pairs(root), request)["train"]
+        found = {case.id: case.images[0] for case in cases}
+        return {"train": _dataset(Info("folder", 3), request, root, found, list(found), None)}
     if request.lists:
         chosen, info = _from_lists(request, splits, root, found, dims)
     else:

@@ -236,6 +236,14 @@ def by_stem(found: Sequence[tuple[str, Path]]) -> dict[str, Path]:
     return named
 
 
+def has_pairs(root: Path) -> bool:
+    """Whether a folder's volumes come with masks, as the top of this page says."""
+    if any((root / images).is_dir() and (root / m).is_dir() for images, masks in MASK_FOLDERS.items() for m in masks):
+        return True
+    names = {without_extension(name) for name, _ in find_volumes(root)}
+    return any(name.endswith(end) and name.removesuffix(end) in names for name in names for end in MASK_ENDS)
+
+
 def find_pairs(root: Path) -> list[Case]:
     """Cases of a folder of image and mask files, as the top of this page says; an InputError for one alone."""
     for images, choices in MASK_FOLDERS.items():

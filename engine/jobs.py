@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from medssl.engine import checkpoint
 from medssl.engine.loop import plain, refuse_changes, write_json
 from medssl.engine.options import InputError
 
+INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 PARENT_DIED = 1  # Linux's PR_SET_PDEATHSIG
 PAUSE = 0.1  # seconds between two looks at what runs
@@ -91,10 +93,29 @@ class Job:
         """Whether it has nothing left to do."""
         return self.record().get("status") == "finished" and (self.folder / self.proof).exists()
 
+    def failed(self) -> bool:
+        """Whether it ended for a reason of its own."""
+        record = self.record()
+        return record.get("status") == "failed" and record.get("reason") != INTERRUPTION
+
+    def forget(self) -> None:
+        """Move what a failed run with other options left out of the way, where a continuation would find it."""
+        if not self.failed():
+            return
+        try:
+            refuse_changes(self.record()["options"], self.options(), self.folder)
+        except InputError:
+            old = self.folder.with_name(f"{self.folder.name}.failed")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+
     def check(self) -> None:
-        """Raise InputError where `folder` holds a run with other options, or from other weights."""
+        """Raise InputError where `folder` holds a run with other options, or from other weights.
+
+        One that failed, for another reason than an interruption, is forgotten: other options may be what it needs.
+        """
         before = self.record().get("options")
-        if before is None:
+        if before is None or self.failed():
             return
         args = self.options()
         if before.get("weights_digest") not in (None, getattr(args, "weights_digest", None)):
@@ -107,9 +128,11 @@ class Job:
 
 def note(job: Job, status: str, since: float, reason: str | None = None) -> None:
     """Write job.json. `since`: when it began, of time.time()."""
-    began = datetime.fromtimestamp(since, timezone.utc).isoformat(timespec="seconds")
+    began, seconds, before = datetime.fromtimestamp(since, timezone.utc), time.time() - since, job.record()
+    if before.get("reason") == INTERRUPTION:  # it went on
+        began, seconds = datetime.fromisoformat(before["began"]), seconds + before["seconds"]
     ended = {
-        "status": status, "reason": reason, "began": began, "seconds": round(time.time() - since, 1),
+        "status": status, "reason": reason, "began": began.isoformat(timespec="seconds"), "seconds": round(seconds, 1),
         "machine": platform.node(), "options": plain(job.options()),
     }  # fmt: skip
     write_json(job.folder / "job.json", ended)
@@ -131,6 +154,7 @@ def run_here(job: Job) -> str | None:
     Raises:
         SystemExit, KeyboardInterrupt: when it was interrupted; the same job continues.
     """
+    job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
     since, reason = time.time(), unmet(job)
     try:
@@ -138,6 +162,10 @@ def run_here(job: Job) -> str | None:
             importlib.import_module(f"medssl.{job.module}").main(job.words)
     except InputError as error:
         reason = " ".join(str(error).split())
+    except SystemExit as error:
+        if error.code in INTERRUPTED:
+            raise
+        reason = f"exit code {error.code}"
     except Exception as error:  # whatever it is, other jobs may do better
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         (job.folder / "log.txt").write_text(traceback.format_exc(), encoding="utf-8")
@@ -147,6 +175,7 @@ def run_here(job: Job) -> str | None:
 
 def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
     """Start a job in a process of its own, which prints to log.txt."""
+    job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
     call = f"from medssl import {job.module} as script; script.cli()"
     with open(job.folder / "log.txt", "w", encoding="utf-8") as log:
@@ -212,13 +241,15 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
                 free.append(place)
                 reason = None if process.returncode == 0 else reason_of(job, process.returncode)
                 if process.returncode in INTERRUPTED:
-                    reason = "was interrupted; the same command continues"
+                    reason = INTERRUPTION
                 note(job, "failed" if reason else "finished", since, reason)
                 say(job, reason)
     finally:
         for process in running:
             process.terminate()
-        for process in running:
+        for process, (job, _, since) in running.items():
             process.wait()
+            finished = process.returncode == 0  # it may have been at its end
+            note(job, "finished" if finished else "failed", since, None if finished else INTERRUPTION)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -139,10 +139,11 @@ def check_warm_up(args: argparse.Namespace, what: str) -> None:
 def check_inits(inits: Sequence[str], methods: Sequence[str] = ()) -> None:
     """Raise InputError where several `--init` name the same weights twice, or a file that is not there; `methods` may
     be named too."""
-    if len(set(inits)) < len(inits):
+    named = ("random", "imagenet", *methods)
+    if len({init if init in named else str(Path(init).resolve()) for init in inits}) < len(inits):
         raise InputError("--init: the same weights twice")
     for init in inits:  # found now, not after hours of work on the others
-        if init not in ("random", "imagenet", *methods) and not Path(init).is_file():
+        if init not in named and not Path(init).is_file():
             raise InputError(f"--init {init}: no such checkpoint file")
 
 

@@ -205,22 +205,27 @@ class _Cast(nn.Module):
             return self.net(*inputs, **options)
 
 
+def count_gpus(wanted: list[int] | None) -> int:
+    """How many GPUs there are; an InputError where one of `--gpus` is not among them."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if any(not 0 <= gpu < available for gpu in wanted or []):
+        there = f"{available} GPU{'s' * (available != 1)}" if available else "no GPU"
+        raise InputError(
+            f"--gpus {','.join(map(str, wanted))}: this machine has {there} that PyTorch can use; "
+            "leave --gpus out to use what is there"
+        )
+    return available
+
+
 def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
     """Choose devices from `--gpus` and `--device`, and join the other processes under torchrun.
 
     Raises:
         InputError: for GPUs that are not there, or an environment that torchrun did not make.
     """
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and device == "cpu":
         raise InputError("--gpus and --device cpu exclude each other")
-    absent = [gpu for gpu in gpus or [] if not 0 <= gpu < available]
-    if absent:
-        there = f"{available} GPU{'s' * (available != 1)}" if available else "no GPU"
-        raise InputError(
-            f"--gpus {','.join(map(str, gpus))}: this machine has {there} that PyTorch can use; "
-            "leave --gpus out to use what is there"
-        )
+    available = count_gpus(gpus)
     if device == "cuda" and not available:
         raise InputError("--device cuda: this machine has no GPU that PyTorch can use")
     use_cuda = bool(available) and device != "cpu"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
@@ -111,6 +112,12 @@ def label_efficiency(rows: list[dict], names: dict[str, str], path: Path) -> Non
     figure.savefig(path, dpi=130)
 
 
+def colour_of(i: int) -> tuple[float, float, float]:
+    """The colour of init i of a study, the same in all its figures."""
+    strong, pale = colormaps["tab20"].colors[::2], colormaps["tab20"].colors[1::2]
+    return (*strong, *pale)[i % 20]
+
+
 def draw_label_efficiency(axes: Axes, rows: list[dict]) -> None:
     """One panel of `label_efficiency`."""
     inits = list(dict.fromkeys(row["init"] for row in rows))
@@ -120,12 +127,12 @@ def draw_label_efficiency(axes: Axes, rows: list[dict]) -> None:
         shift = 1.04 ** (i - (len(inits) - 1) / 2)  # points of different inits beside each other
         for row in own:
             known = [value for value in row["values"] if value is not None]
-            axes.plot([row["percent"] * shift] * len(known), known, ".", color=f"C{i % 10}", alpha=0.4)
+            axes.plot([row["percent"] * shift] * len(known), known, ".", color=colour_of(i), alpha=0.4)
         at = [row["percent"] * shift for row in own]
-        axes.plot(at, [row["mean"] for row in own], "o-", color=f"C{i % 10}", label=init)
+        axes.plot(at, [row["mean"] for row in own], "o-", color=colour_of(i), label=init)
         bands = [(x, *row["interval"]) for x, row in zip(at, own) if row["interval"]]
         if bands:
-            axes.fill_between(*zip(*bands), color=f"C{i % 10}", alpha=0.12, linewidth=0)
+            axes.fill_between(*zip(*bands), color=colour_of(i), alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     axes.set_xticks(percents, [f"{p:g} %" for p in percents])
     axes.minorticks_off()

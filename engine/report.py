@@ -1,6 +1,7 @@
 """report.html: a transfer study on one page that needs nothing else, on a screen, a phone or paper."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -79,7 +80,11 @@ def findings(rows: Sequence[dict]) -> list[str]:
             out.append(f"{where} {'helps' if row['gain'] > 0 else 'harms'}: {row['gain']:+.{n}f}{error}, {p}.")
         else:
             side = "above" if row["gain"] > 0 else "below"
-            out.append(f"{where} is {change} {side} the baseline, which these trials cannot tell from chance.")
+            place = f"is {change} {side} the baseline" if row["gain"] else "is where the baseline is"
+            told = "which these trials cannot tell from chance"
+            if row["pairs"] > 1 and row["p"] is None:
+                told = "by the same in all trials, of which there is no test"
+            out.append(f"{where} {place}, {told}.")
     return out
 
 
@@ -91,7 +96,8 @@ def warnings(rows: Sequence[dict], entries: dict[Cell, dict | None], jobs: Seque
         out.append(f"{len(failed)} of {len(jobs)} runs failed or are missing; numbers are of the others (see Runs).")
     trials = max((len(row["values"]) for row in rows), default=0)
     if trials < FEW_TRIALS:
-        out.append(f"{trials} trials of each: too few to tell small differences from chance; give --trials 5 or more.")
+        number = "1 trial" if trials == 1 else f"{trials} trials"
+        out.append(f"{number} of each: too few to tell small differences from chance; give --trials 5 or more.")
     incomplete = dict.fromkeys(
         (cell.init, entry["start"]["missing"]) for cell, entry in entries.items() if entry and entry["start"]["missing"]
     )
@@ -104,13 +110,24 @@ def warnings(rows: Sequence[dict], entries: dict[Cell, dict | None], jobs: Seque
     for init in dict.fromkeys(cell.init for cell in entries if cell.job.weights and not cell.job.needs):
         out.append(f"{init}: which images its pre-training saw is not known here; test images must not be among them.")
     for job in dict.fromkeys(cell.job.needs for cell in entries if cell.job.needs):
-        used = next((e["config"] for c, e in entries.items() if e and c.job.needs is job), None)
         own = read_json(job.folder / "config.json")
-        if used and own and any(own.get(key) != used.get(key) for key in ("data", "dataset", "list")):
+        used = [entry["config"] for cell, entry in entries.items() if entry and cell.job.needs is job]
+        if own and any(own.get("data") != config.get("data") for config in used):
             out.append(
                 f"{job.name}: saw other images than fine-tuning trains on; whether test images are among them was not "
                 "checked."
             )
+    counts: dict[tuple, set[float]] = {}
+    for row in rows:
+        if row["images"]:
+            counts.setdefault((row["task"], row["images"]), set()).add(row["percent"])
+    for (task, images), percents in counts.items():
+        if len(percents) > 1:
+            shares = " and ".join(f"{percent:g} %" for percent in sorted(percents))
+            out.append(f"{task}: {shares} of the labels are the same {images} image{'s' * (images != 1)}.")
+    torches = {entry["versions"]["torch"] for entry in entries.values() if entry}
+    if len(torches) > 1:
+        out.append(f"Runs were made with different versions of torch: {', '.join(sorted(torches))}.")
     last = [e["best_epoch"] >= e["config"]["epochs"] - 0.5 for e in entries.values() if e and "best_epoch" in e]
     if last and sum(last) > len(last) / 2:
         out.append(
@@ -130,6 +147,10 @@ def run_line(number: int, job: Job, record: dict) -> dict:
     """A line of the table of runs."""
     reason = "" if job.finished() else record.get("reason") or "has not been run"
     shown = {key: record.get(key, "") for key in ("status", "began", "seconds", "machine")}
+    config = read_json(job.folder / "config.json") if job.finished() else {}
+    results = read_json(job.folder / job.proof) if job.finished() and job.proof.endswith(".json") else {}
+    shown["device"] = results.get("device") or config.get("device", "")  # pre-training notes it among its options
+    shown["torch"] = (results.get("versions") or config.get("versions") or {}).get("torch", "")
     return {"number": number, "name": job.name, "reason": reason, **shown}
 
 
@@ -150,7 +171,7 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
             for i, row in enumerate(own)
         ],
         "tables": [table for table in (class_table(own), measures_table(own)) if table["columns"]],
-        "training": training_curves(done, metric), "pictures": predictions(done),
+        "training": training_curves(done, own, metric), "pictures": predictions(done),
         "options": json.dumps(next(iter(done.values()))["config"], indent=1) if done else "no run ended well",
     }  # fmt: skip
 
@@ -158,7 +179,8 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
 def class_table(rows: list[dict]) -> dict:
     """The table by class, with the columns (from 1) in which a row is the best of its share of labels."""
     classes = list(dict.fromkeys(key for row in rows for key in row["per_class"]))
-    classes = classes if len(classes) > 2 else []  # of two, both have the number that is in the table of all
+    if all(len(set(row["per_class"].values())) < 2 for row in rows):
+        classes = []  # as of a binary task, whose two have the number that is in the table of all
     out = []
     for row in rows:
         rivals = [other for other in rows if other["percent"] == row["percent"]]
@@ -231,7 +253,8 @@ def predictions(done: dict[Cell, dict]) -> list[dict]:
             found = sorted((cell.job.folder / "overlays").glob("*.png"))[:OVERLAYS]
             for path in found:
                 caption = f"{init}, {cell.percent:g} % of the labels: image, truth, prediction."
-                out.append(picture(path, f"{path.stem} as predicted from {init}", caption))
+                shown = picture(path, f"{path.stem} as predicted from {init}", caption)
+                out += [shown] if shown else []
             if found:
                 break
     return out
@@ -249,8 +272,9 @@ def efficiency_curve(rows: list[dict], metric: str) -> Markup:
     return svg(figure, f"{metric} over the share of labels")
 
 
-def training_curves(done: dict[Cell, dict], metric: str) -> Markup | None:
+def training_curves(done: dict[Cell, dict], rows: Sequence[dict], metric: str) -> Markup | None:
     """Validation scores over epochs: a panel a share of labels, a colour an init, a line a trial."""
+    inits = list(dict.fromkeys(row["init"] for row in rows))
     curves: dict[float, list[tuple[str, list[float], list[float]]]] = {}
     for cell in done:
         lines = [line for line in read_lines(cell.job.folder / "trial_0" / "metrics.jsonl") if "score" in line]
@@ -259,18 +283,15 @@ def training_curves(done: dict[Cell, dict], metric: str) -> Markup | None:
             curves.setdefault(cell.percent, []).append((cell.init, *points))
     if not curves:
         return None
-    inits = list(dict.fromkeys(cell.init for cell in done))
-    figure = Figure(figsize=(3.6 * len(curves), 3), layout="constrained")
+    figure, shown = Figure(figsize=(3.6 * len(curves), 3), layout="constrained"), {}
     for axes, (percent, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
-        seen = set()
         for init, x, y in lines:
-            colour = f"C{inits.index(init) % 10}"
-            axes.plot(x, y, color=colour, alpha=0.7, linewidth=1, label=None if init in seen else init)
-            seen.add(init)
+            (shown[init],) = axes.plot(x, y, color=plots.colour_of(inits.index(init)), alpha=0.7, linewidth=1)
         axes.set(title=f"{percent:g} %", xlabel="epoch")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation score")
-    figure.axes[0].legend(fontsize=8)
+    names = [init for init in inits if init in shown]  # which need not be in every panel
+    figure.legend([shown[name] for name in names], names, fontsize=8, loc="outside lower center", ncols=5)
     return svg(figure, f"validation scores of {metric} over epochs")
 
 
@@ -298,6 +319,8 @@ def svg(figure: Figure, title: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    own = re.sub(r"\W", "-", title)  # ids of one page are unlike each other
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", text)
     text = text.replace("#000000", "currentColor").replace("#b0b0b0", "currentColor")
     # Texts without a colour are black, whatever the page's.
     text = text.replace("<svg ", f'<svg fill="currentColor" role="img" aria-label="{title}" ', 1)
@@ -306,10 +329,14 @@ def svg(figure: Figure, title: str) -> Markup:
     return Markup(text)
 
 
-def picture(path: Path, alt: str, caption: str) -> dict[str, str]:
-    """A picture as part of a page, at most `PICTURE` pixels wide."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+def picture(path: Path, alt: str, caption: str) -> dict[str, str] | None:
+    """A picture as part of a page, at most `PICTURE` pixels wide; None where it is not there or damaged."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except OSError:
+        return None
+    else:
         image.thumbnail((PICTURE, 4 * PICTURE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=88)
@@ -323,5 +350,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; [] where there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The lines of metrics.jsonl, less one that was cut short by a kill; [] where there is none."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,12 @@ MEASURES = {  # other numbers of a trial in results.json ("box.ap50": "ap50" of 
 }  # fmt: skip
 
 
+@cache
+def read_once(path: Path, _changed: int) -> dict:
+    """A JSON file's content, read once until it changes: tables of hundreds of runs are written after each run."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Cell:
     """One fine-tuning of a study: trial `trial` from `init` (its short name) with `percent` % of the labels of `task`,
@@ -43,16 +51,23 @@ class Cell:
         """The only entry of its results.json's trials, with "device", "versions" and "config"; None before it ended."""
         if not self.job.finished():
             return None
-        results = json.loads((self.job.folder / "results.json").read_text())
+        path = self.job.folder / "results.json"
+        results = read_once(path, path.stat().st_mtime_ns)
         return {**results["trials"][0], **{key: results[key] for key in ("device", "versions", "config")}}
 
     def reason(self) -> str | None:
         """Why there is no value, or None."""
         if not self.job.finished():
             return self.job.record().get("reason") or "has not been run"
-        if self.results()[self.metric] is None:
+        if value_of(self.results(), self.metric) is None:
             return f"{self.metric} is undefined: the test split has one class, or no structure"
         return None
+
+
+def value_of(entry: dict, metric: str) -> float | None:
+    """The compared number of a trial, or None where it is undefined or not finite."""
+    value = entry[metric]
+    return None if value is None or not math.isfinite(value) else value
 
 
 # Statistics ----------------------------------------------------------------------------------------
@@ -107,7 +122,7 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
     rows, first = [], {}
     for (task, percent, init), own in groups.items():
         entries = [cell.results() for cell in own]
-        values = [entry[cell.metric] if entry else None for cell, entry in zip(own, entries)]
+        values = [value_of(entry, cell.metric) if entry else None for cell, entry in zip(own, entries)]
         known = [value for value in values if value is not None]
         done = [entry for entry in entries if entry]
         baseline = first.setdefault((task, percent), values)
@@ -151,7 +166,8 @@ def measures_of(entry: dict, metric: str) -> dict[str, float]:
         value = entry
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
-        if key != metric and isinstance(value, float):  # in 3D classification, "sensitivity" has one for each rate
+        # In 3D classification, "sensitivity" has one for each rate.
+        if key != metric and isinstance(value, float) and math.isfinite(value):
             found[key] = value
     return found
 
@@ -169,9 +185,11 @@ def join_measures(entries: Sequence[dict], metric: str) -> dict[str, dict[str, f
 
 
 def best_of(rows: Sequence[dict], row: dict) -> bool:
-    """Whether a row has the highest mean of its task and share of labels."""
-    rivals = [r["mean"] for r in rows if (r["task"], r["percent"]) == (row["task"], row["percent"])]
-    return row["mean"] is not None and row["mean"] == max(m for m in rivals if m is not None)
+    """Whether a row has the highest mean of its task and share of labels, among those of which most trials ended well:
+    the mean of a lucky one is no rival."""
+    rivals = [r for r in rows if (r["task"], r["percent"]) == (row["task"], row["percent"])]
+    most = max(r["trials"] for r in rivals)
+    return row["trials"] == most > 0 and row["mean"] == max(r["mean"] for r in rivals if r["trials"] == most)
 
 
 # Tables --------------------------------------------------------------------------------------------
@@ -213,7 +231,8 @@ def header_of(row: dict, metric: str) -> list[str]:
 
 def markdown(rows: Sequence[dict], metric: str) -> str:
     """The table of one task; `metric` in words."""
-    lines = [header_of(rows[0], metric), ["---"] * len(HEADER), *map(cells_of, rows)]
+    cells = [[text.replace("|", "\\|") for text in cells_of(row)] for row in rows]
+    lines = [header_of(rows[0], metric), ["---"] * len(HEADER), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -221,8 +240,9 @@ def latex(rows: Sequence[dict], metric: str) -> str:
     """The table of one task for booktabs, the best mean of each share of labels in bold."""
 
     def escaped(text: str) -> str:
-        for sign in "&%$#_{}":
-            text = text.replace(sign, "\\" + sign)
+        text = re.sub(r"[&%$#_{}]", r"\\\g<0>", text.replace("\\", "\0"))
+        for sign, name in (("\0", "textbackslash"), ("~", "textasciitilde"), ("^", "textasciicircum")):
+            text = text.replace(sign, rf"\{name}{{}}")
         return text.replace("±", r"$\pm$").replace("–", "--").replace("< 0.001", "$<$ 0.001")
 
     lines = []
@@ -249,6 +269,6 @@ def write_csv(cells: Sequence[Cell], path: Path) -> None:
         for cell, entry, other in zip(cells, entries, others):
             row = {key: getattr(cell, key) for key in ("task", "percent", "init", "trial", "metric")}
             row |= {"status": "failed" if cell.reason() else "finished", "reason": cell.reason() or ""}
-            row |= {"images": entry.get("train_images"), "value": entry.get(cell.metric)}
+            row |= {"images": entry.get("train_images"), "value": value_of(entry, cell.metric) if entry else None}
             row |= {"matched_keys": entry.get("start", {}).get("matched")}
             writer.writerow(row | other | {key: entry.get(key) for key in ("val_score", "seconds")})

@@ -12,10 +12,12 @@ import types
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from PIL import Image
 from scipy import stats
 
 from medssl import compare, train_pcrlv2
-from medssl.datasets import phantom_ct
+from medssl.datasets import phantom_ct, registry
 from medssl.engine import jobs, study
 from medssl.engine.jobs import Job, run_beside, run_here
 from medssl.engine.options import InputError, Parser
@@ -204,7 +206,14 @@ def test_bad_input_is_found_before_the_work(tmp_path):
         (["--annotation-percent", "1", "1"], "--annotation-percent: the same value twice"),
         (["--with", "pcrlv3 --lr 1"], "--with pcrlv3: no method, no task"),
         (["--with", "pcrlv2 --lr '1"], "--with .*: No closing quotation"),
+        (["--with", "concl --lr 1"], "--with concl: this study has no such run"),
+        (["--with", "segmentation --overlays 1"], "--with segmentation: this study has no such run"),
+        (["--with", "classification --trials 3"], "--trials: the study chooses it"),
+        (["--with", "classification --resume never"], "--resume: the study chooses it"),
+        (["--gpus", "99"], "--gpus 99: this machine has"),
         (["--run", "3"], "--run: the study chooses it"),
+        (["--run", "3", "--slurm"], "--run: the study chooses it"),
+        (["--run", "3", "--job", "0"], "--run: the study chooses it"),
         (["--resume", "never"], "--resume: the study chooses it"),
         (["--data", str(tmp_path / "none"), "--dataset", "chest"], "none"),
         (["--job", "99"], "--job 99: the study has the runs 0 to"),
@@ -212,17 +221,78 @@ def test_bad_input_is_found_before_the_work(tmp_path):
         with pytest.raises(InputError, match=message):
             compare.main([*options, *HERE, "--output", str(tmp_path / "out")])
     assert not list((tmp_path / "out").rglob("results.json"))
-    for options in (["--lr", "x"], ["--no-such-option"], ["--with", "classification --nonsense"]):
+    for options in (
+        ["--lr", "x"],
+        ["--no-such-option"],
+        ["--with", "classification --nonsense"],
+        ["--with", "features --no"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             compare.main([*options, *HERE, "--output", str(tmp_path / "out")])
         assert stopped.value.code == 2
 
 
-def test_names_tell_inits_apart(tmp_path):
-    files = [str(tmp_path / name / "pcrlv2" / "encoder.pt") for name in "ab"]
-    inits = ["random", "pcrlv2", *files, str(tmp_path / "weights.pth")]
-    labels = [compare.label_of(init, inits) for init in inits]
-    assert labels == ["random", "pcrlv2", "a_pcrlv2", "b_pcrlv2", "weights"]
+@pytest.mark.parametrize(
+    ("files", "labels"),
+    [
+        (["a/pcrlv2/encoder.pt", "b/pcrlv2/encoder.pt", "weights.pth"], ["a_pcrlv2", "b_pcrlv2", "weights"]),
+        (["w.pt", "w.pth", "v/w.pt"], ["ROOT_w", "ROOT_w-2", "v_w"]),
+        (["A/encoder.pt", "A.pt"], ["ROOT_A", "ROOT_A-2"]),
+        (["x/a_b.pt", "y/a/b.pt", "z/b.pt"], ["a_b", "y_a_b", "z_b"]),
+        (["random/encoder.pt", "pcrlv2.pt"], ["ROOT_random", "ROOT_pcrlv2"]),
+        (["a|b $x$.pt"], ["a-b--x-"]),
+    ],
+)
+def test_names_tell_inits_apart(tmp_path, files, labels):
+    inits = ["random", "pcrlv2", *(str(tmp_path / name) for name in files)]
+    found = compare.labels_of(inits)
+    assert list(found) == inits
+    root = "_".join(tmp_path.parts[1:])
+    expected = [name.replace("ROOT", tmp_path.name) for name in labels]
+    values = [value.replace(root, tmp_path.name) for value in found.values()]
+    assert values == ["random", "pcrlv2", *expected]
+
+
+def test_a_studys_pretraining_sees_no_image_that_judges(tmp_path):
+    """Class folders are all training images to a pre-training by itself."""
+    for name in ("ill", "well"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.random.default_rng(i).integers(0, 255, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i} {name} 1.png")
+    (tmp_path / "images" / "list.txt").write_text(
+        "\n".join(f"{name}/{i} {name} 1.png {name == 'ill':d}" for i in range(20) for name in ("ill", "well"))
+    )
+    words = ["--data", str(tmp_path / "images"), "--dataset", "folder", "--init", "random", "pcrlv2", "--trials", "1"]
+    words += ["--annotation-percent", "100", "--image-size", "32", "--output", str(tmp_path / "out")]
+    for given in ([], ["--list", str(tmp_path / "images" / "list.txt")]):
+        args, rest = compare.get_parser().parse_known_args([*words, *given])
+        args.epochs, args.jobs = [None], 1
+        opened = compare.open_tasks(args, rest)
+        pretraining = compare.plan(args, rest, opened).jobs[0]
+        seen = registry.open_pretraining(pretraining.options()).ids
+        assert sorted(seen) == sorted(opened["classification"].splits["train"].ids)
+        assert len(seen) == 28
+
+
+def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_path):
+    names = [f"case{i}" for i in range(10)]
+    for masks, end in (("masks", ""), ("images", "_seg")):
+        root = tmp_path / masks
+        for folder in ("images", masks):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            scan = np.random.default_rng(0).normal(size=(6, 6, 6))
+            for path, array in ((f"images/{name}", scan), (f"{masks}/{name}{end}", scan > 0)):
+                sitk.WriteImage(sitk.GetImageFromArray(array.astype(np.int16)), str(root / f"{path}.nii.gz"))
+        root = root / "images" if end else root
+        words = ["--data", str(root), "--dataset", "folder", "--task", "segmentation", "--init", "random", "pcrlv2"]
+        args, rest = compare.get_parser().parse_known_args([*words, "--output", str(tmp_path / "out")])
+        args.epochs, args.jobs = [None] * 3, 1
+        opened = compare.open_tasks(args, rest)
+        seen = registry.open_pretraining(compare.plan(args, rest, opened).jobs[0].options()).ids
+        assert seen == opened["segmentation"].splits["train"].ids
+        assert len(seen) == 7
 
 
 def test_options_go_where_they_belong(tmp_path):
@@ -233,7 +303,7 @@ def test_options_go_where_they_belong(tmp_path):
     words += ["--with", "segmentation --overlays 1", "--output", str(tmp_path)]
     args, rest = compare.get_parser().parse_known_args(words)
     args.epochs, args.jobs = [None], 1
-    pretraining, random, magical = compare.plan(args, rest).jobs
+    pretraining, random, magical = compare.plan(args, rest, {}).jobs
     words = "--data DIR --dataset drive --workers 0 --amp --no-deterministic --image-size 96 --epochs 7 --lr 0.25"
     assert sorted(pretraining.argv) == sorted([*words.split(), "--arch", "resnet18"])
     assert (pretraining.options().epochs, pretraining.options().lr) == (7, 0.25)
@@ -246,29 +316,20 @@ def test_options_go_where_they_belong(tmp_path):
 
 def test_all_methods_are_of_one_architecture(tmp_path):
     """Each pre-training makes what is fine-tuned, whatever its script's own default."""
-    words = [
-        "--dataset",
-        "phantom2d",
-        "--image-size",
-        "32",
-        "--annotation-percent",
-        "1",
-        "--trials",
-        "1",
-        "--no-features",
-    ]
+    words = ["--image-size", "32", "--annotation-percent", "1", "--trials", "1", "--no-features"]
     words += ["--init", "random", *compare.METHODS, "--output", str(tmp_path)]
     for given, arch in (([], "resnet18"), (["--arch", "resnet34"], "resnet34")):
         args, rest = compare.get_parser().parse_known_args([*words, *given])
         args.epochs, args.jobs = [None], 1
-        study = compare.plan(args, rest)
+        opened = compare.open_tasks(args, rest)
+        study = compare.plan(args, rest, opened)
         assert len(study.jobs) == 2 * len(compare.METHODS) + 1
         assert {job.options().arch or "resnet18" for job in study.jobs} == {arch}
-        compare.check(args, rest, study)
+        compare.check(study, opened)
     detection = ["--task", "detection", "--dataset", "tissue2d", "--init", "magical", "--trials", "1"]
     args, rest = compare.get_parser().parse_known_args([*detection, "--output", str(tmp_path)])
     args.epochs, args.jobs = [None] * 3, 1
-    assert compare.plan(args, rest).jobs[0].options().arch == "resnet18"
+    assert compare.plan(args, rest, {}).jobs[0].options().arch == "resnet18"
     with pytest.raises(InputError, match="^pre-training of magical: --arch resnet50, but classification has resnet18"):
         compare.main([*words, "--with", "magical --arch resnet50"])
     with pytest.raises(InputError, match="^pre-training of pcrlv2: --arch resnet50, but classification has resnet18"):

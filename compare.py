@@ -67,6 +67,7 @@ TASKS = {
     "segmentation": Task(finetune_segmentation, partial(open_segmented, protocols=PROTOCOLS), "dice", "test Dice"),
     "detection": Task(finetune_detection, open_instances, "ap_box", "test AP of boxes"),
 }
+ARRAY = 1000  # runs in an array: by default, SLURM numbers the tasks of one from 0 to 1000
 METHODS = tuple(sorted(path.stem.removeprefix("train_") for path in Path(__file__).parent.glob("train_*.py")))
 SHARED = (  # options of fine-tuning that pre-training and the features take over
     "data", "dataset", "list", "val_list", "test_list", "d", "texture_size", "workers", "cache", "max_bad", "view",
@@ -385,33 +386,40 @@ def write_tables(study: Study, output: Path) -> list[dict]:
     return rows
 
 
-def slurm_script(study: Study, argv: Sequence[str]) -> str:
+def slurm_script(study: Study, argv: Sequence[str], output: str) -> str:
     """A shell script that submits all runs: pre-trainings, then all others, then the tables."""
     words = [word for word in argv if word != "--slurm"]
     command = shlex.join([sys.executable, str(Path(__file__).resolve()), *words])
-    first, last = study.pretrainings, len(study.jobs) - 1
+    logs = shlex.quote(str(Path(output).absolute() / "slurm"))
+    first, count = study.pretrainings, len(study.jobs)
 
-    def submit(what: str, before: str | None) -> str:
-        after = f" --dependency=afterany:${before}" if before else ""
-        array = f" --array={what}" if what else ""
-        job = "--job $SLURM_ARRAY_TASK_ID" if what else "--tables-only"
+    def submit(options: str, after: Sequence[str], job: str) -> str:
+        waits = f" --dependency=afterany:{':'.join(f'${name}' for name in after)}" if after else ""
         return (
-            f"$(sbatch --parsable $each{after}{array} <<'END'\n#!/bin/bash\n"
+            f"$(sbatch --parsable --output=\"$logs/%A_%a.txt\" {options}{waits} <<'END'\n#!/bin/bash\n"
             f"cd {shlex.quote(os.getcwd())} && exec {command} {job}\nEND\n)"
         )
 
     lines = [
         "#!/bin/bash",
-        f"# {first} pre-trainings, {last + 1 - first} other runs, and their tables. Submit with: bash FILE",
+        f"# {first} pre-trainings, {count - first} other runs, and their tables. Submit with: bash FILE",
         "set -e",
+        f"logs={logs}",
+        'mkdir -p "$logs"',
         "# what your cluster wants for each run:",
         'each="--gpus=1 --cpus-per-task=8 --mem=32G --time=1-00:00:00 --requeue"',
     ]
-    if first:
-        lines.append(f"pretraining={submit(f'0-{first - 1}', None)}")
-    lines.append(f"runs={submit(f'{first}-{last}', 'pretraining' if first else None)}")
-    lines.append(f"tables={submit('', 'runs')}")
-    lines.append('echo "submitted: ${pretraining:-} $runs $tables"')
+    names: list[str] = []
+    before: list[str] = []
+    for start, end in ((0, first), (first, count)):
+        made = []
+        for k in range(start, end, ARRAY):
+            made.append(f"runs_{len(names) + len(made)}")
+            size, job = min(end - k, ARRAY), f"--job $(({k} + $SLURM_ARRAY_TASK_ID))"
+            lines.append(f"{made[-1]}={submit(f'$each --array=0-{size - 1}', before, job)}")
+        names, before = names + made, made
+    lines.append(f"tables={submit('--cpus-per-task=2 --mem=8G --time=1:00:00', before, '--tables-only')}")
+    lines.append(f'echo "submitted: {" ".join(f"${name}" for name in (*names, "tables"))}"')
     return "\n".join(lines)
 
 
@@ -497,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     study = plan(args, rest, opened)
     if args.slurm:
         check(study, opened)
-        print(slurm_script(study, argv))
+        print(slurm_script(study, argv, args.output))
         return []
     if args.job is not None:
         if args.job >= len(study.jobs):

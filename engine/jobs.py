@@ -6,6 +6,7 @@ asked for again, is not run again when it is finished, continues where it stoppe
 
 import argparse
 import ctypes
+import fcntl
 import importlib
 import json
 import os
@@ -178,9 +179,10 @@ def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
     job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
     call = f"from medssl import {job.module} as script; script.cli()"
-    with open(job.folder / "log.txt", "w", encoding="utf-8") as log:
+    with open(job.folder / ".lock", "w") as lock, open(job.folder / "log.txt", "w", encoding="utf-8") as log:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a run that outlived a killed study holds it, until it has saved its state
         return subprocess.Popen(
-            [sys.executable, "-c", call, *job.words],
+            [sys.executable, "-c", call, *job.words], pass_fds=[lock.fileno()],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place},
             start_new_session=True,  # Ctrl-C reaches it once, through its parent: a second signal ends without saving
             preexec_fn=end_with_parent if sys.platform == "linux" else None,

@@ -419,6 +419,43 @@ def test_a_run_in_this_process_fails_for_itself(script, tmp_path):
     assert job.finished()
 
 
+def test_a_run_that_failed_is_tried_with_other_options(script, tmp_path):
+    failing = script(tmp_path / "job", "raise SystemExit('error: too large')")
+    sys.modules["medssl.fake"].main = lambda argv: (_ for _ in ()).throw(InputError("too large"))
+    assert run_here(failing) == "too large"
+    (failing.folder / "last.pt").touch()
+    other = script(tmp_path / "job", "PROVE")
+    failing.check()
+    other.check()
+    sys.modules["medssl.fake"].main = lambda argv: (other.folder / "proof").touch()
+    assert run_here(failing) is None  # the same options: what there is is continued
+    assert (failing.folder / "last.pt").exists()
+    with pytest.raises(InputError, match="was started with code"):
+        other.check()  # it is finished now
+    jobs.note(failing, "failed", time.time(), "again too large")
+    assert run_here(other) is None
+    assert not (other.folder / "last.pt").exists()
+    assert (tmp_path / "job.failed" / "last.pt").exists()
+    jobs.note(other, "failed", time.time() - 5, jobs.INTERRUPTION)
+    with pytest.raises(InputError, match="was started with code"):
+        failing.check()
+    jobs.note(other, "finished", time.time() - 2)
+    assert other.record()["seconds"] == pytest.approx(7, abs=0.5)
+
+
+def test_a_script_that_stops_is_a_failed_run(script, tmp_path):
+    job = script(tmp_path / "job", "")
+
+    def stop(code):
+        raise SystemExit(code)
+
+    sys.modules["medssl.fake"].main = lambda argv: stop(2)
+    assert run_here(job) == "exit code 2"
+    sys.modules["medssl.fake"].main = lambda argv: stop(128 + signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run_here(job)
+
+
 def test_a_killed_study_goes_on(tmp_path):
     """kill -9: what runs saves its state and ends with its parent; the same command does the rest."""
     words = [*SMALL[:-3], "--no-features", "--init", "random", "--annotation-percent", "1", "--epochs", "8"]
@@ -433,15 +470,17 @@ def test_a_killed_study_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     first = (folders[0] / "results.json").stat().st_mtime_ns
+    # At once: a run that still saves its state is waited for, and goes on.
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
     if sys.platform == "linux":
-        while "medssl" in subprocess.run(["pgrep", "-f", str(folders[1])], capture_output=True, text=True).stdout:
-            time.sleep(0.1)
-        last = folders[1] / "trial_0" / "last.pt"
-        while not last.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    rows = compare.main([*command[3:], *HERE])
-    assert rows[0]["trials"] == 2
+        assert subprocess.run(["pgrep", "-f", str(folders[1])], capture_output=True, text=True).stdout == ""
+        steps = [
+            json.loads(line)["step"] for line in (folders[1] / "trial_0" / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert steps == sorted(steps)
+    (row,) = json.loads((tmp_path / "comparison.json").read_text())
+    assert row["trials"] == 2
     assert (folders[0] / "results.json").stat().st_mtime_ns == first
 
 
@@ -462,14 +501,20 @@ def test_on_a_cluster(encoder, tmp_path, capsys, monkeypatch):
     subprocess.run(["bash", str(script)], check=True, capture_output=True)
     calls = [(tmp_path / f"call_{n}").read_text().split() for n in range(3)]
     assert calls[0][-1] == "--array=0-0"
-    assert calls[1][-2:] == ["--dependency=afterany:100", "--array=1-2"]
+    assert calls[1][-2:] == ["--array=0-1", "--dependency=afterany:100"]
     assert calls[2][-1] == "--dependency=afterany:101"
-    for n, end in enumerate(("--job $SLURM_ARRAY_TASK_ID", "--job $SLURM_ARRAY_TASK_ID", "--tables-only")):
+    assert "--gpus=1" in calls[1]
+    assert "--gpus=1" not in calls[2]
+    for n, end in enumerate(
+        ("--job $((0 + $SLURM_ARRAY_TASK_ID))", "--job $((1 + $SLURM_ARRAY_TASK_ID))", "--tables-only")
+    ):
         first, line = (tmp_path / f"script_{n}").read_text().strip().splitlines()
         assert first == "#!/bin/bash"
         assert line.endswith(end)
         words = shlex.split(line.split("exec ")[1])
-        assert words[2:-2] == options or words[2:-1] == options
+        assert words[2 : 2 + len(options)] == options
+    assert (tmp_path / "out of space" / "slurm").is_dir()
+    assert all("out of space/slurm/%A_%a.txt" in (tmp_path / f"call_{n}").read_text() for n in range(3))
 
     with pytest.raises(InputError, match="pcrlv2, trial 0: pre-training of pcrlv2: has not been run"):
         compare.main([*options, "--job", "2"])

@@ -1,17 +1,21 @@
 """The report says what the runs found, needs no other file, and is without fault in a real browser."""
 
+import base64
+import html
 import html.parser
+import io
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from medssl.engine.jobs import Job
-from medssl.engine.report import findings, write_report
-from medssl.engine.study import Cell, gather
+from medssl.engine.report import findings, warnings, write_report
+from medssl.engine.study import Cell, best_of, gather
 
 VALUES = {  # AUROC of five trials
     ("random", 1): [0.70, 0.72, 0.69, 0.71, 0.73],
@@ -130,7 +134,7 @@ def test_the_page_says_what_was_found(page):
     for part in (
         "Does pre-training help on chest?",
         "With 1 % of the labels (10 images), <b>odd & co</b> helps: +0.106 ± 0.002, p < 0.001.",
-        "worse is 0.100 ± 0.000 below the baseline",  # differences that are all equal have no test
+        "worse is 0.100 ± 0.000 below the baseline, by the same in all trials, of which there is no test.",
         "6 of 32 runs failed or are missing",
         "CUDA out of memory <script>alert(1)</script>",
         "3 entries of the encoder are not in its file",
@@ -153,6 +157,71 @@ def test_what_few_trials_can_tell(study):
     ]
     assert rows[4]["pairs"] == 4
     assert rows[2]["mean"] is None
+
+
+def test_p_values_are_of_all_comparisons_of_a_task(study):
+    rows = gather(study[0])
+    tested = [row for row in rows if row["p"] is not None]
+    smallest, largest = sorted(tested, key=lambda row: row["p"])
+    assert len(tested) == 2
+    assert smallest["p_adjusted"] == pytest.approx(2 * smallest["p"])
+    assert largest["p_adjusted"] == pytest.approx(max(largest["p"], 2 * smallest["p"]))
+
+
+def test_the_best_has_all_its_trials(study):
+    rows = [row for row in gather(study[0]) if row["percent"] == 100]
+    assert [best_of(rows, row) for row in rows] == [True, False, False]  # the second has .9075 of four, .908 the first
+    lucky = [{**row, "mean": 0.99} if row["trials"] == 4 else row for row in rows]
+    assert [best_of(lucky, row) for row in lucky] == [True, False, False]
+    assert [best_of(rows[1:], row) for row in rows[1:]] == [False, True]
+
+
+def test_what_a_reader_is_warned_of(study, page):
+    cells, jobs = study
+    rows, entries = gather(cells), {cell: cell.results() for cell in cells}
+    said = warnings(rows, entries, jobs)
+    assert not any("too few" in text or "different versions" in text or "are the same" in text for text in said)
+    assert any("odd & co</b>: 3 entries of the encoder are not in its file" in text for text in said)
+    few = [{**row, "values": [0.5], "images": 7} for row in rows]
+    mixed = {c: e and {**e, "best_epoch": 4, "versions": {"torch": f"2.{c.trial}"}} for c, e in entries.items()}
+    said = "\n".join(warnings(few, mixed, jobs))
+    assert "1 trial of each: too few" in said
+    assert "classification: 1 % and 100 % of the labels are the same 7 images." in said
+    assert "different versions of torch: 2.0, 2.1, 2.2, 2.3, 2.4." in said
+    assert "In 24 of 24 fine-tunings the last epoch was the best" in said
+    alone = [Cell(c.task, c.percent, c.init, c.trial, c.metric, replace(c.job, needs=None)) for c in cells]
+    said = "\n".join(warnings(rows, {cell: cell.results() for cell in alone}, jobs))
+    assert "odd & co</b>: which images its pre-training saw is not known here" in said
+
+
+def test_pictures_of_a_page(page):
+    """Figures take the page's ink, which is light on dark, and their parts have names of their own."""
+    reader = Reader()
+    text = page.read_text(encoding="utf-8")
+    reader.feed(text)
+    assert len(reader.ids) == len(set(reader.ids))
+    figures = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert len(figures) == 3  # over labels, training, losses of the pre-training
+    assert all("currentColor" in figure and "#000000" not in figure for figure in figures)
+    for figure in figures:
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', figure)) <= {
+            pair for name in re.findall(r'id="([^"]+)"', figure) for pair in ((name, ""), ("", name))
+        }
+    sizes = [Image.open(io.BytesIO(base64.b64decode(data))).size for data in re.findall(r"jpeg;base64,([^\"]+)", text)]
+    assert sorted(sizes) == [(300, 300), (1000, 42)]
+
+
+def test_damaged_files_do_not_hinder_the_report(study, tmp_path):
+    cells, jobs = study
+    metrics = cells[0].job.folder / "trial_0" / "metrics.jsonl"
+    embedding = jobs[1].folder / "embedding.png"
+    kept = metrics.read_text(), embedding.read_bytes()
+    metrics.write_text(kept[0] + '\n{"step": 4, "ep')
+    embedding.write_bytes(b"no picture")
+    write_report(tmp_path / "report.html", "", {"classification": "test AUROC"}, gather(cells), cells, jobs)
+    metrics.write_text(kept[0])
+    embedding.write_bytes(kept[1])
+    assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
 def browser():

@@ -17,6 +17,7 @@ checked against its published layout instead, and a note says so.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import pickle
@@ -231,13 +232,17 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     return path
 
 
+def need_onnx() -> None:
+    """Raise InputError where what ONNX needs is not installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):  # torch's exporter wants the second
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--to onnx: needs {name}; pip install -e '.[export]' in the checkout, or leave onnx out")
+
+
 def to_onnx(source: Exported, folder: Path, side: int = SIDE) -> Path:
     """ONNX for any batch size; run once by onnxruntime."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter wants it
-    except ImportError as error:
-        raise InputError(f"--to onnx: needs {error.name}; pip install -e '.[export]' in the checkout") from None
+    import onnxruntime
+
     path = folder / "encoder.onnx"
     batch = torch.export.Dim("batch")
     images = source.images(side)
@@ -274,17 +279,21 @@ def _save(state: dict[str, Tensor], path: Path) -> Path:
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("--file", required=True, metavar="FILE", help="encoder.pt of a 2D pre-training run")
-    parser.add_argument(
+    group = parser.add_argument_group("files")
+    group.add_argument("--file", required=True, metavar="FILE", help="encoder.pt of a 2D pre-training run")
+    group.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
+    group = parser.add_argument_group("tools")
+    group.add_argument(
         "--to", nargs="+", choices=tuple(TO), default=["torchvision"], metavar="TOOL", help=f"tools: {', '.join(TO)}"
     )
-    parser.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
-    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of ONNX's images, pixels")
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of ONNX's images, pixels")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    if "onnx" in args.to:
+        need_onnx()  # before other files are written
     source, folder = Exported(Path(args.file)), Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for tool in args.to:

@@ -303,9 +303,10 @@ def files_of(name: str, given: Path) -> list[tuple[str, Path]]:
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("--name", required=True, help=f"{', '.join(sorted(CONVERTERS))}; or all")
-    parser.add_argument("--file", required=True, metavar="FILE", help="the published file; a folder for all")
-    parser.add_argument("--output", metavar="DIR", default="models_zoo", help="where NAME.pth goes")
+    group = parser.add_argument_group("models")
+    group.add_argument("--name", required=True, help=f"{', '.join(sorted(CONVERTERS))}; or all")
+    group.add_argument("--file", required=True, metavar="FILE", help="the published file; a folder for all")
+    group.add_argument("--output", metavar="DIR", default="models_zoo", help="where NAME.pth goes")
     return parser
 
 

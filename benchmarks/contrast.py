@@ -250,18 +250,19 @@ def peak_memory(args: argparse.Namespace, name: str, variant: Variant) -> float:
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="what is measured")
-    parser.add_argument("--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU")
-    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the views, pixels")
-    parser.add_argument("--queue", type=options.positive_int, default=16384, help="keys in the queue")
-    parser.add_argument("--arch", default="resnet18", help="encoder")
-    parser.add_argument("--steps", type=options.positive_int, help="steps timed at once; 30 on a GPU, 3 on a CPU")
-    parser.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
-    parser.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
-    options.flag(parser, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
-    options.flag(parser, "--memory", True, "measure peak memory too, each variant in a process of its own")
-    add_measuring(parser, "contrast.json")
+    group = parser.add_argument_group("steps")
+    group.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="what is measured")
+    group.add_argument("--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU")
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the views, pixels")
+    group.add_argument("--queue", type=options.positive_int, default=16384, help="keys in the queue")
+    group.add_argument("--arch", default="resnet18", help="encoder")
+    group = add_measuring(parser, "contrast.json")
+    group.add_argument("--steps", type=options.positive_int, help="steps timed at once; 30 on a GPU, 3 on a CPU")
+    group.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
+    group.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
+    options.flag(group, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
+    options.flag(group, "--memory", True, "measure peak memory too, each variant in a process of its own")
     return parser
 
 

@@ -188,17 +188,17 @@ def peak_memory(variant: str, path: Path, save: Path) -> float:
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--cts", type=options.positive_int, default=2, help="generated CTs")
-    parser.add_argument("--side", type=options.positive_int, default=512, help="their pixels per row and column")
-    parser.add_argument("--slices", type=options.positive_int, default=300, help="their slices, 1.25 mm apart")
-    parser.add_argument("--scale", type=options.positive_int, default=16, help="pairs per CT")
-    parser.add_argument(
+    group = parser.add_argument_group("generated CTs and their pairs")
+    group.add_argument("--cts", type=options.positive_int, default=2, help="generated CTs")
+    group.add_argument("--side", type=options.positive_int, default=512, help="their pixels per row and column")
+    group.add_argument("--slices", type=options.positive_int, default=300, help="their slices, 1.25 mm apart")
+    group.add_argument("--scale", type=options.positive_int, default=16, help="pairs per CT")
+    add_measuring(parser, "luna.json").add_argument(
         "--memory-slices",
         type=options.non_negative_int,
         default=600,
         help="slices, 1 mm apart, of the CT on which memory is measured; 0: not measured",
     )
-    add_measuring(parser, "luna.json")
     parser.set_defaults(repeats=3)  # the published loops take a minute each
     return parser
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine in words, fair timing, peak memory, options, and the report."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import datetime
@@ -71,10 +72,12 @@ def add_measuring(
     output: str | None,
     help_: str = "the JSON file",
     repeats: str = "interleaved runs; the median counts",
-) -> None:
+) -> argparse._ArgumentGroup:
     """Add the options of every benchmark; `output` is the default's name beside the other results."""
-    parser.add_argument("--repeats", type=positive_int, default=5, help=repeats)
-    parser.add_argument("--output", metavar="FILE", default=output and str(RESULTS / output), help=help_)
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--repeats", type=positive_int, default=5, help=repeats)
+    group.add_argument("--output", metavar="FILE", default=output and str(RESULTS / output), help=help_)
+    return group
 
 
 def alone(function: Callable, *arguments: object) -> object:

@@ -74,15 +74,16 @@ def measure(method: str, dims: int, args: argparse.Namespace) -> tuple[list[floa
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="which")
-    parser.add_argument("--b", type=options.positive_int, default=16, help="images in a step")
-    parser.add_argument("--cubes", type=options.positive_int, default=2, help="pairs of cubes in a step, in 3D")
-    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the views")
-    parser.add_argument("--arch", default="resnet18", help="2D encoder")
-    parser.add_argument("--steps", type=options.positive_int, default=4, help="steps in a window")
-    parser.add_argument("--gpus", type=options.gpu_list, help="GPU numbers")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
-    add_measuring(parser, "methods.json", repeats="windows that count; their median is reported")
+    group = parser.add_argument_group("steps")
+    group.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="which")
+    group.add_argument("--b", type=options.positive_int, default=16, help="images in a step")
+    group.add_argument("--cubes", type=options.positive_int, default=2, help="pairs of cubes in a step, in 3D")
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the views")
+    group.add_argument("--arch", default="resnet18", help="2D encoder")
+    group = add_measuring(parser, "methods.json", repeats="windows that count; their median is reported")
+    group.add_argument("--steps", type=options.positive_int, default=4, help="steps in a window")
+    group.add_argument("--gpus", type=options.gpu_list, help="GPU numbers")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
     parser.set_defaults(repeats=3)
     return parser
 

@@ -188,16 +188,15 @@ def stages(paths: Sequence[Path], texture_size: int, b: int) -> dict[str, float]
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--images", type=options.positive_int, default=48, help="generated PNG files")
-    parser.add_argument("--size", type=options.positive_int, default=1024, help="their side in pixels")
-    parser.add_argument("--b", type=options.positive_int, default=16, help="images per batch")
-    parser.add_argument(
-        "--passes", type=options.positive_int, default=1, help="times that a run goes through the files"
-    )
-    parser.add_argument(
+    group = parser.add_argument_group("files and batches")
+    group.add_argument("--images", type=options.positive_int, default=48, help="generated PNG files")
+    group.add_argument("--size", type=options.positive_int, default=1024, help="their side in pixels")
+    group.add_argument("--b", type=options.positive_int, default=16, help="images per batch")
+    group = add_measuring(parser, "pipeline.json")
+    group.add_argument("--passes", type=options.positive_int, default=1, help="times that a run goes through the files")
+    group.add_argument(
         "--workers", type=options.non_negative_int, default=0, help="loader processes; 0: figures are per core"
     )
-    add_measuring(parser, "pipeline.json")
     return parser
 
 

@@ -237,25 +237,26 @@ def peak_memory(args: argparse.Namespace, variant: Variant) -> float:
 def get_parser() -> options.Parser:
     """The options of this script."""
     parser = options.Parser(__doc__)
-    parser.add_argument("--d", type=int, choices=(2, 3), default=2, help="images or volumes")
-    parser.add_argument(
+    group = parser.add_argument_group("steps")
+    group.add_argument("--d", type=int, choices=(2, 3), default=2, help="images or volumes")
+    group.add_argument(
         "--b", type=options.positive_int, help="images per step; 16 on a CPU, 64 on a GPU; volumes: 4 and 32"
     )
-    parser.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
-    parser.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
+    group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
+    group.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
     axes = {"type": options.positive_int, "nargs": 3, "metavar": ("X", "Y", "Z")}
-    parser.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels (3D)")
-    parser.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels (3D)")
-    parser.add_argument("--arch", help="encoder, as for train_pcrlv2.py; by default resnet18, in 3D unet3d")
-    parser.add_argument(
+    group.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels (3D)")
+    group.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels (3D)")
+    group.add_argument("--arch", help="encoder, as for train_pcrlv2.py; by default resnet18, in 3D unet3d")
+    group = add_measuring(parser, None, "the JSON file; step.json or step_3d.json beside the others")
+    group.add_argument(
         "--steps", type=options.positive_int, help="steps timed at once; 30 on a GPU, 3 on a CPU (3D: 1)"
     )
-    parser.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
-    parser.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
-    options.flag(parser, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
-    options.flag(parser, "--memory", True, "measure peak memory too, each variant in a process of its own")
-    add_measuring(parser, None, "the JSON file; step.json or step_3d.json beside the others")
+    group.add_argument("--threads", type=options.positive_int, help="of PyTorch on the CPU; its own choice by default")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
+    group.add_argument("--compile", action="store_true", help="measure compiled networks too (minutes on a CPU)")
+    options.flag(group, "--deterministic", True, "ours with the kernels that training uses by default (GPUs only)")
+    options.flag(group, "--memory", True, "measure peak memory too, each variant in a process of its own")
     return parser
 
 

@@ -20,6 +20,7 @@ import copy
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import zipfile
@@ -392,8 +393,10 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
             raise
 
 
-def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
+def attach(data: ImageDataset, folder: str | Path, root: str | None = "DIR") -> ImageDataset:
     """The same images, labels and patients, read from a cache; volumes of files fill theirs as they are read.
+
+    `root`, their folder, is for messages.
 
     Raises:
         InputError: when the cache is missing, unfinished, of other images or of files that have changed, or of
@@ -416,8 +419,9 @@ def attach(data: ImageDataset, folder: str | Path) -> ImageDataset:
             "are read as fast without it; leave it out"
         )
     index = _read_index(folder)
+    where = f" --data {shlex.quote(str(root))}" if root else ""
     command = (
-        f"run: python preprocess/cache_images.py --dataset {info.name} --data DIR "
+        f"run: python preprocess/cache_images.py --dataset {info.name}{where} "
         f"--texture-size {data.texture_size} --output {folder}"
     )
     if index is None:

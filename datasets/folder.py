@@ -36,6 +36,7 @@ from medssl.datasets.volumes import find_volumes, read_volume, to_unit, without_
 from medssl.engine.options import InputError
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+MANY = 9  # classes that a message names
 SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"
 
 
@@ -89,7 +90,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         return segmentation2d.open_folder(request, splits, channels_of)
     found, dims = _find(root, request.dims)
     if dims == 3 and set(splits) == {"train"} and segmentation3d.has_pairs(root):
-        cases = segmentation3d.split_cases(segmentation3d.find_pairs(root), request)["train"]
+        cases = segmentation3d.split_cases(segmentation3d.find_pairs(root), request, whole=True)["train"]
         found = {case.id: case.images[0] for case in cases}
         return {"train": _dataset(Info("folder", 3), request, root, found, list(found), None)}
     if request.lists:
@@ -241,7 +242,8 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
     classes = _classes(names, depth=0)
     if not classes:
         raise InputError(f"--data {root}: only unlabelled training images; for {' and '.join(splits)}, {SPLITS_HELP}")
-    chosen = _split_all(names, _class_labels(names, classes, depth=0), f"{root} has class folders only")
+    shown = ", ".join(classes[:MANY]) + (" and others" if len(classes) > MANY else "")
+    chosen = _split_all(names, _class_labels(names, classes, depth=0), f"{root} has class folders only, {shown}")
     return asked_for("folder", chosen, splits), _class_info(classes)
 
 
@@ -285,7 +287,9 @@ def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, C
     groups = _grouping(names)
     if len(set(groups)) < 3:
         raise InputError(f"data set folder: {len(names)} images are too few to split; {SPLITS_HELP}")
-    if groups == names:
+    if groups != names:
+        print(f"note: {why}: split 70/10/20 by patient", file=sys.stderr)
+    else:
         print(
             f"note: {why} and patients are unknown: split 70/10/20 by image; where a patient has several "
             "images, give --list, --val-list and --test-list, and the same --list to pre-training",

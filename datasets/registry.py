@@ -346,7 +346,7 @@ def finish(request: Request, opened: dict[str, ImageDataset]) -> dict[str, Image
     if request.cache:
         from medssl.datasets import cache
 
-        opened = {split: cache.attach(data, request.cache) for split, data in opened.items()}
+        opened = {split: cache.attach(data, request.cache, request.data) for split, data in opened.items()}
     return opened
 
 

@@ -397,8 +397,11 @@ def open_splits(request: Request, splits: Sequence[str] = SPLITS) -> dict[str, I
     return {split: SegmentationVolumes(info, chosen[split], known, **read_as) for split in splits}
 
 
-def split_cases(cases: Sequence[Case], request: Request) -> dict[str, list[Case]]:
-    """Cases of the three splits, as the top of this page says; an InputError for fewer than three, or bad lists."""
+def split_cases(cases: Sequence[Case], request: Request, whole: bool = False) -> dict[str, list[Case]]:
+    """Cases of the three splits, as the top of this page says; an InputError for fewer than three, or bad lists.
+
+    With `whole`, `--list` alone is not split: it says what pre-training may see.
+    """
     known = {case.id: case for case in cases}
     if len(cases[0].images) == 1:
         known |= {case.id + _extension(case.images[0]): case for case in cases}
@@ -409,6 +412,8 @@ def split_cases(cases: Sequence[Case], request: Request) -> dict[str, list[Case]
             if name not in known:
                 raise InputError(f"{path}: {name} is no case of --data {request.data}, such as {cases[0].id}")
         listed[split] = list({known[name].id: known[name] for name in names}.values())
+    if whole and list(listed) == ["train"]:
+        return listed
     if list(listed) not in ([], ["train"]):
         return asked_for(request.name, listed, SPLITS, "cases")
     cases = listed.get("train", list(cases))

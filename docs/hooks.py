@@ -26,7 +26,7 @@ def docstring(found: re.Match) -> str:
 
 def on_page_markdown(markdown: str, page: object, config: object, files: Files) -> str:
     """Links as they are in the checkout, as they are in the site; docstrings."""
-    markdown = re.sub(r"<!-- docstring ([\w.]+) -->", docstring, markdown)
+    markdown = re.sub(r"^<!-- docstring ([\w.]+) -->$", docstring, markdown, flags=re.M)
     up = "../" * page.file.src_uri.count("/")
     if page.file.src_uri.startswith("results/"):
         return markdown.replace("](../../docs/", "](../")

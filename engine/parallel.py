@@ -4,6 +4,7 @@ One process: a single device, or DataParallel over several `--gpus`. Under `torc
 device and DistributedDataParallel, on one machine or many.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -275,8 +276,10 @@ def wrap(method: nn.Module, devices: Devices, find_unused: bool, sync_batch_norm
     ids = [devices.device] if cuda else None
     # Queues and memories are equal in all processes by themselves, and large; batch norms' running statistics are
     # used in evaluation alone, which is the main process's.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    alone = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # until torch 2.14
     return nn.parallel.DistributedDataParallel(
-        method, device_ids=ids, find_unused_parameters=find_unused, broadcast_buffers=False
+        method, device_ids=ids, find_unused_parameters=find_unused, **{alone: False}
     )
 
 

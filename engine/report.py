@@ -179,7 +179,8 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
 def class_table(rows: list[dict]) -> dict:
     """The table by class, with the columns (from 1) in which a row is the best of its share of labels."""
     classes = list(dict.fromkeys(key for row in rows for key in row["per_class"]))
-    if all(len(set(row["per_class"].values())) < 2 for row in rows):
+    values = [[round(value, 9) for value in row["per_class"].values() if value is not None] for row in rows]
+    if all(len(set(each)) < 2 for each in values):
         classes = []  # as of a binary task, whose two have the number that is in the table of all
     out = []
     for row in rows:
@@ -224,7 +225,7 @@ def pretraining_section(job: Job) -> dict:
     config, record = read_json(job.folder / "config.json"), job.record()
     lines = read_lines(job.folder / "metrics.jsonl")
     last = next((line for line in reversed(lines) if "loss" in line), {})
-    summary = f"{config.get('epochs')} epochs, {last.get('step')} steps of {config.get('b')} images"
+    summary = f"{last.get('epoch', 0):.3g} epochs, {last.get('step')} steps of {config.get('b')} images"
     if "images_per_s" in last:
         summary += f", {last['images_per_s']} images/s"
     summary += f", {record.get('seconds', 0) / 60:.0f} minutes on {config.get('device')}"

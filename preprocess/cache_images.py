@@ -19,24 +19,26 @@ from medssl.engine.options import InputError, Parser, run_script
 def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
-    parser.add_argument("--data", metavar="DIR", help="the data set's folder or file; without it, phantom images")
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="the data set's folder or file; without it, phantom images")
+    group.add_argument(
         "--dataset", "--n", "--data_set", metavar="NAME", help="any set of images; see a script's --help"
     )
-    parser.add_argument("--list", metavar="FILE", help="cache the images of this list only")
-    parser.add_argument(
+    group.add_argument("--list", metavar="FILE", help="cache the images of this list only")
+    group = parser.add_argument_group("cache")
+    group.add_argument("--output", metavar="DIR", required=True, help="where the cache goes")
+    group.add_argument(
         "--texture-size",
         type=options.non_negative_int,
         default=0,
         help="side in pixels of the cached images; 0 chooses as training does, from --image-size",
     )
-    parser.add_argument(
+    group.add_argument(
         "--image-size", type=options.positive_int, default=224, help="the image size of the training to come"
     )
-    parser.add_argument(
+    group.add_argument(
         "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
     )
-    parser.add_argument("--output", metavar="DIR", required=True, help="where the cache goes")
     return parser
 
 

@@ -95,6 +95,9 @@ def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
         return list(tqdm(results, total=len(paths), desc="check", disable=None))
 
 
+UNKNOWN = "patients unknown: the names do not tell"
+
+
 def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str, list[str]]:
     """Problems of lists: names that are missing, and what two lists share.
 
@@ -122,7 +125,8 @@ def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str
             # Shared images are identical files as well; saying it once is enough.
             if both and not (what == "identical files" and contents[one]["images"] & contents[two]["images"]):
                 shared.append(f"{one} and {two} share {len(both)} {what}, such as {min(both)}")
-    return {"missing": missing, "overlaps": shared}
+    sizes = {path: {part: len(contents[path][part]) for part in ("images", "patients")} for path in lists}
+    return {"lists": sizes, "missing": missing, "overlaps": shared}
 
 
 def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
@@ -173,6 +177,12 @@ def table(report: dict, rows: int = 12) -> Iterator[str]:
         "missing": report["missing"],
         "overlaps": report["overlaps"],
     }
+    for path, part in report["lists"].items():
+        yield f"{path}: {part['images']} images, " + (
+            f"{part['patients']} patients" * bool(part["patients"]) or UNKNOWN
+        )
+    if not report["lists"]:  # then nothing was compared
+        del problems["missing"], problems["overlaps"]
     for part, lines in problems.items():
         yield f"{part}: {len(lines) or 'none'}"
         yield from (f"  {line}" for line in lines[:rows])

@@ -9,6 +9,7 @@ DIR has `subset0` … `subset9` with `.mhd` files, and then nothing else in it i
 volume below it is (`.mhd .mha .nii .nii.gz .nrrd`, folders of DICOM slices), and counts as subset 0.
 
 Written, all float16 in [0, 1] with axes x, y, z:
+
   * `subsetK/<uid>_global_<i>.npy` (2, 64, 64, 32), two overlapping crops, and `_local_<i>.npy` (6, 16, 16, 16);
     with `--method pcrl`, `_img_<i>.npy` (2, 64, 64, 32) alone;
   * with `--nodules`, instead: `subsetK/<uid>_nodule_<row>.npy` (48, 48, 48), 1 mm voxels, the candidate of that row of
@@ -617,25 +618,23 @@ def count_or_all(text: str) -> int | str:
 def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
-    parser.add_argument("--data", metavar="DIR", required=True, help="LUNA16's folder, or any folder of volumes")
-    parser.add_argument("--save", metavar="DIR", required=True, help="where the cubes go")
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", required=True, help="LUNA16's folder, or any folder of volumes")
+    group.add_argument("--save", metavar="DIR", required=True, help="where the cubes go")
+    group.add_argument(
         "--fold", type=options.non_negative_int, nargs="+", metavar="K", help="subsets to work on; without it, all"
     )
-    parser.add_argument("--method", choices=tuple(CROPS), default="pcrlv2", help="whose crops")
+    group = parser.add_argument_group("pairs of cubes")
+    group.add_argument("--method", choices=tuple(CROPS), default="pcrlv2", help="whose crops")
     for name, axis, default in (("rows", "x", 64), ("cols", "y", 64), ("deps", "z", 32)):
-        parser.add_argument(
+        group.add_argument(
             f"--input_{name}",
             f"--input-{name}",
             type=options.positive_int,
             default=default,
             help=f"voxels of a crop along {axis}",
         )
-    parser.add_argument("--scale", type=options.positive_int, default=16, help="pairs per scan")  # published: 16
-    parser.add_argument("--seed", type=options.non_negative_int, default=0, help="seed of everything drawn")
-    parser.add_argument(
-        "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
-    )
+    group.add_argument("--scale", type=options.positive_int, default=16, help="pairs per scan")  # published: 16
     group = parser.add_argument_group("nodules")
     group.add_argument(
         "--nodules", metavar="FILE", help="candidates.csv or candidates_V2.csv: cut cubes around candidates instead"
@@ -646,6 +645,11 @@ def get_parser() -> Parser:
         default=50,  # candidates_V2.csv has about 850 in each scan, of 0.2 MB each
         metavar="N",
         help="candidates that are no nodules kept per scan, drawn by --seed; a number or all",
+    )
+    group = parser.add_argument_group("running")
+    group.add_argument("--seed", type=options.non_negative_int, default=0, help="seed of everything drawn")
+    group.add_argument(
+        "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
     )
     return parser
 

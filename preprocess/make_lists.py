@@ -48,19 +48,21 @@ class Table:
 def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--dataset", choices=("chest", "chexpert", "lits", *segmentation2d.KINDS), required=True, help="which set"
     )
-    parser.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
-    parser.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
-    parser.add_argument(
+    group.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
+    group.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
+    group = parser.add_argument_group("split")
+    group.add_argument(
         "--split", choices=("official", "random"), default="official", help="whose images are for testing"
     )
-    parser.add_argument("--seed", type=options.non_negative_int, default=SPLIT_SEED, help="seed of what is drawn")
-    parser.add_argument(
+    group.add_argument("--seed", type=options.non_negative_int, default=SPLIT_SEED, help="seed of what is drawn")
+    group.add_argument(
         "--val-fraction", type=options.fraction, default=HELD_OUT, help="share of the patients for validation"
     )
-    parser.add_argument(
+    group.add_argument(
         "--test-fraction", type=options.fraction, default=0.2, help="share of the patients for testing (random)"
     )
     group = parser.add_argument_group("chexpert")

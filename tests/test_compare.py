@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -293,6 +294,9 @@ def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_pa
         seen = registry.open_pretraining(compare.plan(args, rest, opened).jobs[0].options()).ids
         assert seen == opened["segmentation"].splits["train"].ids
         assert len(seen) == 7
+        (tmp_path / "list.txt").write_text("case1\ncase3\n")
+        by_list = Namespace(**{**vars(opened["segmentation"].args), "list": str(tmp_path / "list.txt"), "ratio": 1.0})
+        assert registry.open_pretraining(by_list).ids == ["case1", "case3"]
 
 
 def test_options_go_where_they_belong(tmp_path):

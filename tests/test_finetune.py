@@ -296,7 +296,11 @@ def commands() -> list[str]:
     folders = ROOT / "benchmarks" / "results", ROOT / "docs"
     pages = [ROOT / "README.md", *(page for folder in folders for page in sorted(folder.rglob("*.md")))]
     text = "\n".join(page.read_text() for page in pages)
-    return re.findall(r"^(?:python|torchrun --nproc-per-node 4 --) (\S+\.py .*)$", text, flags=re.M)
+    command = r"(?:srun {0}*)?(?:python|torchrun {0}*--) (\S+\.py {0}+)"
+    lines = re.findall(f"^{command.format('.')}$", text, flags=re.M)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    inline = re.findall(f"`{command.format('[^`]')}`", " ".join(prose.split()))  # which may go on in the next line
+    return [line for line in [*lines, *inline] if "--help" not in line]
 
 
 def texts() -> list[str]:
@@ -325,7 +329,7 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize("command", commands())
 def test_documented_commands_parse(command, monkeypatch):
     monkeypatch.setattr(options, "resolve_init", lambda init, *_: init)  # MODELS is the reader's
-    script, *words = shlex.split(command.split(" > ")[0])
+    script, *words = shlex.split(command.split(" > ")[0].removesuffix(" &"))
     if script == "compare.py":
         args, rest = compare.get_parser().parse_known_args(words)
         for task in args.task:

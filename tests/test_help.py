@@ -13,6 +13,9 @@ from medssl.engine.helptext import arrange
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "def get_parser" in path.read_text()]
 SCRIPTS += [f"preprocess.{path.stem}" for path in sorted(ROOT.glob("preprocess/*.py")) if "Parser(" in path.read_text()]
+BENCHMARKS = [
+    f"benchmarks.{path.stem}" for path in sorted(ROOT.glob("benchmarks/*.py")) if "Parser(" in path.read_text()
+]
 
 
 def parser_of(script):
@@ -32,9 +35,21 @@ def test_help_reads_well(script):
     for action in parser._actions:
         assert action.help, action.option_strings
     before, _, examples = text.partition("\nexamples:\n")
-    assert "options:\n" in before
     assert len(re.findall(r"^  (?:python|torchrun) ", examples, flags=re.M)) >= 2
     assert not re.search(r"^\s*(?:python|torchrun) ", before, flags=re.M)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *BENCHMARKS])
+def test_many_options_are_grouped(script):
+    """Under "options:" many would stand in one heap: more than six have groups with names, and only --help is left."""
+    parser = parser_of(script)
+    groups = {group.title: len(group._group_actions) for group in parser._action_groups if group._group_actions}
+    own = sum(groups.values()) - 1  # less --help
+    if own > 6:
+        assert groups.pop("options") == 1
+        groups.pop("positional arguments", None)
+        assert len(groups) >= 2
+        assert all(f"\n{title}:\n" in parser.format_help() for title in groups)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from medssl.engine.jobs import Job
-from medssl.engine.report import findings, warnings, write_report
+from medssl.engine.report import class_table, findings, warnings, write_report
 from medssl.engine.study import Cell, best_of, gather
 
 VALUES = {  # AUROC of five trials
@@ -166,6 +166,13 @@ def test_p_values_are_of_all_comparisons_of_a_task(study):
     assert len(tested) == 2
     assert smallest["p_adjusted"] == pytest.approx(2 * smallest["p"])
     assert largest["p_adjusted"] == pytest.approx(max(largest["p"], 2 * smallest["p"]))
+
+
+def test_classes_are_shown_where_they_differ(study):
+    rows = gather(study[0])
+    assert class_table(rows)["columns"] == ["a", "b", "c"]
+    for last, shown in ((0.7 + 1e-12, []), (0.8, ["ill", "well"]), (None, [])):
+        assert class_table([{**row, "per_class": {"ill": 0.7, "well": last}} for row in rows])["columns"] == shown
 
 
 def test_the_best_has_all_its_trials(study):

@@ -179,7 +179,7 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
 def class_table(rows: list[dict]) -> dict:
     """The table by class, with the columns (from 1) in which a row is the best of its share of labels."""
     classes = list(dict.fromkeys(key for row in rows for key in row["per_class"]))
-    values = [[round(value, 9) for value in row["per_class"].values() if value is not None] for row in rows]
+    values = [[round(v, digits(row)) for v in row["per_class"].values() if v is not None] for row in rows]
     if all(len(set(each)) < 2 for each in values):
         classes = []  # as of a binary task, whose two have the number that is in the table of all
     out = []

@@ -206,7 +206,8 @@ def held_out(job: Job, opened: dict[str, Opened]) -> Job:
     args = job.options()
     args.ratio = 1.0  # of the list that is made here
     data = open_pretraining(args)
-    judged = [part for task in opened.values() for split, part in task.splits.items() if split != "train"]
+    same = [task.splits for task in opened.values() if task.args.data == args.data]  # elsewhere, names mean others
+    judged = [part for splits in same for split, part in splits.items() if split != "train"]
     ids = {name for part in judged for name in part.ids}
     patients = {name for part in judged for name in part.patients or ()}
     known = data.patients or [None] * len(data)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -274,6 +275,10 @@ def test_a_studys_pretraining_sees_no_image_that_judges(tmp_path):
         seen = registry.open_pretraining(pretraining.options()).ids
         assert sorted(seen) == sorted(opened["classification"].splits["train"].ids)
         assert len(seen) == 28
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "images", other)
+    args.extra = [f"pretraining --data {shlex.quote(str(other))}"]
+    assert len(registry.open_pretraining(compare.plan(args, rest, opened).jobs[0].options())) == 40
 
 
 def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_path):

@@ -27,313 +27,22 @@ On a cluster: `--slurm` prints a script that submits the study as arrays of jobs
 """
 
 import argparse
-import importlib
 import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
-from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
-from medssl.datasets.registry import ImageDataset, Info, open_labelled, open_pretraining
-from medssl.datasets.segmentation import open_instances, open_segmented
-from medssl.engine import options, plots
-from medssl.engine.jobs import Job, run_beside, run_here
-from medssl.engine.loop import refuse_changes, write_json
-from medssl.engine.options import InputError
+from medssl import errors
+from medssl.engine import options
 from medssl.engine.parallel import count_gpus
-from medssl.engine.report import read_json, write_report
-from medssl.engine.segmentation2d import PROTOCOLS
-from medssl.engine.study import Cell, gather, latex, markdown, write_csv
-from medssl.models.encoders import DEFAULT_ARCH
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is fine-tuned: the script, what opens its data, the compared number of a trial, and its name."""
-
-    script: ModuleType
-    open: Callable[[argparse.Namespace], dict[str, ImageDataset]]
-    metric: str
-    name: str
-
-
-TASKS = {
-    "classification": Task(finetune_classification, open_labelled, "auroc", "test AUROC"),
-    "segmentation": Task(finetune_segmentation, partial(open_segmented, protocols=PROTOCOLS), "dice", "test Dice"),
-    "detection": Task(finetune_detection, open_instances, "ap_box", "test AP of boxes"),
-}
-ARRAY = 1000  # runs in an array: by default, SLURM numbers the tasks of one from 0 to 1000
-METHODS = tuple(sorted(path.stem.removeprefix("train_") for path in Path(__file__).parent.glob("train_*.py")))
-SHARED = (  # options of fine-tuning that pre-training and the features take over
-    "data", "dataset", "list", "val_list", "test_list", "d", "texture_size", "workers", "cache", "max_bad", "view",
-    "image_size", "arch", "device", "amp", "amp_dtype", "compile", "deterministic",
-)  # fmt: skip
-
-
-def labels_of(inits: Sequence[str]) -> dict[str, str]:
-    """A short name for each init, unlike all others, fit for a folder, a table and a figure."""
-    labels = {init: init for init in inits if init in ("random", "imagenet", *METHODS)}
-    own = ("random", "imagenet", *METHODS)  # which no file is called, in this study or not
-
-    def parts(path: str) -> tuple[str, ...]:
-        # A run's export is called encoder.pt in every run: the folder's name is what tells them apart.
-        names = Path(path).absolute().with_suffix("").parts[1:]
-        return names[:-1] if names[-1] == "encoder" and len(names) > 1 else names
-
-    for init in inits:
-        if init in labels:
-            continue
-        mine = parts(init)
-        for n in range(1, len(mine) + 1):
-            label = re.sub(r"[^\w.+-]", "-", "_".join(mine[-n:]))
-            others = [parts(other)[-n:] for other in inits if other not in own and other != init]
-            if mine[-n:] not in others and label not in (*own, *labels.values()):
-                break
-        number = 2
-        while label in (*own, *labels.values()):  # a.pt beside a.pth
-            label = f"{label.rpartition('-')[0] if number > 2 else label}-{number}"
-            number += 1
-        labels[init] = label
-    return {init: labels[init] for init in inits}
-
-
-# Planning ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Study:
-    """All runs, in the order of their numbers (`--job`), and those of them that are compared."""
-
-    jobs: list[Job]
-    cells: list[Cell]
-    tasks: tuple[str, ...]
-
-    @property
-    def pretrainings(self) -> int:
-        """How many of the jobs, the first ones, are pre-trainings."""
-        return len({job.needs.folder for job in self.jobs if job.needs})
-
-
-def as_words(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Sequence[str], known: set) -> list[str]:
-    """Options that were changed from their defaults, as they are typed, for a parser that has those in `known`."""
-    words: list[str] = []
-    for action in parser._actions:  # of which argparse has no public list
-        name, value = action.dest, getattr(args, action.dest, None)
-        if name not in names or name not in known or value == parser.get_default(name):
-            continue
-        option = next(text for text in action.option_strings if text.startswith("--"))
-        if isinstance(action, argparse.BooleanOptionalAction):
-            words.append(option if value else "--no-" + option[2:])
-        elif value is True:
-            words.append(option)
-        else:
-            words += [option, *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def dests(script: ModuleType) -> set[str]:
-    """Names of a script's options."""
-    return {action.dest for action in script.get_parser()._actions}
-
-
-def extra_options(args: argparse.Namespace) -> dict[str, list[str]]:
-    """What `--with` adds to each kind of run.
-
-    Raises:
-        InputError: for a name that is none, or of which the study has no run.
-    """
-    extra: dict[str, list[str]] = {}
-    methods = [init for init in args.init if init in METHODS]
-    judged = ["features"] if args.features and "classification" in args.task else []
-    for text in args.extra:
-        try:
-            name, *words = shlex.split(text)
-        except ValueError as error:
-            raise InputError(f"--with {text}: {error}") from None
-        if name not in (*METHODS, *TASKS, "pretraining", "features"):
-            raise InputError(f"--with {name}: no method, no task, and neither pretraining nor features")
-        if name not in (*methods, *args.task, *judged, *(["pretraining"] if methods else [])):
-            raise InputError(f"--with {name}: this study has no such run; leave it out")
-        extra.setdefault(name, []).extend(words)
-    return extra
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A task's options with the digest of its data, and its splits."""
-
-    args: argparse.Namespace
-    splits: dict[str, ImageDataset]
-
-    @property
-    def info(self) -> Info:
-        """What the data are."""
-        return self.splits["train"].info
-
-
-def open_tasks(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Opened]:
-    """The data of each task.
-
-    Raises:
-        InputError, SystemExit: for data that cannot be used, and options that the study chooses itself.
-    """
-    opened, extra = {}, extra_options(args)
-    for task in args.task:
-        parser = TASKS[task].script.get_parser()
-        given = parser.parse_args([*rest, *extra.get(task, [])])
-        planned = options.changed(parser, given, ("run", "resume", "trials", "output", "init", "annotation_percent"))
-        if planned:
-            raise InputError(f"{planned[0]}: the study chooses it; leave it out")
-        splits = TASKS[task].open(given)  # which notes their digest
-        opened[task] = Opened(given, splits)
-    return opened
-
-
-def held_out(job: Job, opened: dict[str, Opened]) -> Job:
-    """A pre-training that sees no image by which a task is judged.
-
-    Class folders and a single list are training images to a pre-training by itself, and are split by a task: those
-    that the task trains on, and those without labels, then stand in a list of their own.
-
-    Raises:
-        InputError: where nothing is left.
-    """
-    args = job.options()
-    args.ratio = 1.0  # of the list that is made here
-    data = open_pretraining(args)
-    same = [task.splits for task in opened.values() if task.args.data == args.data]  # elsewhere, names mean others
-    judged = [part for splits in same for split, part in splits.items() if split != "train"]
-    ids = {name for part in judged for name in part.ids}
-    patients = {name for part in judged for name in part.patients or ()}
-    known = data.patients or [None] * len(data)
-    left = [name for name, patient in zip(data.ids, known) if name not in ids and patient not in patients]
-    if len(left) == len(data):
-        return job
-    if not left:
-        raise InputError(f"{job.name}: all its images are validation or test images of {' or '.join(opened)}")
-    path = job.folder.with_name(f"{job.folder.name}_images.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(left) + "\n", encoding="utf-8")
-    return replace(job, argv=(*job.argv, "--list", str(path)))
-
-
-def plan(args: argparse.Namespace, rest: Sequence[str], opened: dict[str, Opened]) -> Study:
-    """All runs of a study.
-
-    Args:
-        opened: data of the tasks; {} where they are not at hand, and nothing will be run.
-
-    Raises:
-        InputError, SystemExit: for options that a script refuses.
-    """
-    output, extra = Path(args.output), extra_options(args)
-    here = args.jobs == 0 and args.gpus  # else each run sees its own GPU alone
-    devices = ["--gpus", ",".join(map(str, args.gpus))] if here else ["--device", "cuda"] if args.gpus else []
-    labels = labels_of(args.init)
-
-    def options_for(script: ModuleType, task: str) -> list[str]:
-        """What a script takes over from a task's options."""
-        parser = TASKS[task].script.get_parser()
-        given = parser.parse_args([*rest, *extra.get(task, [])])
-        words = [*as_words(parser, given, SHARED, dests(script)), *devices]
-        if given.dataset is None and task in opened:  # each script has a default of its own
-            words += ["--dataset", opened[task].info.name]
-        if "--arch" not in words and script.get_parser().get_default("arch"):  # MAGICAL's own is ResNet-50
-            words += ["--arch", given.arch or DEFAULT_ARCH[2]]  # what comes in 3D too has none of its own
-        return words
-
-    pretraining = {}
-    for init in args.init:
-        if init in METHODS:
-            script = importlib.import_module(f"medssl.train_{init}")
-            words = [*options_for(script, args.task[0]), *extra.get("pretraining", []), *extra.get(init, [])]
-            folder = output / "pretraining" / labels[init]
-            job = Job(f"pre-training of {init}", f"train_{init}", tuple(words), folder, "encoder.pt")
-            pretraining[init] = held_out(job, opened) if opened else job
-
-    def started(init: str) -> dict:
-        """What a job that starts from an init needs."""
-        if init in pretraining:
-            return {"needs": pretraining[init], "weights": pretraining[init].folder / "encoder.pt"}
-        return {} if init in ("random", "imagenet") else {"weights": Path(init)}
-
-    def value(init: str) -> str:
-        """An init as scripts take it."""
-        return str(pretraining[init].folder / "encoder.pt") if init in pretraining else init
-
-    cells = []
-    for task in args.task:
-        script = TASKS[task].script.__name__.rpartition(".")[2]
-        for percent, epochs in zip(args.annotation_percent, args.epochs):
-            for init in args.init:
-                words = [*rest, *devices, *extra.get(task, []), "--init", value(init)]
-                words += ["--annotation-percent", f"{percent:g}"]
-                words += [] if epochs is None else ["--epochs", str(epochs)]
-                for k in range(args.trials):
-                    job = Job(
-                        f"{task}, {percent:g} % of the labels, {labels[init]}, trial {k}", script,
-                        (*words, "--run", str(k)),
-                        output / task / f"{percent:g}_percent" / labels[init] / f"run_{k}", "results.json",
-                        **started(init),
-                    )  # fmt: skip
-                    cells.append(Cell(task, percent, labels[init], k, TASKS[task].metric, job))
-    features = []
-    if args.features and "classification" in args.task:
-        words = [*options_for(evaluate_features, "classification"), *extra.get("features", [])]
-        for init in args.init:
-            folder, argv = output / "features" / labels[init], (*words, "--init", value(init))
-            name = f"features of {labels[init]}"
-            features.append(Job(name, "evaluate_features", argv, folder, "features.json", **started(init)))
-    return Study([*pretraining.values(), *features, *(cell.job for cell in cells)], cells, tuple(args.task))
-
-
-def check(study: Study, opened: dict[str, Opened]) -> None:
-    """Find before the hours of work what cannot work: options, data, results of other options in `--output`.
-
-    Raises:
-        InputError, SystemExit: naming it.
-    """
-    for job in study.jobs:
-        job.check()
-    for cell in study.cells:
-        task = opened[cell.task]
-        arch = task.args.arch or DEFAULT_ARCH[task.info.dims]
-        made = cell.job.needs and cell.job.needs.options().arch
-        if made not in (None, arch):
-            raise InputError(f"{cell.job.needs.name}: --arch {made}, but {cell.task} has {arch}; give one for both")
-        entry = cell.results()
-        if entry:
-            refuse_other_data(entry["config"], task.args, cell.job)
-    for job in study.jobs[: -len(study.cells)]:
-        if job.finished():
-            args_of_one = job.options()
-            (open_pretraining if job.proof == "encoder.pt" else open_labelled)(args_of_one)  # which notes the digest
-            refuse_other_data(read_json(job.folder / "config.json"), args_of_one, job)
-
-
-def refuse_other_data(before: dict, args: argparse.Namespace, job: Job) -> None:
-    """Raise InputError where a finished run saw other data than there are now."""
-    refuse_changes({"data_digest": before.get("data_digest")}, args, job.folder, "or another --output")
-
-
-# Running -------------------------------------------------------------------------------------------
-
-
-def places(args: argparse.Namespace) -> list[dict[str, str]]:
-    """Environment variables of each of the `--jobs` that run at a time."""
-    if args.gpus:
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        if visible and max(args.gpus) >= len(visible):
-            raise InputError(f"--gpus {max(args.gpus)}: CUDA_VISIBLE_DEVICES names {len(visible)}")
-        names = [visible[gpu] if visible else str(gpu) for gpu in args.gpus]
-        return [{"CUDA_VISIBLE_DEVICES": names[i % len(names)]} for i in range(args.jobs)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * args.jobs
+from medssl.errors import InputError
+from medssl.study import figures
+from medssl.study.jobs import Job, places, run_beside, run_here
+from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan
+from medssl.study.report import write_report
+from medssl.study.results import write_tables
+from medssl.study.slurm import slurm_script
 
 
 def run(study: Study, args: argparse.Namespace) -> None:
@@ -346,7 +55,7 @@ def run(study: Study, args: argparse.Namespace) -> None:
         done += 1
         print(f"[{done}/{len(jobs)}] {job.name}: {outcome(study, job, reason)}", flush=True)
         tidy(study, job, args)
-        write_tables(study, Path(args.output))
+        write_tables(study.cells, study.metrics, Path(args.output))
 
     if args.jobs:
         run_beside(jobs, places(args), say)
@@ -370,58 +79,6 @@ def tidy(study: Study, job: Job, args: argparse.Namespace) -> None:
     if not args.keep_networks and any(cell.job is job for cell in study.cells) and job.finished():
         for path in job.folder.rglob("best.pt"):
             path.unlink()
-
-
-def write_tables(study: Study, output: Path) -> list[dict]:
-    """Write results.csv, comparison.json, .md and .tex, and return the rows."""
-    rows = gather(study.cells)
-    write_csv(study.cells, output / "results.csv")
-    write_json(output / "comparison.json", rows)
-    for suffix, table, comment in (("md", markdown, "{}"), ("tex", latex, "% {}")):
-        parts = []
-        for task in study.tasks:
-            heading = [comment.format(f"{task}:"), ""] if len(study.tasks) > 1 else []
-            own = [row for row in rows if row["task"] == task]
-            parts.append("\n".join([*heading, table(own, TASKS[task].name)]))
-        (output / f"comparison.{suffix}").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return rows
-
-
-def slurm_script(study: Study, argv: Sequence[str], output: str) -> str:
-    """A shell script that submits all runs: pre-trainings, then all others, then the tables."""
-    words = [word for word in argv if word != "--slurm"]
-    command = shlex.join([sys.executable, str(Path(__file__).resolve()), *words])
-    logs = shlex.quote(str(Path(output).absolute() / "slurm"))
-    first, count = study.pretrainings, len(study.jobs)
-
-    def submit(options: str, after: Sequence[str], job: str) -> str:
-        waits = f" --dependency=afterany:{':'.join(f'${name}' for name in after)}" if after else ""
-        return (
-            f"$(sbatch --parsable --output=\"$logs/%A_%a.txt\" {options}{waits} <<'END'\n#!/bin/bash\n"
-            f"cd {shlex.quote(os.getcwd())} && exec {command} {job}\nEND\n)"
-        )
-
-    lines = [
-        "#!/bin/bash",
-        f"# {first} pre-trainings, {count - first} other runs, and their tables. Submit with: bash FILE",
-        "set -e",
-        f"logs={logs}",
-        'mkdir -p "$logs"',
-        "# what your cluster wants for each run:",
-        'each="--gpus=1 --cpus-per-task=8 --mem=32G --time=1-00:00:00 --requeue"',
-    ]
-    names: list[str] = []
-    before: list[str] = []
-    for start, end in ((0, first), (first, count)):
-        made = []
-        for k in range(start, end, ARRAY):
-            made.append(f"runs_{len(names) + len(made)}")
-            size, job = min(end - k, ARRAY), f"--job $(({k} + $SLURM_ARRAY_TASK_ID))"
-            lines.append(f"{made[-1]}={submit(f'$each --array=0-{size - 1}', before, job)}")
-        names, before = names + made, made
-    lines.append(f"tables={submit('--cpus-per-task=2 --mem=8G --time=1:00:00', before, '--tables-only')}")
-    lines.append(f'echo "submitted: {" ".join(f"${name}" for name in (*names, "tables"))}"')
-    return "\n".join(lines)
 
 
 # The command line ----------------------------------------------------------------------------------
@@ -477,9 +134,8 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict]:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args, rest = get_parser().parse_known_args(argv)
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """The options checked, with one number of epochs for each percentage, and the number of runs at a time."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare starts its runs itself; start it without torchrun, with --gpus for several")
     options.check_inits(args.init, METHODS)
@@ -496,7 +152,25 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         )
     args.epochs = epochs * len(args.annotation_percent) if len(epochs) == 1 else epochs
     args.jobs = max(1, len(args.gpus or [])) if args.jobs is None else args.jobs
-    output = Path(args.output)
+    return args
+
+
+def run_one(study: Study, args: argparse.Namespace) -> None:
+    """Run the job `--job` in this process; an InputError where it fails."""
+    if args.job >= len(study.jobs):
+        raise InputError(f"--job {args.job}: the study has the runs 0 to {len(study.jobs) - 1}")
+    job = study.jobs[args.job]
+    job.check()
+    reason = None if job.finished() else run_here(job)
+    tidy(study, job, args)
+    if reason:
+        raise InputError(f"{job.name}: {reason}")
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict]:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, rest = get_parser().parse_known_args(argv)
+    args, output = complete(args), Path(args.output)
     try:
         opened = open_tasks(args, rest)
     except InputError:
@@ -509,25 +183,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         print(slurm_script(study, argv, args.output))
         return []
     if args.job is not None:
-        if args.job >= len(study.jobs):
-            raise InputError(f"--job {args.job}: the study has the runs 0 to {len(study.jobs) - 1}")
-        job = study.jobs[args.job]
-        job.check()
-        reason = None if job.finished() else run_here(job)
-        tidy(study, job, args)
-        if reason:
-            raise InputError(f"{job.name}: {reason}")
+        run_one(study, args)
         return []
     output.mkdir(parents=True, exist_ok=True)
     if not args.tables_only:
         check(study, opened)
         run(study, args)
-    rows = write_tables(study, output)
-    plots.label_efficiency(rows, {task: TASKS[task].name for task in study.tasks}, output / "comparison.png")
+    rows = write_tables(study.cells, study.metrics, output)
+    figures.label_efficiency(rows, study.metrics, output / "comparison.png")
     command = shlex.join(["python", "compare.py", *(word for word in argv if word != "--tables-only")])
-    write_report(
-        output / "report.html", command, {task: TASKS[task].name for task in study.tasks}, rows, study.cells, study.jobs
-    )
+    write_report(output / "report.html", command, study.metrics, rows, study.cells, study.jobs)
     print(f"\n{(output / 'comparison.md').read_text(encoding='utf-8')}")
     print(f"written: {output}/report.html, results.csv, comparison.md, .tex, .json and .png", flush=True)
     failed = {job: job.record().get("reason") or "has not been run" for job in study.jobs if not job.finished()}
@@ -541,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,20 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from torch import nn
 
+from medssl import errors
 from medssl.datasets import registry
-from medssl.datasets.registry import ImageDataset, Info
-from medssl.datasets.views import ClassificationViews
-from medssl.datasets.views3d import VolumeClassificationViews
+from medssl.datasets.base import ImageDataset, Info
 from medssl.engine import options
-from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import CHANNELS_LAST, autocast, describe, plain, versions, write_json
-from medssl.engine.metrics import score, targets_of
-from medssl.engine.options import InputError
+from medssl.engine.batches import CHANNELS_LAST, autocast, evaluation_batches
 from medssl.engine.parallel import Devices, Run, setup
+from medssl.engine.runs import describe, settings, versions
+from medssl.errors import InputError
+from medssl.files import write_json
 from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import Averaged
+from medssl.tasks.metrics import score, targets_of
+from medssl.views.of_images import ClassificationViews
+from medssl.views.of_volumes import VolumeClassificationViews
 
 SPLITS = ("train", "val", "test")
 B = {2: 256, 3: 16}  # images at a time
@@ -200,7 +202,7 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     data = options.add_data(parser)
     options.add_evaluation_lists(data)
-    options.add_chexpert(data)
+    options.add_own_options(data)
     options.add_runtime(parser)
     group = parser.add_argument_group("features")
     group.add_argument(
@@ -243,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     options.check_inits(args.init)
     devices = setup(args.gpus, args.device, args.deterministic)
-    if devices.world > 1:
+    if not devices.alone:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
@@ -298,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "device": describe(devices),
     }
-    write_json(output / "config.json", plain(args))
+    write_json(output / "config.json", settings(args, data.digest))
     write_json(output / "features.json", content)
     titles = [shorten(init, args.init) for init in args.init]
     panels = dict(zip(titles, extracted["test"]))
@@ -307,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

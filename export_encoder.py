@@ -16,14 +16,12 @@ Every file is loaded into the tool's own network, which must give the same featu
 checked against its published layout instead, and a note says so.
 """
 
-import contextlib
 import importlib.util
 import json
-import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +29,11 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
-from medssl.engine.options import InputError
+from medssl.errors import InputError
+from medssl.files import writing
 from medssl.models.encoders import check_normalization, make_encoder
 from medssl.models.heads import Averaged
 
@@ -142,17 +142,6 @@ def to_smp(source: Exported, folder: Path) -> Path:
     return _save(state, folder / "encoder_smp.pth")
 
 
-@contextlib.contextmanager
-def checked(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the checks in the block have passed; else nothing is left."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def to_detectron2(source: Exported, folder: Path) -> Path:
     """detectron2's names of a ResNet, as numpy arrays in a pickle."""
     if not re.fullmatch(r"resnet\d+", source.arch):
@@ -164,7 +153,7 @@ def to_detectron2(source: Exported, folder: Path) -> Path:
     }
     path = folder / "encoder_detectron2.pkl"
     content = {"model": model, "__author__": "medssl", "matching_heuristics": True}
-    with checked(path) as part:
+    with writing(path) as part:  # checked before it becomes the file
         part.write_bytes(pickle.dumps(content))
         back = pickle.loads(part.read_bytes())["model"]
         restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
@@ -224,7 +213,7 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     facts = {key: value for key, value in source.content.items() if not key.endswith("state_dict")}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
     path = folder / "encoder.safetensors"
-    with checked(path) as part:
+    with writing(path) as part:  # checked before it becomes the file
         save_file({key: value.contiguous() for key, value in source.state.items()}, part, metadata)
         back = load_file(part)
         if back.keys() != source.state.keys() or any(not torch.equal(back[key], source.state[key]) for key in back):
@@ -246,7 +235,7 @@ def to_onnx(source: Exported, folder: Path, side: int = SIDE) -> Path:
     path = folder / "encoder.onnx"
     batch = torch.export.Dim("batch")
     images = source.images(side)
-    with checked(path) as part:
+    with writing(path) as part:  # checked before it becomes the file
         torch.onnx.export(
             source.network, (images,), part, input_names=["image"], output_names=["features"],
             dynamic_shapes={"x": {0: batch}}, dynamo=True, external_data=False, verbose=False,
@@ -305,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ nor selects.
 The protocol follows the data set; every value of it is an option:
 
   chest    Adam 1e-4, ×0.5 every 50 epochs, batch 32, random crop (0.08, 1), test: centre 224/256, the epoch with
-           the best validation loss (the published chest X-ray protocol); also of chexpert, montgomery and shenzhen
+           the best validation loss (the published chest X-ray protocol); of all sets of chest radiographs
   others   Adam 1e-3, constant, batch 64, random crop (0.5, 1), test: whole image, the epoch with the best
            validation AUROC (MedMNIST's); volumes: batch 16, no crop
   luna     Adam 1e-4, cosine, batch 32, every third training cube a nodule, the epoch with the best validation AUROC.
@@ -26,23 +26,26 @@ compared in pairs. Validation and test splits never shrink.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, Info, open_labelled
-from medssl.datasets.views import ClassificationViews
-from medssl.datasets.views3d import VolumeClassificationViews
-from medssl.engine import options, trials
-from medssl.engine.evaluation import join_trials, summarise_classes, test_classes, validate_classes
-from medssl.engine.loop import Method
-from medssl.engine.options import InputError
+from medssl import errors
+from medssl.datasets.base import ImageDataset, Info
+from medssl.datasets.registry import open_labelled, row_of
+from medssl.engine import options
+from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run, finish, setup
+from medssl.errors import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
 from medssl.models.heads import EncoderClassifier
+from medssl.tasks import trials
+from medssl.tasks.classification import join_trials, summarise_classes, test_classes, validate_classes
+from medssl.views.of_images import ClassificationViews
+from medssl.views.of_volumes import VolumeClassificationViews
 
 PROTOCOLS = {
     "chest": {  # as C2L and PCRL fine-tune on chest X-rays: Adam 1e-4, halved every 50 epochs
@@ -64,10 +67,7 @@ PROTOCOLS |= {  # for volumes, which are not cropped
         "b": 32, "epochs": 100, "patience": 30, "select": "auroc", "positive_share": 1 / 3,
     },
 }  # fmt: skip
-PROTOCOL_OF = {  # of a data set, or of its dimension
-    **dict.fromkeys(("chest", "chexpert", "montgomery", "shenzhen"), "chest"),
-    "luna": "luna", 2: "medmnist", 3: "volumes",
-}  # fmt: skip
+BY_DIMS = {2: "medmnist", 3: "volumes"}  # protocols of sets whose row names none
 EVAL_B = {2: 128, 3: 16}
 
 
@@ -104,7 +104,7 @@ def make_views(
     )
 
 
-def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices: Devices) -> dict:
+def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devices: Devices) -> dict:
     """Fine-tune once; leaves best.pt and predictions.csv in `--output`, and returns the trial's entry."""
     info = splits["train"].info
     train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
@@ -133,7 +133,7 @@ def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     data = options.add_data(parser)
     options.add_evaluation_lists(data)
-    options.add_chexpert(data)
+    options.add_own_options(data)
     data.add_argument(
         "--ratio",
         type=options.fraction,
@@ -196,7 +196,11 @@ def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
         3: [key for key, value in of_volumes.items() if value],
     }
     options.refuse_other_dims(info.dims, info.name, given)
-    name = PROTOCOL_OF.get(info.name, PROTOCOL_OF[info.dims]) if args.protocol == "auto" else args.protocol
+    name = (
+        row_of(info.name).protocols.get("classification", BY_DIMS[info.dims])
+        if args.protocol == "auto"
+        else args.protocol
+    )
     by_dims = {"arch": DEFAULT_ARCH[info.dims], "eval_b": EVAL_B[info.dims]}
     args = options.complete(args, {**PROTOCOLS[name], **by_dims})
     args.protocol = name
@@ -216,12 +220,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     trials.check_start(args)
     devices = setup(args.gpus, args.device, args.deterministic)
     splits = open_labelled(args)
-    info = splits["train"].info
+    info = splits.info
     args = complete(args, info)
-    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
+    entries, best = trials.run_trials(
+        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
+    )
     if devices.main:
         output = Path(args.output)
-        summary = trials.summarise_trials(entries, "auroc", args, info, devices)
+        summary = trials.summarise_trials(entries, "auroc", args, splits, devices)
         join_trials(output, args.trials, best, info)
         trials.write_results(output, {**summary, **summarise_classes(entries, info)}, "AUROC")
     devices.wait()
@@ -235,7 +241,7 @@ def in_a_line(entry: dict) -> str:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

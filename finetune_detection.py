@@ -30,17 +30,19 @@ from pathlib import Path
 
 import torch
 
-from medssl.datasets.segmentation import open_instances
-from medssl.datasets.segmentation2d import InstanceImages
-from medssl.datasets.views import DetectionViews
-from medssl.engine import options, trials
-from medssl.engine.detection import Detector, evaluate, in_a_line
+from medssl import errors
+from medssl.datasets.masked_images import InstanceImages
+from medssl.datasets.registry import open_instances, row_of
+from medssl.engine import options
 from medssl.engine.loop import fit
-from medssl.engine.metrics import mean_of
-from medssl.engine.options import InputError
 from medssl.engine.parallel import Devices, finish, setup
+from medssl.errors import InputError
 from medssl.models.detector import make_detector
 from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
+from medssl.tasks import trials
+from medssl.tasks.detection import Detector, evaluate, in_a_line
+from medssl.tasks.metrics import mean_of
+from medssl.views.of_images import DetectionViews
 
 DETECTRON2 = {"proposals": 1000, "samples": 512, "warmup_iterations": 1000}  # its Base-RCNN-FPN and defaults
 PROTOCOLS = {
@@ -127,8 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--gpus: images of many sizes are not split between GPUs; start one process a GPU with torchrun"
         )
     splits = open_instances(args)
-    info = splits["train"].info
-    args = options.complete(args, PROTOCOLS[args.dataset])
+    info = splits.info
+    args.dataset = info.name
+    args = options.complete(args, PROTOCOLS[row_of(info.name).protocols["detection"]])
     check_arch(args.arch, 2)
     options.check_range("--sides", *args.sides)
     if args.schedule == "step" and args.warmup_iterations >= min(args.milestones):
@@ -136,10 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--warmup-iterations {args.warmup_iterations}: the rate falls at {min(args.milestones):g} "
             "(--milestones); give less"
         )
-    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), in_a_line)
+    entries, best = trials.run_trials(
+        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
+    )
     if devices.main:
         output = Path(args.output)
-        summary = trials.summarise_trials(entries, "ap_box", args, info, devices)
+        summary = trials.summarise_trials(entries, "ap_box", args, splits, devices)
         keys = list(entries[0]["box"])
         for kind in ("box", "mask"):
             summary[kind] = {key: mean_of(entry[kind][key] for entry in entries) for key in keys}
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

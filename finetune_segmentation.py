@@ -10,23 +10,23 @@
 
 The dimension comes from the data set. Every value that the data set chooses is an option.
 
-Volumes: `lits`, `brats`, `phantom3d`, and `folder`, any folder of image and mask volumes (layout and lists:
-datasets/segmentation3d.py). The network is the 3D U-Net with skips, on random patches; loss and sliding window are
-nnU-Net's (cross-entropy and Dice; Gaussian weights).
+Volumes: LiTS, BraTS, generated CTs, and any folder of image and mask volumes (layout and lists: datasets/pairs.py).
+The network is the 3D U-Net with skips, on random patches; loss and sliding window are nnU-Net's (cross-entropy and
+Dice; Gaussian weights).
 
   lits       patches 128 × 128 × 64, HU ±200, slices 1 mm apart, the largest component is kept
   brats      patches 96 × 96 × 96
   phantom3d  patches 48 × 48 × 32: whole volumes
   folder     patches 64 × 64 × 32, as in pre-training
 
-Images: `drive`, `stare`, `chase`, `montgomery`, `shenzhen`, the generated `phantom2d` and `fundus2d`, and `folder`, any
-folder of images and masks (layout and lists: datasets/segmentation2d.py). The network is a U-Net with skips on any
-encoder of segmentation-models-pytorch. Images are resized to a square, of which `--patch` trains on random parts and
-predicts by overlapping windows; predictions come back at the image's own size, and are judged there, in the field of
-view where the set has one.
+Images: fundus photographs with vessels, radiographs with lungs, colon glands, generated ones, and any folder of images
+and masks (layout and lists: datasets/pairs.py). The network is a U-Net with skips on any encoder of
+segmentation-models-pytorch. Images are resized to a square, of which `--patch` trains on random parts and predicts by
+overlapping windows; predictions come back at the image's own size, and are judged there, in the field of view where
+the set has one.
 
-  drive, stare, chase, fundus2d   512 pixels, cross-entropy, mirrored both ways
-  montgomery, shenzhen            224 pixels, cross-entropy
+  vessels (DRIVE and others)      512 pixels, cross-entropy, mirrored both ways
+  lungs (Montgomery, Shenzhen)    224 pixels, cross-entropy
   lits (preprocess/slices.py)     512 pixels, cross-entropy and Dice
   phantom2d                        64 pixels, cross-entropy and Dice
   folder                          256 pixels, cross-entropy and Dice
@@ -43,23 +43,27 @@ volume's.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from medssl.datasets.registry import ImageDataset, Info
-from medssl.datasets.segmentation import open_segmented
-from medssl.engine import options, segmentation2d, segmentation3d, trials
-from medssl.engine.options import InputError
+from medssl import errors
+from medssl.datasets.base import ImageDataset
+from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_name
+from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
-from medssl.engine.segmentation import average_trials, write_cases
+from medssl.errors import InputError
 from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise_unet
+from medssl.tasks import segmentation2d, trials
+from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
+from medssl.tasks.segmentation2d import ImageSegmentation
+from medssl.tasks.segmentation3d import VolumeSegmentation
 
-KINDS = {2: segmentation2d, 3: segmentation3d}  # functions of the same names for images and volumes
+BY_DIMS: dict[int, Segmentation] = {2: ImageSegmentation(), 3: VolumeSegmentation()}
 
 
-def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices: Devices) -> dict:
+def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devices: Devices) -> dict:
     """Fine-tune once; leaves best.pt, predictions/ and overlays/ in `--output`, and returns the trial's entry, with the
     rows of cases.csv as "cases"."""
     info, labels = splits["train"].info, splits["train"].mask_labels
@@ -68,7 +72,7 @@ def run_trial(args: argparse.Namespace, splits: dict[str, ImageDataset], devices
     shown = train.subset([*range(len(train))] * max(1, passes))
 
     torch.manual_seed(args.seed)
-    kind = KINDS[info.dims]
+    kind = BY_DIMS[info.dims]
     network = kind.make_network(args, info, len(labels))
     start = initialise_unet(network, args.arch, args.init, args.load)
     views = kind.make_views(args, start["normalization"])
@@ -138,23 +142,34 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def complete(args: argparse.Namespace, info: Info) -> argparse.Namespace:
+def open_data(args: argparse.Namespace) -> Opened:
+    """The splits, images as large as the data set's protocol says unless the user does."""
+    protocol = row_of(segmented_name(args)).protocols.get("segmentation", "folder")
+    of_images = segmentation2d.PROTOCOLS.get(protocol, segmentation2d.PROTOCOLS["folder"])
+    return open_segmented(args, args.image_size or of_images["image_size"])
+
+
+def complete(args: argparse.Namespace, train: ImageDataset) -> argparse.Namespace:
     """The options with the data set's values where the user gave none.
 
     Raises:
         InputError: for an option that images, or volumes, do not have, and sides that do not fit.
     """
+    info = train.info
     given = {
-        dims: [f"--{key.replace('_', '-')}" for key in kind.OPTIONS if getattr(args, key) is not None]
-        for dims, kind in KINDS.items()
+        dims: [f"--{key.replace('_', '-')}" for key in kind.options if getattr(args, key) is not None]
+        for dims, kind in BY_DIMS.items()
     }
     options.refuse_other_dims(info.dims, info.name, given)
-    kind = KINDS[info.dims]
-    if args.patch and len(args.patch) != kind.SIDES:
-        wanted = {1: "one side", 3: "three sides"}[kind.SIDES]
+    kind = BY_DIMS[info.dims]
+    if args.patch and len(args.patch) != kind.sides:
+        wanted = {1: "one side", 3: "three sides"}[kind.sides]
         raise InputError(f"--patch {' '.join(map(str, args.patch))}: {info.name} wants {wanted}")
-    by_set = kind.PROTOCOLS.get(info.name, kind.PROTOCOLS["folder"])
-    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], **kind.OPTIONS, **by_set})
+    by_set = kind.protocols[row_of(info.name).protocols.get("segmentation", "folder")]
+    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], **kind.options, **by_set})
+    for option in ("spacing", "window"):  # as the volumes are read
+        value = getattr(train, option, None)
+        setattr(args, option, None if value is None else list(value))
     check_arch(args.arch, info.dims)
     kind.check(args)
     return args
@@ -164,15 +179,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     trials.check_start(args)
     devices = setup(args.gpus, args.device, args.deterministic)
-    splits = open_segmented(args, segmentation2d.PROTOCOLS)
-    info = splits["train"].info
-    args = complete(args, info)
-    kind = KINDS[info.dims]
-    entries, best = trials.run_trials(args, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line)
+    splits = open_data(args)
+    info = splits.info
+    args = complete(args, splits["train"])
+    kind = BY_DIMS[info.dims]
+    entries, best = trials.run_trials(
+        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line
+    )
     if devices.main:
         output, regions = Path(args.output), kind.regions_of(splits["test"])
-        summary = trials.summarise_trials(entries, "dice", args, info, devices)
-        summary |= average_trials(entries, regions, kind.MEASURES)
+        summary = trials.summarise_trials(entries, "dice", args, splits, devices)
+        summary |= average_trials(entries, regions, kind.measures)
         trials.keep_chosen(output, best)
         write_cases(output, [entry.pop("cases") for entry in entries])  # which results.json is too small for
         trials.write_results(output, {**summary, "load": args.load}, "Dice")
@@ -181,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

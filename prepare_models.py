@@ -26,9 +26,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.models.encoders import IMAGENET, METADATA
 
 WRAPPERS = ("state_dict", "model", "resnet")  # keys under which files keep their weights
@@ -332,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import PairViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, norm_mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
+from medssl.views.of_images import PairViews
 
 HIDDEN, DIM = 512, 256
 BLUR, SOLARISED = (1.0, 0.1), (0.0, 0.2)  # chances of view 1 and view 2
@@ -71,8 +73,8 @@ def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/byol")
     options.add_teacher(parser.add_argument_group("teacher"))
     group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_jitter(group)
+    view_options.add_crops(group)
+    view_options.add_jitter(group)
     # Batch and head of ConCL's baseline on NCT-CRC-HE-100K; the rest the paper's, §3.3 and appendix B: a rate of .2 for
     # 256 images, ten epochs of warm-up, crops of 8 % and more.
     parser.set_defaults(
@@ -90,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = BYOL(args.arch, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = PairViews(**start["normalization"], **options.large_views(args), blur=BLUR, solarised=SOLARISED)
+    views = PairViews(**start["normalization"], **view_options.large_views(args), blur=BLUR, solarised=SOLARISED)
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

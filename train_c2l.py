@@ -13,16 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
 from medssl.models.mixup import Mixup
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import MultiCropViews
 
 DIM = 128
 
@@ -95,11 +97,11 @@ def get_parser() -> options.Parser:
     options.add_nce(group)
     options.flag(group, "--mixup", True, "the two terms with mixtures; without them this is MoCo")
     group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_rotation(group)
-    options.add_jitter(group)
-    options.add_blur(group, 0.0)
-    options.add_cutout(group)
+    view_options.add_crops(group)
+    view_options.add_rotation(group)
+    view_options.add_jitter(group)
+    view_options.add_blur(group, 0.0)
+    view_options.add_cutout(group)
     parser.set_defaults(  # §3.1 of the paper and the published script
         b=128, epochs=120, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="step",
         milestones=[60, 80, 100], temperature=0.07,
@@ -115,12 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = C2L(args.arch, len(data), args.queue, args.temperature, args.ema, args.loss, args.mixup, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = MultiCropViews(**start["normalization"], **options.large_views(args), locals_=0, targets=0)
+    views = MultiCropViews(**start["normalization"], **view_options.large_views(args), locals_=0, targets=0)
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

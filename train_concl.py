@@ -11,16 +11,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import ConceptViews, normalise
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
-from medssl.engine.parallel import Run, gather, setup, world_size
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
+from medssl.engine.parallel import Run, gather, setup
 from medssl.models.concepts import concept_means, cosine_kmeans, random_pixels, view_maps
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.models.heads import DenseEmbedder, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import ConceptViews
+from medssl.views.ops2d import normalise
 
 HIDDEN, DIM = 512, 128
 ITERATIONS = 10  # of k-means
@@ -101,9 +104,8 @@ class ConCL(Method):
         q = self.student.head(means[0][both])
         with torch.no_grad():
             k = self.teacher.head(means[1])  # (B, K, 128), also of concepts that are not in both
-        found = gather(both.sum()[None]).sum()
         keys = self.choose_keys(k, both, run)
-        (loss,) = self.concept_contrast([(q, k[both])], keys, count=found.clamp(min=1) / world_size())
+        (loss,) = self.concept_contrast([(q, k[both])], keys, count=run.mean_over(both.sum(), least=1))
         return loss
 
     def choose_keys(self, k: Tensor, both: Tensor, run: Run) -> Tensor:
@@ -112,9 +114,9 @@ class ConCL(Method):
         number = k.shape[1] if k.shape[1] <= MANY_CONCEPTS else MANY_KEYS
         everyone = gather(k.flatten(0, 1))[gather(both.flatten().to(torch.uint8)).bool()]
         order = torch.randperm(len(everyone), generator=run.generator).to(k.device)
-        wanted = torch.arange(number * len(k) * world_size(), device=k.device)
+        wanted = torch.arange(run.whole(number * len(k)), device=k.device)
         rows = order[wanted % max(1, len(order))] if len(order) else order
-        return run.share(everyone[rows])
+        return run.own_rows(everyone[rows])
 
     def after_step(self, progress: float) -> None:
         self.contrast.after_step()
@@ -152,7 +154,7 @@ def get_parser() -> options.Parser:
         default=1.0,
         help="weight w of the concept loss; the instance's: 1 - w",
     )
-    options.add_pair_views(parser)
+    view_options.add_pair_views(parser)
     parser.set_defaults(**options.MOCO_V2)  # §4.1 of the paper and the published configuration
     return parser
 
@@ -170,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = initialise(method.student.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
     method.teacher.load_state_dict(method.student.state_dict())
-    views = ConceptViews(**start["normalization"], **options.large_views(args))
+    views = ConceptViews(**start["normalization"], **view_options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import PairViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import l2_normalize
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import DenseEmbedder, global_average, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import PairViews
 
 HIDDEN, DIM = 512, 128
 
@@ -113,7 +115,7 @@ def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/densecl")
     group = options.add_queued_contrast(parser)
     group.add_argument("--dense-weight", type=options.fraction, default=0.5, help="weight λ of the dense contrast")
-    options.add_pair_views(parser)
+    view_options.add_pair_views(parser)
     parser.set_defaults(**options.MOCO_V2)  # ConCL's baseline on NCT-CRC-HE-100K
     return parser
 
@@ -126,12 +128,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = DenseCL(args.arch, args.dense_weight, args.queue, args.temperature, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = PairViews(**start["normalization"], **options.large_views(args))
+    views = PairViews(**start["normalization"], **view_options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
-from medssl.engine.options import InputError
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
+from medssl.errors import InputError
 from medssl.losses.contrastive import l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder
 from medssl.models.queue import MemoryBank
+from medssl.views.of_images import MultiCropViews
 
 DIM = 128
 
@@ -87,11 +89,11 @@ def get_parser() -> options.Parser:
         "--memory-momentum", "--nce_m", type=options.fraction, default=0.5, help="share of the old embedding in a slot"
     )
     group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_rotation(group)
-    options.add_jitter(group)
-    options.add_blur(group, 0.0)
-    options.add_cutout(group)
+    view_options.add_crops(group)
+    view_options.add_rotation(group)
+    view_options.add_jitter(group)
+    view_options.add_blur(group, 0.0)
+    view_options.add_cutout(group)
     parser.set_defaults(  # §4 of the paper: 200 epochs, lr .03 divided by 10 after 120 and 160, K 4096, T .07
         b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="step",
         milestones=None, temperature=0.07, rotation=0.0, cutout=0,
@@ -109,12 +111,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     method = InsDis(args.arch, len(data), args.negatives, args.temperature, args.memory_momentum, args.loss)
     start = initialise(method.student.encoder, args.arch, args.init)
-    views = MultiCropViews(**start["normalization"], **options.large_views(args), views=1, locals_=0, targets=0)
+    views = MultiCropViews(**start["normalization"], **view_options.large_views(args), views=1, locals_=0, targets=0)
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

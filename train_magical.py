@@ -8,11 +8,11 @@ Image Analysis", later published as TOWER, Neural Networks 167:810–826, 2023).
 
 With the data set come these values where none is given; the first six rows are the published ones:
 
-  lits        --image-size 512 -b  12 --lr 0.001  --epochs 200
-  chexpert    --image-size 224 -b  32 --lr 0.0002 --epochs 200
-  drive       --image-size 512 -b  16 --lr 0.001  --epochs 100
-  montgomery  --image-size 224 -b  16 --lr 0.001  --epochs 200
-  shenzhen    --image-size 224 -b  24 --lr 0.0002 --epochs 200
+  LiTS        --image-size 512 -b  12 --lr 0.001  --epochs 200
+  CheXpert    --image-size 224 -b  32 --lr 0.0002 --epochs 200
+  DRIVE       --image-size 512 -b  16 --lr 0.001  --epochs 100
+  Montgomery  --image-size 224 -b  16 --lr 0.001  --epochs 200
+  Shenzhen    --image-size 224 -b  24 --lr 0.0002 --epochs 200
   MedMNIST    --image-size  28 -b 128 --lr 0.001  --epochs 100
   others      --image-size 224 -b  32 --lr 0.0002 --epochs 200
 """
@@ -24,26 +24,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, open_pretraining, resolve, split_for_validation
-from medssl.datasets.views import ImageDraws, MaskedToneViews, normalise
+from medssl import errors
+from medssl.datasets.base import ImageDataset
+from medssl.datasets.registry import open_pretraining, resolve, row_of
+from medssl.datasets.splits import split_for_validation
 from medssl.engine import options
-from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import Method, autocast, pretrain
-from medssl.engine.options import InputError
+from medssl.engine.batches import autocast, evaluation_batches
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run, setup
+from medssl.errors import InputError
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import IMAGENET, initialise
 from medssl.models.heads import global_average, mlp
 from medssl.models.unet2d import UNet2d
+from medssl.views.draws import ImageDraws
+from medssl.views.of_images import MaskedToneViews
+from medssl.views.ops2d import normalise
 
 DIM = 128
 GREATEST_GRID = 256
-DEFAULTS = {  # by data set, MedMNIST by its family: the published scripts
-    "lits": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
-    "chexpert": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
-    "drive": {"image_size": 512, "b": 16, "lr": 1e-3, "epochs": 100},
-    "montgomery": {"image_size": 224, "b": 16, "lr": 1e-3, "epochs": 200},
-    "shenzhen": {"image_size": 224, "b": 24, "lr": 2e-4, "epochs": 200},
+DEFAULTS = {  # by the published script, which a data set's row names
+    "lcs": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
+    "dxc": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
+    "vfs": {"image_size": 512, "b": 16, "lr": 1e-3, "epochs": 100},
+    "lxs": {"image_size": 224, "b": 16, "lr": 1e-3, "epochs": 200},
+    "txc": {"image_size": 224, "b": 24, "lr": 2e-4, "epochs": 200},
     "medmnist": {"image_size": 28, "b": 128, "lr": 1e-3, "epochs": 100},
     "others": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
 }
@@ -136,7 +142,7 @@ def validate(
     """Mean absolute error of the restorations of held-out images; their changes are the same every time."""
     total = torch.zeros((), device=devices.device)
     count = 0
-    for batch in evaluation_batches(data, max(1, args.b // devices.world), args, devices):
+    for batch in evaluation_batches(data, devices.own_count(args.b), args, devices):
         inputs = views(batch, ImageDraws(args.seed, batch["index"].tolist()))
         with autocast(args, devices.device):
             restored = Run(devices.device_ids)(network, inputs["changed"])["restored"]
@@ -176,8 +182,8 @@ def get_parser() -> options.Parser:
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The options with the data set's values where the user gave none."""
-    name, family = resolve(args.dataset, args.data, args.d)
-    args = options.complete(args, DEFAULTS.get(name) or DEFAULTS.get(family) or DEFAULTS["others"])
+    row = row_of(resolve(args.dataset, args.data, args.d))
+    args = options.complete(args, DEFAULTS[row.protocols.get("magical", "others")])
     if args.grid > GREATEST_GRID:
         raise InputError(f"--grid {args.grid}: at most {GREATEST_GRID} cells along a side")
     if args.suffix:
@@ -201,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

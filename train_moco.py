@@ -19,15 +19,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import MultiCropViews
 
 DIM = 128
 VERSIONS = {  # §3 of both papers, and their published code
@@ -93,11 +95,11 @@ def get_parser() -> options.Parser:
     options.add_nce(group)
     group.add_argument("--version", type=int, choices=(1, 2), default=2, help="of MoCo: head, views and recipe")
     group = parser.add_argument_group("views")
-    options.add_crops(group)
-    options.add_rotation(group)
-    options.add_jitter(group)
-    options.add_blur(group)
-    options.add_cutout(group)
+    view_options.add_crops(group)
+    view_options.add_rotation(group)
+    view_options.add_jitter(group)
+    view_options.add_blur(group)
+    view_options.add_cutout(group)
     parser.set_defaults(  # §4 of 1911.05722; rotation and cutout are C2L's, for radiographs. None: the version decides
         b=256, epochs=200, lr=0.03, momentum=0.9, weight_decay=1e-4, optimizer="sgd", rotation=0.0, cutout=0,
         milestones=None, **dict.fromkeys(VERSIONS[2]),
@@ -117,14 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
     views = MultiCropViews(
-        **start["normalization"], **options.large_views(args),
+        **start["normalization"], **view_options.large_views(args),
         jitter_chance=JITTER_CHANCE[args.version], jitter_first=args.version == 2, locals_=0, targets=0,
     )  # fmt: skip
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,21 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-from medssl.datasets.registry import ImageDataset, open_pretraining
-from medssl.datasets.views import WholeOrCropViews
-from medssl.engine import options
-from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.loop import Method, autocast, pretrain
-from medssl.engine.options import InputError
+from medssl import errors
+from medssl.datasets.base import ImageDataset
+from medssl.datasets.registry import open_pretraining
+from medssl.engine import options, view_options
+from medssl.engine.batches import autocast, evaluation_batches
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run, setup
+from medssl.errors import InputError
 from medssl.losses.contrastive import l2_normalize
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import WholeOrCropViews
 
 DIM = 128
 IMAGES_A_CLUSTER = (51.2, 25.6, 12.8)  # ImageNet's 1.28 million images in 25 000, 50 000 and 100 000 clusters
@@ -166,7 +169,7 @@ def get_parser() -> options.Parser:
         "--clusters", type=options.positive_int, nargs="+", metavar="K",
         help="numbers of clusters; by default one for 51, 26 and 13 images, as the paper has for ImageNet",
     )  # fmt: skip
-    options.add_pair_views(parser)
+    view_options.add_pair_views(parser)
     # Appendix A of the paper, version 2, on MoCo-v2's views; the batch is ConCL's.
     parser.set_defaults(**options.MOCO_V2)
     return parser
@@ -187,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     method = PCL(args.arch, len(data), args.clusters, args.queue, args.temperature, args.ema, args.ema_schedule)
     start = initialise(method.student.encoder, args.arch, args.init)
     method.teacher.load_state_dict(method.student.state_dict())
-    views = WholeOrCropViews(**start["normalization"], **options.large_views(args))
+    views = WholeOrCropViews(**start["normalization"], **view_options.large_views(args))
     pretrain(
         method, data, views, args, devices,
         before_epoch=lambda step: update_clusters(method, views, data, args, devices, step),
@@ -195,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import RestorationViews, Views
-from medssl.datasets.views3d import RestorationCubeViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
-from medssl.engine.options import InputError
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
+from medssl.errors import InputError
 from medssl.models.context_unet import CHANNELS, ContextUNet2d, ContextUNet3d, attend, blend
 from medssl.models.encoders import DEFAULT_ARCH, initialise
 from medssl.models.mixup import Mixup, mixing_weight
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
+from medssl.views.of_images import RestorationViews, Views
+from medssl.views.of_volumes import RestorationCubeViews
+from medssl.views.ops3d import CUBE_SIZE
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
@@ -145,14 +148,14 @@ def get_parser() -> options.Parser:
     group.add_argument("--outchannel", type=options.positive_int, help="channels of the restoration; only checked")
     group.add_argument("--phase", choices=("pretask",), default="pretask", help="of the published command; only this")
     group = parser.add_argument_group("views of images (2D)")
-    options.add_crops(group)
-    options.add_rotation(group)
-    options.add_jitter(group)
-    options.add_blur(group)
-    options.add_cutout(group)
+    view_options.add_crops(group)
+    view_options.add_rotation(group)
+    view_options.add_jitter(group)
+    view_options.add_blur(group)
+    view_options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
     group.add_argument(
-        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=[64, 64, 32],
+        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
         help="sides of the cubes, voxels",
     )  # fmt: skip
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
@@ -166,7 +169,7 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     if dims == 3:
         return RestorationCubeViews(tuple(args.cube_size))
-    return RestorationViews(**normalization, **options.large_views(args))
+    return RestorationViews(**normalization, **view_options.large_views(args))
 
 
 def check_cube(sides: Sequence[int]) -> None:
@@ -204,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import MultiCropViews, Views
-from medssl.datasets.views3d import CubeViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder, width_of
 from medssl.models.heads import ScaleHead, global_average
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d
+from medssl.views.of_images import MultiCropViews, Views
+from medssl.views.of_volumes import CubeViews
+from medssl.views.ops3d import CUBE_SIZE, LOCAL_CUBE_SIZE
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-2},
@@ -178,13 +181,15 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("views of images (2D)")
     group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
-    options.add_jitter(group)
-    options.add_blur(group)
-    options.add_cutout(group)
+    view_options.add_jitter(group)
+    view_options.add_blur(group)
+    view_options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
     axes = {"type": size, "nargs": 3, "metavar": ("X", "Y", "Z")}
-    group.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels")
-    group.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels")
+    group.add_argument("--cube-size", **axes, default=list(CUBE_SIZE), help="sides of the large cubes, voxels")
+    group.add_argument(
+        "--local-cube-size", **axes, default=list(LOCAL_CUBE_SIZE), help="sides of the local cubes, voxels"
+    )
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
@@ -197,7 +202,7 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
         return CubeViews(tuple(args.cube_size), tuple(args.local_cube_size), args.local_views)
     return MultiCropViews(
         **normalization,
-        **options.large_views(args),
+        **view_options.large_views(args),
         local_size=args.local_size,
         locals_=args.local_views,
     )
@@ -222,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medssl import errors
 from medssl.datasets.registry import open_pretraining
-from medssl.datasets.views import PairViews
-from medssl.engine import options
-from medssl.engine.loop import Method, pretrain
+from medssl.engine import options, view_options
+from medssl.engine.loop import pretrain
+from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder, norm_mlp
+from medssl.views.of_images import PairViews
 
 HIDDEN, DIM = 512, 128
 
@@ -64,7 +66,7 @@ class SimCLR(Method):
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/simclr")
     options.add_contrast(parser)
-    options.add_pair_views(parser)
+    view_options.add_pair_views(parser)
     parser.set_defaults(  # ConCL's baseline on NCT-CRC-HE-100K; crops of 8 % and more as in the paper, appendix A
         b=1024, epochs=200, lr=0.6, momentum=0.9, weight_decay=1e-6, optimizer="lars", schedule="cosine",
         warmup_epochs=10.0, temperature=0.1, jitter=[0.8, 0.8, 0.8, 0.2], crop_scale=0.08,
@@ -79,12 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     method = SimCLR(args.arch, args.temperature)
     start = initialise(method.student.encoder, args.arch, args.init)
-    views = PairViews(**start["normalization"], **options.large_views(args))
+    views = PairViews(**start["normalization"], **view_options.large_views(args))
     pretrain(method, data, views, args, devices)
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

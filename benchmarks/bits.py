@@ -91,8 +91,8 @@ class Tree:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         running = []
-        for rank in range(processes):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        for number in range(processes):
+            env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(processes)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             env = self.env | (env if processes > 1 else {})
             pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -216,10 +216,10 @@ def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[
     tune("segmentation/phantom2d", "finetune_segmentation", *small, "--dataset", "phantom2d", "--texture-size", "32",
          *TUNING, "--annotation-percent", "1", "--epoch-steps", "2", "--b", "8", "--overlays", "2")  # fmt: skip
     tune("segmentation/phantom3d", "finetune_segmentation", "--arch", "unet3d_quarter", *TUNING, *patch, "--steps", "2",
-         "--annotation-percent", "4", "--epoch-steps", "2", "--b", "1", "--overlays", "1")  # fmt: skip
+         "--annotation-percent", "4", "--epoch-steps", "2", "--b", "2", "--overlays", "1")  # fmt: skip
     tune("detection/tissue2d", "finetune_detection", "--arch", "resnet18", "--dataset", "tissue2d", "--b", "2",
-         "--iterations", "2", "--milestones", "1", "--warmup-iterations", "0", "--sides", "64", "--test-side", "64",
-         "--annotation-percent", "5", "--workers", "0", "--no-tensorboard")  # fmt: skip
+         "--iterations", "2", "--milestones", "1", "--warmup-iterations", "0", "--sides", "64", "72",
+         "--test-side", "64", "--annotation-percent", "5", "--workers", "0", "--no-tensorboard")  # fmt: skip
     tune("features/medmnist", "evaluate_features", *mnist, "--image-size", "32", "--k", "3", "--workers", "0")
     return made
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl import errors
 from medssl.benchmarks.machine import add_measuring, interleave, report, summarise
 from medssl.benchmarks.variants import choose_device, synchronise
 from medssl.engine import options
@@ -136,7 +137,7 @@ def refuse_difference(inputs: dict[str, Tensor], concepts: int) -> float:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl import errors
 from medssl.benchmarks.machine import STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
 from medssl.benchmarks.variants import (
     PLAIN,
@@ -31,7 +32,7 @@ from medssl.benchmarks.variants import (
     synchronise,
 )
 from medssl.engine import options
-from medssl.engine.loop import CHANNELS_LAST
+from medssl.engine.batches import CHANNELS_LAST
 from medssl.engine.parallel import Run, make_deterministic
 from medssl.train_c2l import C2L
 from medssl.train_pcrl import PCRL
@@ -273,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     cuda, threads = args.device == "cuda", torch.get_num_threads()
     args = options.complete(args, {"b": 64 if cuda else 16, "steps": 30 if cuda else 3, "threads": threads})
     if args.b < 2:
-        raise options.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
+        raise errors.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
     torch.set_num_threads(args.threads)
     if cuda:
         make_deterministic(args.deterministic)  # before CUDA starts, which reads the setting of cuBLAS
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

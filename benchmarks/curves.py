@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from medssl import errors
 from medssl.engine import options
 from medssl.engine.monitor import loss_names
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 
 CONTRAST = ("contrast", "mixed_images", "mixed_features")  # summed where runs are compared
 SMOOTH = 5  # lines of metrics.jsonl in a running mean
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

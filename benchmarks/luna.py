@@ -25,10 +25,11 @@ import SimpleITK as sitk
 from scipy import ndimage
 from threadpoolctl import threadpool_limits
 
+from medssl import errors
 from medssl.benchmarks.machine import STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
-from medssl.datasets.volumes import use_one_thread
 from medssl.engine import options
 from medssl.preprocess import luna
+from medssl.reading.simpleitk import use_one_thread
 
 PLAIN, LEAN, OURS = "published loops", "published loops, no copies", "ours"
 SPACING_X, SPACING_Z = 0.7, 1.25  # mm, common in LUNA16
@@ -140,7 +141,7 @@ def plain_scan(path: Path, save: Path, pairs: int, copies: bool = True) -> None:
             continue
         small = []
         for x0, x1, y0, y1, z0, z1 in luna.draw_locals(array.shape, np.array(boxes), np.random.default_rng(made)):
-            small.append(plain_resize(one[x0:x1, y0:y1, z0:z1], luna.LOCAL_SIZE))
+            small.append(plain_resize(one[x0:x1, y0:y1, z0:z1], luna.LOCAL_CUBE_SIZE))
         np.save(save / f"{path.stem}_global_{made}.npy", np.stack(crops)[..., :32])
         np.save(save / f"{path.stem}_local_{made}.npy", np.stack(small))
         made += 1
@@ -239,7 +240,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from statistics import median
 
 import torch
 
-from medssl.engine.loop import write_json
 from medssl.engine.options import Parser, positive_int
+from medssl.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

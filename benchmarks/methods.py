@@ -21,9 +21,10 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
+from medssl import errors
 from medssl.benchmarks.machine import ROOT, add_measuring, report
 from medssl.engine import options
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
 VOLUMES = ("pcrl", "pcrlv2")
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

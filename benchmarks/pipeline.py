@@ -25,15 +25,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from medssl import errors
 from medssl.benchmarks.machine import add_measuring, interleave, report, summarise
 from medssl.datasets import cache
-from medssl.datasets.phantom import radiographs
-from medssl.datasets.reading import Files, read_image
-from medssl.datasets.registry import ImageDataset, Info, Request, collate, to_texture
-from medssl.datasets.views import Draws, MultiCropViews
+from medssl.datasets.base import Files, ImageDataset, Info, Request, collate, to_texture
+from medssl.datasets.phantoms.radiograph import radiographs
 from medssl.engine import options
-from medssl.engine.loop import to_device
+from medssl.engine.batches import to_device
 from medssl.models.encoders import IMAGENET
+from medssl.reading.pictures import read_image
+from medssl.views.draws import Draws
+from medssl.views.of_images import MultiCropViews
 
 SIZE, LOCAL_SIZE, LOCAL_VIEWS = 224, 96, 6
 PLAIN = "plain"
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Measure, print the table, write and return the report."""
     args = get_parser().parse_args(argv)
     if args.images < args.b:
-        raise options.InputError(f"--images {args.images}: fewer than the {args.b} of one batch (--b)")
+        raise errors.InputError(f"--images {args.images}: fewer than the {args.b} of one batch (--b)")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -265,7 +267,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl import errors
 from medssl.benchmarks.machine import RESULTS, STATUS, add_measuring, alone, interleave, peak_mb, report, summarise
 from medssl.benchmarks.variants import (
     PLAIN,
@@ -34,11 +35,12 @@ from medssl.benchmarks.variants import (
     synchronise,
 )
 from medssl.engine import options
-from medssl.engine.loop import CHANNELS_LAST
+from medssl.engine.batches import CHANNELS_LAST
 from medssl.engine.parallel import Run, make_deterministic
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS
 from medssl.train_pcrlv2 import DEFAULTS, MultiScaleUNet, PCRLv2
+from medssl.views.ops3d import CUBE_SIZE, LOCAL_CUBE_SIZE
 
 LOCAL_VIEWS = 6
 LEVELS = {2: len(DECODER_CHANNELS), 3: PCRLv23d.levels}  # of the decoder
@@ -245,8 +247,10 @@ def get_parser() -> options.Parser:
     group.add_argument("--image-size", type=options.positive_int, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=options.positive_int, default=96, help="side of the local views, pixels")
     axes = {"type": options.positive_int, "nargs": 3, "metavar": ("X", "Y", "Z")}
-    group.add_argument("--cube-size", **axes, default=[64, 64, 32], help="sides of the large cubes, voxels (3D)")
-    group.add_argument("--local-cube-size", **axes, default=[16, 16, 16], help="sides of the local cubes, voxels (3D)")
+    group.add_argument("--cube-size", **axes, default=list(CUBE_SIZE), help="sides of the large cubes, voxels (3D)")
+    group.add_argument(
+        "--local-cube-size", **axes, default=list(LOCAL_CUBE_SIZE), help="sides of the local cubes, voxels (3D)"
+    )
     group.add_argument("--arch", help="encoder, as for train_pcrlv2.py; by default resnet18, in 3D unet3d")
     group = add_measuring(parser, None, "the JSON file; step.json or step_3d.json beside the others")
     group.add_argument(
@@ -275,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     }
     args = options.complete(args, defaults)
     if args.b < 2:
-        raise options.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
+        raise errors.InputError("--b 1: batch norm of single images is not possible; use 2 or more")
     torch.set_num_threads(args.threads)
     if cuda:
         make_deterministic(args.deterministic)  # before CUDA starts, which reads the setting of cuBLAS
@@ -303,7 +307,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def cli() -> None:
     """Command line."""
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

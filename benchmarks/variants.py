@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medssl.engine.loop import Method
-from medssl.engine.options import InputError
+from medssl.engine.method import Method
 from medssl.engine.parallel import make_deterministic
+from medssl.errors import InputError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -17,7 +17,6 @@ item. Its name is a digest of the files' paths, sizes and times, and of how they
 
 import contextlib
 import copy
-import fcntl
 import json
 import os
 import shlex
@@ -32,10 +31,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from medssl.datasets.lists import write_text
-from medssl.datasets.registry import ImageDataset, UnreadableImage, digest, files_in
-from medssl.datasets.volumes import use_one_thread
-from medssl.engine.options import InputError
+from medssl.datasets.base import ImageDataset
+from medssl.datasets.identity import files_in
+from medssl.errors import InputError, UnreadableImage
+from medssl.files import LOCK, digest, lock_folder, write_atomic, write_text
+from medssl.reading.simpleitk import use_one_thread
 
 VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone
 KEYS = {"version", "finished", "set", "size", "channels", "block", "ids"}  # of every index
@@ -118,13 +118,13 @@ class _Blocks(torch.utils.data.Dataset):
         sizes, bad = [], {}
         for texture, row in zip(textures, rows):
             try:
-                sample = data.load(row)
+                item = data.load(row)
             except UnreadableImage as error:
                 sizes.append([0, 0])
                 bad[str(row)] = str(error)
                 continue
-            texture[:] = sample["image"].numpy()
-            sizes.append(sample["size"].int().tolist())
+            texture[:] = item["image"].numpy()
+            sizes.append(item["size"].int().tolist())
         with open(self.file, "r+b") as file:
             file.seek(first * channels * side * side)
             file.write(textures.tobytes())
@@ -215,16 +215,14 @@ def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other builds out of a folder until this one ends, however it ends."""
-    # The system lifts the lock when the process is killed, so a file that is left behind hinders nobody.
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is making this cache; wait for it") from None
+    lock = lock_folder(folder, wait=False)
+    if lock is None:
+        raise InputError(f"{folder}: another process is making this cache; wait for it")
+    with lock:
         try:
             yield
         finally:
-            (folder / "lock").unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)  # a cache has no other files than its own
 
 
 def _refuse_changed(data: ImageDataset, folder: Path, cached: list[tuple[int, str]], workers: int) -> None:
@@ -365,7 +363,8 @@ class DecodedVolumes(ImageDataset):
             return {key: torch.from_numpy(array) for key, array in arrays.items()}
         item = self.decode(source)
         try:
-            _save(path, {key: tensor.numpy() for key, tensor in item.items()})
+            arrays = {key: tensor.numpy() for key, tensor in item.items()}
+            write_atomic(path, lambda unfinished: np.savez(unfinished, **arrays))
         except OSError as error:
             raise InputError(f"--cache {self.kept_in}: {error.strerror}; leave it out, or choose another") from None
         return item
@@ -379,18 +378,6 @@ class DecodedVolumes(ImageDataset):
         except OSError:
             return None  # decoding says which
         return f"{digest(json.dumps([VERSION, type(self).__name__, self.recipe, states]).encode())}.npz"
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays so that `path` is complete or not there; several processes may write the same."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def attach(data: ImageDataset, folder: str | Path, root: str | None = "DIR") -> ImageDataset:

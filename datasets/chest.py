@@ -13,23 +13,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medssl.datasets.lists import (
+from medssl.datasets.base import Files, ImageDataset, Info, Request
+from medssl.datasets.splits import (
     Listed,
     asked_for,
-    file_name,
     hold_out,
-    known_or_nan,
-    line_of,
-    open_table,
     patient_of,
     read_given,
-    read_list,
     warn_of_absent,
     warn_of_unlabelled,
 )
-from medssl.datasets.reading import EXTENSIONS, Files
-from medssl.datasets.registry import ImageDataset, Info, Request
-from medssl.engine.options import InputError
+from medssl.errors import InputError
+from medssl.reading.find import IMAGE_EXTENSIONS
+from medssl.reading.tables import file_name, known_or_nan, line_of, open_table, read_list
 
 FINDINGS = (
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
@@ -198,15 +194,13 @@ def _only(chosen: dict[str, Listed], splits: Sequence[str]) -> dict[str, Listed]
 
 def _index(folder: Path) -> dict[str, str]:
     """Paths by file name. One scan of the folders: asking for 112 120 files one by one takes long."""
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: not a folder")
     places = [folder / "images", *sorted(folder.glob("images_*/images")), folder]
     paths: dict[str, str] = {}
     for place in places:
         if place.is_dir():
             with os.scandir(place) as entries:
                 for entry in entries:
-                    if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                    if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.name.startswith("."):
                         paths.setdefault(entry.name, entry.path)
     if not paths:
         raise InputError(f"--data {folder}: no images in images/ or images_0*/images/")

@@ -29,22 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets.lists import (
+from medssl.datasets.base import Files, ImageDataset, Info, Request
+from medssl.datasets.splits import (
     Listed,
     asked_for,
+    grouped,
     hold_out,
-    known_or_nan,
-    line_of,
-    open_table,
     patient_of,
-    plain_name,
     read_given,
     warn_of_absent,
     warn_of_unlabelled,
 )
-from medssl.datasets.reading import Files
-from medssl.datasets.registry import ImageDataset, Info, Request
-from medssl.engine.options import InputError
+from medssl.errors import InputError
+from medssl.reading.tables import known_or_nan, line_of, open_table, plain_name
 
 LABELS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
@@ -226,10 +223,6 @@ def _labels_of(path: str, names: list[str], labels: Tensor) -> Tensor:
     return labels if labels.shape[1] == len(REPORTED) else _reported(labels)
 
 
-def _patients_of(names: Sequence[str]) -> list[str]:
-    return [patient_of(name) or name for name in names]
-
-
 def _from_tables(listed: Listed, tables: list[Table]) -> Tensor | None:
     """The labels (N, 5) that the tables have, NaN with a warning where they lack images; None where they lack all."""
     rows = {name: row for row, name in enumerate(name for table in tables for name in table.names)}
@@ -255,7 +248,7 @@ def _given(request: Request, splits: Sequence[str], root: Path, tables: dict[str
         splits,
         name_in,
         _labels_of,
-        _patients_of,
+        grouped,
         lambda name: name.startswith("valid/"),
         tables["valid"].path if "valid" in tables else "valid.csv",
     )
@@ -307,8 +300,6 @@ def _seen(request: Request, whole: dict[str, Listed], of: dict[str, Table], root
 
 def _root(folder: Path) -> Path:
     """The folder with `train/` or `valid/`."""
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: not a folder")
     for place in _places(folder):
         if _parts(place):
             return place

@@ -8,32 +8,37 @@ CTs of hundreds of slices are cut once with `preprocess/luna.py`, which takes an
 import os
 import posixpath
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets import luna, segmentation2d, segmentation3d
+from medssl.datasets import luna, pairs
+from medssl.datasets.base import Files, ImageDataset, Info, Request, volume_item
 from medssl.datasets.cache import DecodedVolumes
-from medssl.datasets.lists import (
+from medssl.datasets.masked_volumes import open_cases
+from medssl.datasets.pairs import channels_of
+from medssl.datasets.splits import (
+    GIVE_LISTS,
+    HELD_OUT,
     SPLIT_SEED,
+    SPLITS,
     asked_for,
-    class_count,
-    known_or_nan,
-    line_of,
-    patient_of,
-    read_list,
+    choose,
+    grouped,
+    known_patients,
     split_all,
     split_by_patient,
+    split_classes,
 )
-from medssl.datasets.reading import DICOM_EXTENSIONS, Files, find_images, read_image
-from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, volume_item
-from medssl.datasets.views3d import resize
-from medssl.datasets.volumes import find_volumes, read_volume, to_unit, without_extension
-from medssl.engine.options import InputError
+from medssl.errors import InputError
+from medssl.reading.dicom import is_series
+from medssl.reading.find import find_images, find_volumes, without_extension
+from medssl.reading.intensities import to_unit
+from medssl.reading.tables import PATIENTS, class_count, known_or_nan, line_of, read_list, read_patients
+from medssl.reading.volumes import read_volume
+from medssl.views.ops3d import resize
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 MANY = 9  # classes that a message names
@@ -71,26 +76,30 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     in a folder are of one series. Cubes that `preprocess/luna.py` made are opened as `luna` does.
 
     Which images and labels:
-        * images or volumes with masks: as `segmentation2d` and, for pre-training, `segmentation3d` say, so that masks
-          are no images, and pre-training sees no case that segmentation holds out;
+        * images or volumes with masks: as `pairs` says, of volumes for pre-training, so that masks are no images, and
+          pre-training sees no case that segmentation holds out;
         * lists where given, with names relative to the folder: one column of 0 and 1 is a binary task, of
           0…K−1 a multi-class one, several columns are a multi-label one (0, 1, or −1: not known). `--list`
           alone is split 70/10/20 when "val" or "test" is asked, and used whole when not.
         * else the folders `train`, `val` (or `valid`) and `test`, with class folders in them if labelled;
-        * else class folders, split 70/10/20 when "val" or "test" is asked;
+        * else class folders, split 70/10/20 within each class when "val" or "test" is asked;
         * else all images, unlabelled, for "train" alone.
+
+    All splits are by patient, wherever a table `patients.csv`, a name or a folder tells patients.
 
     Raises:
         InputError: for a folder without images, a list that cannot be used, or a split that is not there.
     """
-    root = _root(request)
+    root = request.folder()
+    if request.masks:
+        return _open_masked(request, splits, root)
     if request.dims != 2 and (luna.find_pairs(root) or (root / "nodules.csv").is_file()):
         return luna.open_splits(request, splits)
-    if request.dims != 3 and segmentation2d.has_pairs(root) and not sort_out(root)[1]:
-        return segmentation2d.open_folder(request, splits, channels_of)
+    if request.dims != 3 and pairs.has_image_pairs(root) and not sort_out(root)[1]:
+        return pairs.open_images(request, splits)
     found, dims = _find(root, request.dims)
-    if dims == 3 and set(splits) == {"train"} and segmentation3d.has_pairs(root):
-        cases = segmentation3d.split_cases(segmentation3d.find_pairs(root), request, whole=True)["train"]
+    if dims == 3 and set(splits) == {"train"} and pairs.has_volume_pairs(root):
+        cases = choose(pairs.find_volume_pairs(root), request, splits, "cases")["train"]
         found = {case.id: case.images[0] for case in cases}
         return {"train": _dataset(Info("folder", 3), request, root, found, list(found), None)}
     if request.lists:
@@ -105,45 +114,32 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
 
 def open_all(request: Request) -> ImageDataset:
     """Every image of the folder, unlabelled, whatever its splits: what a cache holds."""
-    root = _root(request)
+    root = request.folder()
     found, dims = _find(root, request.dims)
     info = Info("folder", dims, channels_of(list(found.values())) if dims == 2 else 1)
     return _dataset(info, request, root, found, list(found), None)
+
+
+def _open_masked(request: Request, splits: Sequence[str], root: Path) -> dict[str, ImageDataset]:
+    """Images or volumes with masks: volumes are looked for first."""
+    volumes = any(path.is_file() for _, path in find_volumes(root)) or not find_images(root)
+    if request.dims != 2 and (request.dims == 3 or volumes):
+        return open_cases(request, splits, pairs.find_volume_pairs(root))
+    for option in ("spacing", "window"):
+        if getattr(request, option):
+            raise InputError(f"--{option}: folder has its own; leave it out")
+    return pairs.open_images(request, splits)
 
 
 # names, and labels where there are
 Chosen = tuple[list[str], Tensor | None]
 
 
-def _root(request: Request) -> Path:
-    root = request.folder()
-    if not root.is_dir():
-        raise InputError(f"--data {root}: not a folder")
-    return root
-
-
 def sort_out(root: Path) -> tuple[list[Path], list[tuple[str, Path]]]:
     """The images of a folder, and its volumes with their ids; slices of a DICOM series are no images."""
-    volumes = [(name, path) for name, path in find_volumes(root) if path.is_file() or _is_series(path)]
+    volumes = [(name, path) for name, path in find_volumes(root) if path.is_file() or is_series(path)]
     series = {path for _, path in volumes if path.is_dir()}
     return [path for path in find_images(root) if path.parent not in series], volumes
-
-
-def _is_series(folder: Path) -> bool:
-    """Whether more than two of a folder's DICOM files share a series: two may be views of a radiograph."""
-    import pydicom
-
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    uids: Counter = Counter()
-    for path in files[:16]:
-        old = path.suffix.lower() in DICOM_EXTENSIONS  # may lack the magic
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
-        except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read
-            continue
-        uids[header.get("SeriesInstanceUID")] += 1
-    del uids[None]
-    return max(uids.values(), default=0) > 2
 
 
 def _find(root: Path, dims: int | None) -> tuple[dict[str, Path], int]:
@@ -170,8 +166,7 @@ def _find(root: Path, dims: int | None) -> tuple[dict[str, Path], int]:
 def _dataset(
     info: Info, request: Request, root: Path, found: dict[str, Path], names: list[str], labels: Tensor | None
 ) -> ImageDataset:
-    patients = [patient_of(name) for name in names]
-    known = None if None in patients else patients
+    known = known_patients(names, read_patients(root))
     if info.dims == 3:
         paths = [found[name] for name in names]
         return VolumeFiles(info, paths, names, request.resolve_grid(), labels=labels, patients=known)
@@ -206,7 +201,7 @@ def _from_lists(
         chosen[split] = names, labels
     info = _task_of(chosen)
     if list(request.lists) == ["train"] and set(splits) != {"train"}:
-        chosen = _split_all(*chosen["train"], f"{request.list} is one list")
+        chosen = _split_all(root, *chosen["train"], f"{request.list} is one list")
     return asked_for("folder", chosen, splits), info
 
 
@@ -232,7 +227,7 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
         classes = _classes(parts["train"], depth=1)
         chosen = {split: (part, _class_labels(part, classes, depth=1)) for split, part in parts.items()}
         if "val" in splits and "val" not in chosen:
-            rest, held = split_by_patient(_grouping(parts["train"]), 0.1, SPLIT_SEED)
+            rest, held = split_by_patient(grouped(parts["train"], read_patients(root)), HELD_OUT, SPLIT_SEED)
             train = chosen["train"]
             chosen["train"], chosen["val"] = _take(train, rest), _take(train, held)
             print("note: there is no folder val; a tenth of train validates", file=sys.stderr)
@@ -243,7 +238,8 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
     if not classes:
         raise InputError(f"--data {root}: only unlabelled training images; for {' and '.join(splits)}, {SPLITS_HELP}")
     shown = ", ".join(classes[:MANY]) + (" and others" if len(classes) > MANY else "")
-    chosen = _split_all(names, _class_labels(names, classes, depth=0), f"{root} has class folders only, {shown}")
+    labels = _class_labels(names, classes, depth=0)
+    chosen = _split_all(root, names, labels, f"{root} has class folders only, {shown}", classes)
     return asked_for("folder", chosen, splits), _class_info(classes)
 
 
@@ -272,43 +268,29 @@ def _class_info(classes: tuple[str, ...]) -> Info:
     return Info("folder", task=task, classes=classes)
 
 
-def _grouping(names: Sequence[str]) -> list[str]:
-    """What must stay together in a split: the patient where the name tells, else the image."""
-    return [patient_of(name) or name for name in names]
-
-
 def _take(chosen: Chosen, rows: list[int]) -> Chosen:
     names, labels = chosen
     return [names[i] for i in rows], None if labels is None else labels[rows]
 
 
-def _split_all(names: list[str], labels: Tensor | None, why: str) -> dict[str, Chosen]:
-    """Split 70/10/20."""
-    groups = _grouping(names)
-    if len(set(groups)) < 3:
+def _split_all(root: Path, names: list[str], labels: Tensor | None, why: str, classes: Sequence[str] = ()) -> dict:
+    """Split 70/10/20 by patient; where there are class folders, each class by itself. Says what is not known."""
+    groups = grouped(names, read_patients(root))
+    if len(set(groups)) < len(SPLITS):
         raise InputError(f"data set folder: {len(names)} images are too few to split; {SPLITS_HELP}")
+    each = ", each class by itself (earlier versions: all together)" if classes else ""
     if groups != names:
-        print(f"note: {why}: split 70/10/20 by patient", file=sys.stderr)
+        print(f"note: {why}: split 70/10/20 by patient{each}", file=sys.stderr)
     else:
         print(
-            f"note: {why} and patients are unknown: split 70/10/20 by image; where a patient has several "
-            "images, give --list, --val-list and --test-list, and the same --list to pre-training",
+            f"note: {why} and patients are unknown: split 70/10/20 by image{each}; where a patient has several "
+            f"images, {GIVE_LISTS}, and the same --list to pre-training, or a table {PATIENTS}",
             file=sys.stderr,
         )
-    return {split: _take((names, labels), rows) for split, rows in split_all(groups).items()}
-
-
-def channels_of(paths: Sequence[Path]) -> int:
-    """1 where a handful of images, spread over the set, are all grey (also grey stored as colour), else 3."""
-    reasons = []
-    grey = []
-    for i in np.unique(np.linspace(0, len(paths) - 1, 8).astype(int)):
-        try:
-            pixels = read_image(paths[i])
-        except UnreadableImage as error:
-            reasons.append(f"{paths[i]}: {error}")
-            continue
-        grey.append(pixels.ndim == 2 or bool((pixels == pixels[..., :1]).all()))
-    if not grey:
-        raise InputError(f"data set folder: none of {len(reasons)} tried images can be read, first {reasons[0]}")
-    return 1 if all(grey) else 3
+    parts = split_classes(groups, labels.tolist()) if classes else split_all(groups)
+    for split in ("val", "test") if classes else ():
+        absent = sorted(set(range(len(classes))) - {int(labels[i]) for i in parts[split]})
+        if absent:
+            few = f"{classes[absent[0]]} has fewer than {len(SPLITS)} patients or images of its own"
+            print(f"note: {', '.join(classes[i] for i in absent)}: not in {split}; {few}", file=sys.stderr)
+    return {split: _take((names, labels), rows) for split, rows in parts.items()}

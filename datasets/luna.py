@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets.lists import read_list
-from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, volume_item
-from medssl.engine.options import InputError
+from medssl.datasets.base import ImageDataset, Info, Request, volume_item
+from medssl.errors import InputError, UnreadableImage
+from medssl.reading.tables import read_list
 
 FOLDS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}
 CLASSES = ("no nodule", "nodule")
@@ -55,10 +55,10 @@ class LunaPairs(_LunaDataset):
             UnreadableImage: for files that are missing, damaged, or of other shapes than the first pair's.
         """
         path, shapes = self.read(self.positions[i])
-        sample = {"image": torch.from_numpy(read_cubes(path, 4, shapes[0]))}
+        item = {"image": torch.from_numpy(read_cubes(path, 4, shapes[0]))}
         if len(shapes) > 1:
-            sample["locals"] = torch.from_numpy(read_cubes(local_of(path), 4, shapes[1]))
-        return sample
+            item["locals"] = torch.from_numpy(read_cubes(local_of(path), 4, shapes[1]))
+        return item
 
 
 class LunaNodules(_LunaDataset):
@@ -97,8 +97,6 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
             a split without cubes.
     """
     root = request.folder()
-    if not root.is_dir():
-        raise InputError(f"--data {root}: not a folder")
     table = root / "nodules.csv"
     pairs = find_pairs(root) if set(splits) == {"train"} else []
     if not pairs and not table.is_file():

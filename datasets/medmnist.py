@@ -7,19 +7,28 @@ back or head is not recorded, nor is the spacing: axes are kept as they run, and
 """
 
 import re
+import shutil
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medssl.datasets.registry import ImageDataset, Info, Request, volume_item
-from medssl.engine.options import InputError
+from medssl.datasets.base import ImageDataset, Info, Request, volume_item
+from medssl.errors import InputError
+from medssl.files import write_atomic
 
+FLAGS = (
+    *("pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist"),
+    *("bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist"),
+    *("organmnist3d", "nodulemnist3d", "adrenalmnist3d", "fracturemnist3d", "vesselmnist3d", "synapsemnist3d"),
+)
+LICENCES = dict.fromkeys(FLAGS, "CC BY 4.0") | {"dermamnist": "CC BY-NC 4.0"}
 SIZES = {2: (28, 64, 128, 224), 3: (28, 64)}
 SPLITS = ("train", "val", "test")
 TASKS = {
@@ -58,15 +67,13 @@ def flag_of(name: str) -> str | None:
         The flag in lower case, with `_64`, `_128` or `_224` where the name has one, or None for other names.
 
     Raises:
-        InputError: for a size that MedMNIST does not have, or without the medmnist package.
+        InputError: for a size that MedMNIST does not have.
     """
     match = re.fullmatch(r"([a-z]+mnist(?:3d)?)(?:_(\d+))?", name.lower())
-    if match is None:  # spares other names the import
+    if match is None or match[1] not in FLAGS:
         return None
     flag, size = match[1], int(match[2] or 28)
-    if flag not in _package().INFO:
-        return None
-    sizes = SIZES[_dims(flag)]
+    sizes = SIZES[dims_of(flag)]
     if size not in sizes:
         raise InputError(f"--dataset {name}: MedMNIST has the sizes {', '.join(map(str, sizes))}")
     # `pathmnist_28` keeps its size too: a bare flag takes what the folder has.
@@ -95,7 +102,8 @@ def evaluate(name: str, probabilities: np.ndarray, targets: np.ndarray) -> dict[
     return {"medmnist_auc": auc, "medmnist_acc": float(getACC(truth, probabilities, task))}
 
 
-def _dims(flag: str) -> int:
+def dims_of(flag: str) -> int:
+    """Spatial dimensions of the set of a flag."""
     return 3 if flag.endswith("3d") else 2
 
 
@@ -129,7 +137,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         side = images.shape[1]
         if size and side != int(size):
             raise InputError(f"{path}: images of {side} pixels, but --dataset {request.name} asks for {size}")
-        dims = _dims(flag)
+        dims = dims_of(flag)
         if images.shape[1:] != (*[side] * dims, *([3] if channels == 3 else [])):
             raise InputError(f"{path}: {split}_images has shape {images.shape}, which is not {flag}'s")
         info = Info(request.name, dims, channels, task, classes, side)
@@ -185,10 +193,10 @@ def _file_name(flag: str, size: int) -> str:
 
 def _locate(request: Request, flag: str, size: int | None) -> Path:
     """The .npz file of a request, downloaded where there is no `--data` and MedMNIST's folder lacks it."""
-    sizes = SIZES[_dims(flag)] if size is None else (size,)
+    sizes = SIZES[dims_of(flag)] if size is None else (size,)
     names = [_file_name(flag, each) for each in sizes]
     if request.data:
-        path = request.folder()
+        path = request.path()
         if path.is_file():
             return path
         found = [path / name for name in names if (path / name).is_file()]
@@ -221,4 +229,4 @@ def _download(flag: str, size: int, root: Path) -> None:
                 f"--dataset {flag}: {name} could not be downloaded; are you offline? Fetch it from "
                 f"{package.HOMEPAGE} and give --data FILE, or put it into {root}"
             ) from None
-        (Path(folder) / name).replace(root / name)
+        write_atomic(root / name, partial(shutil.move, Path(folder) / name))

@@ -22,11 +22,11 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 
-from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, asked_for, split_by_patient
-from medssl.datasets.reading import Files, read_mask
-from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage
-from medssl.datasets.segmentation2d import InstanceImages, listed
-from medssl.engine.options import InputError
+from medssl.datasets.base import Files, ImageDataset, Info, Request
+from medssl.datasets.masked_images import InstanceImages
+from medssl.datasets.splits import choose
+from medssl.errors import InputError, UnreadableImage
+from medssl.reading.masks import read_mask
 
 NCT_TRAIN, NCT_TEST = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"
 NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
@@ -53,6 +53,11 @@ class Tile:
         """Not known: each tile counts as one."""
         return self.id
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What lists may call it."""
+        return self.id, self.image.name
+
 
 class Glands(InstanceImages):
     """Images with a mask for every gland.
@@ -77,9 +82,8 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         InputError: for a folder of another layout, a missing annotation, and lists that cannot be used.
     """
     root = request.folder()
-    if not root.is_dir():
-        raise InputError(f"--data {root}: not a folder")
-    chosen = choose({"nct": find_nct, "glas": find_glas, "crag": find_crag}[request.name](root), request, splits)
+    tiles = {"nct": find_nct, "glas": find_glas, "crag": find_crag}[request.name](root)
+    chosen = choose(tiles, request, splits, published=True)
     opened: dict[str, ImageDataset] = {}
     if request.name == "nct":
         info = Info("nct", 2, 3, "multi-class", NCT_CLASSES)
@@ -90,23 +94,6 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
         return opened
     info = Info(request.name, 2, 3)
     return {split: Glands(info, tiles, request.resolve_texture(info)) for split, tiles in chosen.items()}
-
-
-def choose(tiles: Sequence[Tile], request: Request, splits: Sequence[str]) -> dict[str, list[Tile]]:
-    """The tiles of the splits that are asked for."""
-    if request.lists:
-        chosen = listed(tiles, request)
-        if "test" in splits and "test" not in chosen:
-            chosen["test"] = [tile for tile in tiles if tile.part == "test"]
-    else:
-        chosen = {"train": [tile for tile in tiles if tile.part == "train"]}
-        test = [tile for tile in tiles if tile.part == "test"]
-        chosen |= {"test": test} if test else {}
-    if "val" not in chosen and "train" in chosen and (not request.lists or "val" in splits):
-        rest, held = split_by_patient([tile.id for tile in chosen["train"]], HELD_OUT, SPLIT_SEED)
-        train = chosen["train"]
-        chosen |= {"train": [train[i] for i in rest], "val": [train[i] for i in held]}
-    return asked_for(request.name, chosen, splits)
 
 
 # Layouts -------------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """Files of tensors: written atomically, read without ever executing what they hold."""
 
 import argparse
-import hashlib
-import os
 import pickle
 import struct
 from pathlib import Path
@@ -11,7 +9,8 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor
 
-from medssl.engine.options import InputError
+from medssl.errors import InputError
+from medssl.files import file_digest, write_atomic
 
 FORMAT_VERSION = 1
 
@@ -21,24 +20,19 @@ def save_atomic(content: object, path: str | Path) -> None:
 
     The data reach the disk before the rename; a kill or a full disk leaves the previous file in place.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+
+    def write(unfinished: Path) -> None:
+        with open(unfinished, "wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+    write_atomic(path, write)
 
 
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file, hexadecimal; an InputError when it is not there."""
+def weights_digest(path: str | Path) -> str:
+    """SHA-256 of a checkpoint, hexadecimal; an InputError when it is not there."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return file_digest(path)
 
 
 def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:

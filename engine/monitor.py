@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
+
+from medssl.files import write_atomic, write_text
 
 COLLAPSED = 0.01
 ALIKE = 0.99
@@ -50,9 +51,7 @@ def trim_metrics(path: Path, steps_done: int) -> None:
         with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
             if json.loads(line)["step"] <= steps_done:
                 kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 def loss_names(lines: list[dict]) -> list[str]:
@@ -220,7 +219,4 @@ def save_pictures(rows: dict[str, Tensor], path: Path, columns: int = 8, side: i
             tile = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
             tile = tile.resize((widths[name], side), Image.Resampling.BILINEAR)
             sheet.paste(tile, (margin + c * (width + 2), r * (side + 2)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    sheet.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_atomic(path, sheet.save)

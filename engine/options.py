@@ -11,32 +11,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from medssl.datasets import medmnist, registry
 from medssl.engine.helptext import arrange
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used. Its text is one line: what is wrong, and what to do."""
-
-
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's `main`, turning bad input into one line on standard error and exit code 2."""
-    try:
-        main()
-    except InputError as error:
-        # A decoding process hands its error over with the traceback in the text; the last part is the message.
-        message = " ".join(str(error).rpartition("InputError: ")[2].split())
-    except OSError as error:
-        # Paths without permission, full disks, folders in the place of files: the user's to mend.
-        if error.filename is None and error.errno is None:
-            raise
-        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        sys.exit(130)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
+from medssl.errors import InputError
 
 # MoCo's second version (arXiv 2003.04297, §3, and its published code), which ConCL, DenseCL and PCL take over.
 MOCO_V2 = {
@@ -211,8 +188,8 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--data_set",
         type=filled,
         metavar="NAME",
-        help="chest, chexpert, drive, stare, chase, montgomery, shenzhen, nct, glas, crag, luna, lits, brats, folder, "
-        "phantom2d, fundus2d, tissue2d, phantom3d or a MedMNIST name",
+        help=f"{', '.join(registry.names())}, or a MedMNIST name: {', '.join(medmnist.FLAGS)}, also with a size, as in "
+        "pathmnist_64",
     )
     group.add_argument(
         "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"
@@ -256,24 +233,18 @@ def add_evaluation_lists(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--test-list", type=filled, metavar="FILE", help="image list of the test split")
 
 
-def add_chexpert(group: argparse._ArgumentGroup, labelled: bool = True) -> None:
-    """Which of CheXpert's images, and for labelled use what its uncertain labels are. Other sets refuse the options."""
-    group.add_argument(
-        "--view", choices=("frontal", "lateral", "all"), help="chexpert: views that are used; frontal unless given"
-    )
-    if labelled:
-        group.add_argument(
-            "--uncertain",
-            choices=("lsr-ones", "lsr-zeros", "ones", "zeros", "ignore"),
-            help="chexpert: what uncertain labels are in training: drawn from 0.55 to 0.85 (lsr-ones, which is meant "
-            "unless given) or from 0 to 0.3 (lsr-zeros), 1, 0, or not counted; evaluation never counts them",
-        )
+def add_own_options(group: argparse._ArgumentGroup, labelled: bool = True) -> None:
+    """Options that one data set has, and others refuse; those of labelled use where that is meant."""
+    for row in registry.ROWS:
+        for option in row.options:
+            if labelled or not option.labelled:
+                group.add_argument(f"--{option.name}", choices=option.choices, help=f"{row.name}: {option.help}")
 
 
 def pretraining_parser(description: str, output: str) -> Parser:
     """The options that all pre-training scripts have; `output` is the default folder."""
     parser = Parser(description)
-    add_chexpert(add_data(parser), labelled=False)
+    add_own_options(add_data(parser), labelled=False)
     add_pretraining(parser)
     add_training(parser)
     add_network(parser)
@@ -287,66 +258,6 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("pre-training")
     group.add_argument("--ratio", type=fraction, default=1.0, help="use the first R of the training list")
     return group
-
-
-def add_crops(group: argparse._ArgumentGroup) -> None:
-    """Size and place of large views."""
-    group.add_argument("--image-size", type=positive_int, default=224, help="side of the views, pixels")
-    group.add_argument(
-        "--crop-scale", "--crop", type=bounded_float(1e-3, 1), default=0.2, help="least share of the image in a crop"
-    )
-
-
-def add_rotation(group: argparse._ArgumentGroup) -> None:
-    """Rotation of large views."""
-    group.add_argument("--rotation", type=non_negative, default=10.0, help="largest rotation, degrees")
-
-
-def add_jitter(group: argparse._ArgumentGroup) -> None:
-    """Strength of the colour jitter, by default that of the chest X-ray methods."""
-    group.add_argument(
-        "--jitter",
-        type=non_negative,
-        nargs=4,
-        default=[0.4, 0.4, 0.4, 0.4],
-        metavar=("B", "C", "S", "H"),
-        help="strength of the jitter of brightness, contrast, saturation and hue",
-    )
-
-
-def add_blur(group: argparse._ArgumentGroup, chance: float = 0.5) -> None:
-    """How often and how much views are blurred."""
-    group.add_argument("--blur", type=fraction, default=chance, help="chance that a view is blurred")
-    group.add_argument(
-        "--blur-sigma",
-        type=non_negative,
-        nargs=2,
-        default=[0.1, 2.0],
-        metavar=("LOW", "HIGH"),
-        help="range of the blur's standard deviation, pixels",
-    )
-
-
-def add_cutout(group: argparse._ArgumentGroup) -> None:
-    """Holes in large views."""
-    group.add_argument(
-        "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
-    )
-
-
-def large_views(args: argparse.Namespace) -> dict:
-    """What the options of views that a script has ask of `MultiCropViews`."""
-    given = vars(args)
-    asked = {"size": args.image_size}
-    if "crop_scale" in given:
-        asked["scale"] = (args.crop_scale, 1.0)
-    if "rotation" in given:
-        asked["degrees"] = args.rotation
-    if "blur" in given:
-        check_range("--blur-sigma", *args.blur_sigma)
-    if "cutout" in given:
-        asked["hole"] = round(args.cutout * args.image_size / 224)
-    return asked | {name: given[name] for name in ("jitter", "blur", "blur_sigma") if name in given}
 
 
 def add_contrast(parser: Parser) -> argparse._ArgumentGroup:
@@ -364,14 +275,6 @@ def add_queued_contrast(parser: Parser) -> argparse._ArgumentGroup:
     add_queue(group)
     add_teacher(group)
     return group
-
-
-def add_pair_views(parser: Parser) -> None:
-    """The options of `PairViews`."""
-    group = parser.add_argument_group("views")
-    add_crops(group)
-    add_jitter(group)
-    add_blur(group)
 
 
 def add_nce(group: argparse._ArgumentGroup) -> None:

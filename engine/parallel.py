@@ -1,4 +1,4 @@
-"""Devices and processes. No other file mentions ranks.
+"""Devices and processes. No other file of the code knows the number of this process, or of all.
 
 One process: a single device, or DataParallel over several `--gpus`. Under `torchrun`: one process per
 device and DistributedDataParallel, on one machine or many.
@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 
 
 @dataclass
@@ -38,15 +40,38 @@ class Devices:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
-    def share(self, batch_size: int, views: int = 1) -> slice:
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is split, over processes or GPUs."""
+        return max(self.world, len(self.device_ids))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world == 1
+
+    def own_rows(self, batch_size: int, views: int = 1) -> slice:
         """This process's rows of a batch over all processes; `views` of each row go through the network together."""
-        parts = max(self.world, len(self.device_ids))
+        parts = self.parts
         if batch_size % parts:
             raise InputError(f"--b {batch_size}: not a multiple of the {parts} devices; choose another batch size")
         if batch_size * views == parts:
             raise InputError(f"--b {batch_size}: batch norm needs at least 2 images on each of {parts} device(s)")
         count = batch_size // self.world
         return slice(self.rank * count, (self.rank + 1) * count)
+
+    def own_count(self, batch_size: int) -> int:
+        """How many images a process has of a batch over all of them; at least one."""
+        return max(1, batch_size // self.world)
+
+    def own_file(self, path: Path) -> Path:
+        """A file's name with this process's number: `loss.json` → `loss_0.json`."""
+        return path.with_name(f"{path.stem}_{self.rank}{path.suffix}")
+
+    def seed_step(self, seed: int, step: int) -> torch.Generator:
+        """Seed torch's generators for a step, in each process otherwise; returns one that is the same in all."""
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank, 1]).generate_state(1)[0]))
+        return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step, 2]).generate_state(1)[0]))
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true in any process; all processes must call it."""
@@ -98,16 +123,24 @@ class Run:
 
     def permutation(self, count: int) -> Tensor:
         """A random order of the whole batch, the same in all processes, which have `count` images each."""
-        return torch.randperm(count * world_size(), generator=self.generator)
+        return torch.randperm(self.whole(count), generator=self.generator)
 
     def uniform(self, count: int, columns: int) -> Tensor:
         """(count, columns) numbers in [0, 1) on the CPU: this process's rows of what the whole batch draws."""
-        return self.share(torch.rand(count * world_size(), columns, generator=self.generator))
+        return self.own_rows(torch.rand(self.whole(count), columns, generator=self.generator))
 
-    def share(self, x: Tensor) -> Tensor:
+    def whole(self, count: int) -> int:
+        """How many rows the whole batch has, of which this process has `count`."""
+        return count * world_size()
+
+    def own_rows(self, x: Tensor) -> Tensor:
         """This process's rows of what the whole batch has, as many in each process."""
         count = len(x) // world_size()
-        return x[process_rank() * count : (process_rank() + 1) * count]
+        return x[row_offset(count) : row_offset(count) + count]
+
+    def mean_over(self, value: Tensor, least: int = 0) -> Tensor:
+        """The mean over the processes of a number (), without gradient; at least that of a sum of `least`."""
+        return gather(value[None]).sum().clamp(min=least) / world_size()
 
     def rows(self, x: Tensor, order: Tensor) -> Tensor:
         """This process's rows of the whole batch in a new order, without gradient.
@@ -161,6 +194,11 @@ def world_size() -> int:
 def process_rank() -> int:
     """The number of this one."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def row_offset(count: int) -> int:
+    """Where this process's rows begin among those of all, `count` each."""
+    return process_rank() * count
 
 
 def gather(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.engine.parallel import gather, gather_with_gradient, process_rank
+from medssl.engine.parallel import gather, gather_with_gradient, row_offset
 
 
 def l2_normalize(x: Tensor, dim: int = 1) -> Tensor:
@@ -122,7 +122,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, index: Tensor | None = N
         own = torch.cat([l2_normalize(z1), l2_normalize(z2)])  # (2B, C)
         everything = gather_with_gradient(own)
         s = own @ everything.T / temperature
-        first = process_rank() * 2 * b  # where this process's embeddings lie among all
+        first = row_offset(2 * b)  # where this process's embeddings lie among all
         rows = torch.arange(2 * b, device=s.device)
         places, partners = first + rows, first + rows.roll(b)
         if index is None:

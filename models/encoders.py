@@ -11,7 +11,7 @@ import segmentation_models_pytorch as smp
 from torch import Tensor, nn
 
 from medssl.engine.checkpoint import find_state_dict, load_safe
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension

@@ -11,9 +11,10 @@ All splits go into one cache. A build that was stopped continues with the same c
 from collections.abc import Sequence
 
 from medssl.datasets import cache, folder, registry
-from medssl.datasets.registry import ImageDataset, Request
+from medssl.datasets.base import ImageDataset, Request
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, run_script
 
 
 def get_parser() -> Parser:

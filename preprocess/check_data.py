@@ -22,12 +22,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medssl.datasets.folder import sort_out
-from medssl.datasets.lists import patient_of, read_list, write_text
-from medssl.datasets.reading import describe, read_image
-from medssl.datasets.registry import UnreadableImage
-from medssl.datasets.volumes import CT_BELOW, EXTENSIONS, read_volume, use_one_thread, without_extension
+from medssl.datasets.splits import patient_of
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.files import write_text
+from medssl.reading.find import VOLUME_EXTENSIONS, without_extension
+from medssl.reading.intensities import CT_BELOW
+from medssl.reading.pictures import describe, read_image
+from medssl.reading.simpleitk import use_one_thread
+from medssl.reading.tables import read_list
+from medssl.reading.volumes import read_volume
 
 
 def get_parser() -> Parser:
@@ -49,7 +54,7 @@ def examine(path: Path) -> dict:
 
     A volume has `spacing` in mm and `values`, its range, besides, "XxYxZ" as size, and the hash of its voxels.
     """
-    if path.is_dir() or path.name.lower().endswith(EXTENSIONS):
+    if path.is_dir() or path.name.lower().endswith(VOLUME_EXTENSIONS):
         return examine_volume(path)
     kind, pixels = describe(path)
     found = {"format": kind, "pixels": pixels, "size": None, "hash": None, "error": None}
@@ -65,7 +70,7 @@ def examine(path: Path) -> dict:
 def examine_volume(path: Path) -> dict:
     """`examine` for a file with a volume, or a folder with a DICOM series."""
     name = path.name.lower()
-    kind = "DICOM series" if path.is_dir() else next(end for end in EXTENSIONS if name.endswith(end))
+    kind = "DICOM series" if path.is_dir() else next(end for end in VOLUME_EXTENSIONS if name.endswith(end))
     found = {"format": kind, "pixels": None, "size": None, "spacing": None, "values": None, "hash": None, "error": None}
     try:
         volume = read_volume(path, dtype=None)
@@ -86,7 +91,7 @@ def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
     """`examine` every file, in order, in `workers` processes (0: in this one)."""
     with contextlib.ExitStack() as stack:
         if workers:
-            volumes = any(path.is_dir() or path.name.lower().endswith(EXTENSIONS) for path in paths)
+            volumes = any(path.is_dir() or path.name.lower().endswith(VOLUME_EXTENSIONS) for path in paths)
             start = use_one_thread if volumes else None  # processes share the cores
             pool = stack.enter_context(multiprocessing.Pool(min(workers, len(paths)), start))
             results: Iterable[dict] = pool.imap(examine, paths, chunksize=1 if volumes else 8)

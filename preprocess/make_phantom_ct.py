@@ -10,9 +10,10 @@ The default shape takes about 115 MB and five seconds per CT.
 from collections.abc import Sequence
 from pathlib import Path
 
-from medssl.datasets.phantom_ct import write_luna
+from medssl.datasets.phantoms.ct import write_luna
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, run_script
 
 
 def get_parser() -> Parser:

@@ -10,8 +10,6 @@ SLICES has `images/volume-N/0000.png`, the window of Hounsfield units as grey le
 A volume that is finished is skipped when the command runs again; one that was interrupted is done anew.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,16 +18,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from medssl.datasets.registry import UnreadableImage
-from medssl.datasets.segmentation3d import LITS, READ_AS, Case, check_headers, find_lits
-from medssl.datasets.volumes import read_labels, read_volume, scale
+from medssl.datasets import lits
+from medssl.datasets.masked_volumes import VolumeCase, check_headers
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.files import existing_folder, write_folder
+from medssl.reading.intensities import scale
+from medssl.reading.masks import read_labels
+from medssl.reading.volumes import read_volume
 
 PARTS = ("images", "masks")
 
 
-def write_slices(case: Case, output: Path, window: tuple[float, float]) -> tuple[int, str]:
+def save_slices(voxels: np.ndarray, folder: Path) -> None:
+    """Write axial slices (X, Y, Z) uint8 as PNG, from the feet to the head."""
+    for z in range(voxels.shape[2]):
+        Image.fromarray(np.ascontiguousarray(voxels[:, :, z].T)).save(folder / f"{z:04d}.png", compress_level=1)
+
+
+def write_slices(case: VolumeCase, output: Path, window: tuple[float, float]) -> tuple[int, str]:
     """Write the slices of a case, so that its folders are complete or not there.
 
     Returns:
@@ -41,18 +49,12 @@ def write_slices(case: Case, output: Path, window: tuple[float, float]) -> tuple
     try:
         scan = read_volume(case.images[0])
         labels = read_labels(case.mask, scan)
-        LITS.encode(labels)  # for what it refuses
+        lits.LABELS.encode(labels)  # for what it refuses
     except UnreadableImage as error:
         return 0, str(error)
     grey = np.rint(scale(scan.array, *window) * 255).astype(np.uint8)
     for folder, voxels in zip(finished, (grey, labels)):
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        for z in range(voxels.shape[2]):
-            Image.fromarray(np.ascontiguousarray(voxels[:, :, z].T)).save(unfinished / f"{z:04d}.png", compress_level=1)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+        write_folder(folder, partial(save_slices, voxels))
     return grey.shape[2], ""
 
 
@@ -61,7 +63,7 @@ def get_parser() -> Parser:
     parser.add_argument("--data", metavar="DIR", required=True, help="folder with volume-N.nii and segmentation-N.nii")
     parser.add_argument("--output", "--save", metavar="DIR", required=True, help="where the slices go")
     parser.add_argument(
-        "--window", type=options.finite, nargs=2, default=list(READ_AS["lits"]["window"]), metavar=("LOW", "HIGH"),
+        "--window", type=options.finite, nargs=2, default=list(lits.WINDOW), metavar=("LOW", "HIGH"),
         help="Hounsfield units that become black and white",
     )  # fmt: skip
     parser.add_argument("--workers", type=options.positive_int, default=1, help="processes")
@@ -72,10 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     if not args.window[0] < args.window[1]:
         raise InputError(f"--window {args.window[0]:g} {args.window[1]:g}: the first number must be below the second")
-    root, output = Path(args.data), Path(args.output)
-    if not root.is_dir():
-        raise InputError(f"--data {root}: not a folder")
-    cases = find_lits(root)
+    root, output = existing_folder(args.data), Path(args.output)
+    cases = lits.find_volume_cases(root)
     check_headers(cases)
     output.mkdir(parents=True, exist_ok=True)
     note = output / "window.txt"

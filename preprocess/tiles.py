@@ -27,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from medssl.datasets.lists import write_list
 from medssl.engine import options
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, run_script
+from medssl.reading.tables import write_list
 
 BANDS = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
 COLOURED = 20  # grey levels between the largest and the smallest channel from which a pixel is tissue

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from medssl.datasets.reading import Files
-from medssl.datasets.registry import Request, UnreadableImage, open_splits
-from medssl.datasets.segmentation2d import InstanceImages
+from medssl.datasets.base import Files, Request
+from medssl.datasets.masked_images import InstanceImages
+from medssl.datasets.registry import open_splits
 from medssl.engine import options
-from medssl.engine.coco import annotations_of
-from medssl.engine.options import InputError, Parser, run_script
+from medssl.engine.options import Parser
+from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.tasks.coco import annotations_of
 
 PARTS = {"train": ("train", "val"), "test": ("test",)}
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from medssl.benchmarks import concepts, contrast, curves, machine, methods, pipeline, step
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.models.concepts import concept_means
 
 

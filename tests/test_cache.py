@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from medssl.datasets import cache
-from medssl.datasets.registry import ImageDataset, Info, Request, UnreadableImage, collate, open_splits
-from medssl.engine.options import InputError
+from medssl.datasets.base import ImageDataset, Info, Request, collate
+from medssl.datasets.registry import open_splits
+from medssl.errors import InputError, UnreadableImage
 from medssl.preprocess import cache_images
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from medssl.datasets import chest, folder, lists
-from medssl.datasets.registry import Request, open_labelled, open_pretraining, open_splits
-from medssl.engine.options import InputError
+from medssl.datasets import chest, folder, splits
+from medssl.datasets.base import Request
+from medssl.datasets.registry import open_labelled, open_pretraining, open_splits
+from medssl.errors import InputError
+from medssl.reading import tables
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -215,28 +217,28 @@ def test_bad_folders_and_tables(nih, tmp_path):
 def test_lists_round_trip(tmp_path):
     names = ["a b/c 1.png", "plain", "x.PNG", "00001"]
     values = torch.tensor([[0.0, 1], [1, 0], [torch.nan, 0], [3, 2]])
-    lists.write_list(tmp_path / "l.txt", names, values)
-    read, back = lists.read_list(tmp_path / "l.txt")
+    tables.write_list(tmp_path / "l.txt", names, values)
+    read, back = tables.read_list(tmp_path / "l.txt")
     assert read == names
     assert torch.equal(back, torch.nan_to_num(values, nan=-1))
-    lists.write_list(tmp_path / "l.txt", names)
-    assert lists.read_list(tmp_path / "l.txt") == (names, None)
+    tables.write_list(tmp_path / "l.txt", names)
+    assert tables.read_list(tmp_path / "l.txt") == (names, None)
     (tmp_path / "l.txt").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(InputError, match="not a text file"):
-        lists.read_list(tmp_path / "l.txt")
+        tables.read_list(tmp_path / "l.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["l.txt"]  # no temporary file stays
 
 
 def test_split_by_patient():
     patients = [f"p{i // 3}" for i in range(300)]
-    rest, held = lists.split_by_patient(patients, 0.2, seed=5)
-    assert (rest, held) == lists.split_by_patient(patients, 0.2, seed=5)
-    assert held != lists.split_by_patient(patients, 0.2, seed=6)[1]
+    rest, held = splits.split_by_patient(patients, 0.2, seed=5)
+    assert (rest, held) == splits.split_by_patient(patients, 0.2, seed=5)
+    assert held != splits.split_by_patient(patients, 0.2, seed=6)[1]
     assert sorted(rest + held) == list(range(300))
     assert len(held) == 60
     assert not {patients[i] for i in rest} & {patients[i] for i in held}
-    assert [len(part) for part in lists.split_by_patient(["a", "b"], 0.01, 0)] == [1, 1]
-    assert lists.split_by_patient(patients, 0, 0)[1] == []
+    assert [len(part) for part in splits.split_by_patient(["a", "b"], 0.01, 0)] == [1, 1]
+    assert splits.split_by_patient(patients, 0, 0)[1] == []
 
 
 def folder_request(root, **more):

@@ -19,10 +19,11 @@ from medssl import (
     train_pcrlv2,
 )
 from medssl.datasets import chexpert
-from medssl.datasets.lists import write_list
-from medssl.datasets.registry import ImageDataset, Info, Request, open_labelled, open_pretraining, open_splits
-from medssl.engine.options import InputError, run_script
+from medssl.datasets.base import ImageDataset, Info, Request
+from medssl.datasets.registry import open_labelled, open_pretraining, open_splits
+from medssl.errors import InputError, run_script
 from medssl.preprocess import make_lists
+from medssl.reading.tables import write_list
 
 HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert.LABELS]
 SPLITS = ("train", "val", "test")

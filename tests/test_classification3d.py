@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from medssl import evaluate_features, finetune_classification, train_pcrlv2
-from medssl.datasets import folder, registry
-from medssl.datasets.registry import Info, Request
-from medssl.engine import trials
-from medssl.engine.metrics import RATES, froc, froc_curve
-from medssl.engine.options import InputError
+from medssl.datasets import base, folder, identity, registry
+from medssl.datasets.base import Info, Request
+from medssl.errors import InputError
 from medssl.preprocess import check_data
+from medssl.tasks import trials
+from medssl.tasks.metrics import RATES, froc, froc_curve
 from medssl.tests.test_luna_data import make_nodules, make_pairs
 
 sitk = pytest.importorskip("SimpleITK")
@@ -115,7 +115,7 @@ def test_voxels_beside_a_header_are_known_too(tmp_path, header):
     raw = next(path for path in (tmp_path / "data").iterdir() if path.name != header)
     raw.write_bytes(bytes(array.nbytes))
     second = registry.open_splits(asked, ["train"])["train"]
-    assert registry.data_digest({"train": first}) != registry.data_digest({"train": second})
+    assert identity.data_digest({"train": first}) != identity.data_digest({"train": second})
     assert not torch.equal(second.load(0)["image"], image)
 
 
@@ -215,7 +215,7 @@ def test_the_default_data_set_follows_the_dimension(monkeypatch):
     for dims in (None, 2, 3):
         with pytest.raises(InputError, match="enough"):
             registry.open_splits(Request(), ["train"], dims)
-    assert [name.rsplit(".", 1)[1] for name in asked] == ["phantom", "phantom", "phantom_ct"]
+    assert [name.rsplit(".", 1)[1] for name in asked] == ["radiograph", "radiograph", "ct"]
 
 
 # FROC ----------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_nodule_classification(encoder, tmp_path, capsys):
 
 def test_oversampling():
     labels = torch.tensor([0] * 90 + [1] * 10)
-    data = registry.ImageDataset(Info("x", 3, 1, "binary", ("a", "b")), None, list(map(str, range(100))), labels)
+    data = base.ImageDataset(Info("x", 3, 1, "binary", ("a", "b")), None, list(map(str, range(100))), labels)
     shown = trials.oversample(data, 1 / 3)
     assert (shown.labels == 1).sum() == 40  # 45 would be a third, a multiple of 10 is wanted
     assert set(shown.ids) == set(data.ids)

@@ -19,10 +19,12 @@ from PIL import Image
 from scipy import stats
 
 from medssl import compare, train_pcrlv2
-from medssl.datasets import phantom_ct, registry
-from medssl.engine import jobs, study
-from medssl.engine.jobs import Job, run_beside, run_here
-from medssl.engine.options import InputError, Parser
+from medssl.datasets import registry
+from medssl.datasets.phantoms import ct
+from medssl.engine.options import Parser
+from medssl.errors import InputError
+from medssl.study import jobs, plan, results
+from medssl.study.jobs import Job, run_beside, run_here
 
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
 SMALL += ["--b", "8", "--steps", "2", "--no-features"]
@@ -38,41 +40,41 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def few_scans(monkeypatch):
-    monkeypatch.setattr(phantom_ct, "SPLITS", {"train": 4, "val": 2, "test": 2})
-    phantom_ct._generated.cache_clear()
+    monkeypatch.setattr(ct, "SPLITS", {"train": 4, "val": 2, "test": 2})
+    ct._generated.cache_clear()
     yield
-    phantom_ct._generated.cache_clear()
+    ct._generated.cache_clear()
 
 
 # Statistics ----------------------------------------------------------------------------------------
 
 
 def test_paired_gain_by_hand():
-    gain, error = study.paired_gain([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
+    gain, error = results.paired_gain([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
     assert gain == pytest.approx(0.1)
     assert error == pytest.approx(0.1 / np.sqrt(3))
-    assert study.paired_gain([0.9], [0.8]) == (pytest.approx(0.1), None)
+    assert results.paired_gain([0.9], [0.8]) == (pytest.approx(0.1), None)
 
 
 def test_paired_t_by_hand():
     # mean .1, standard error .1/√3: t = √3 with 2 degrees of freedom.
-    p = study.paired_test([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
+    p = results.paired_test([0.9, 0.8, 0.7], [0.8, 0.8, 0.5])
     assert p == pytest.approx(2 * stats.t.sf(np.sqrt(3), 2))
-    assert study.paired_test([0.9], [0.8]) is None
-    assert study.paired_test([0.9, 0.8], [0.9, 0.8]) is None
+    assert results.paired_test([0.9], [0.8]) is None
+    assert results.paired_test([0.9, 0.8], [0.9, 0.8]) is None
 
 
 def test_holm_by_hand():
-    assert study.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert study.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert study.holm([]) == []
+    assert results.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert results.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert results.holm([]) == []
 
 
 def test_interval_of_a_mean():
-    low, high = study.interval([0.7, 0.8, 0.9])
+    low, high = results.interval([0.7, 0.8, 0.9])
     assert (low + high) / 2 == pytest.approx(0.8)
     assert high - low == pytest.approx(2 * 4.302653 * 0.1 / np.sqrt(3), rel=1e-6)  # t of 97.5 % with 2 degrees
-    assert study.interval([0.7]) is None
+    assert results.interval([0.7]) is None
 
 
 # Whole studies -------------------------------------------------------------------------------------
@@ -81,8 +83,8 @@ def test_interval_of_a_mean():
 def test_other_measures_by_hand():
     box, mask = {"ap": 50.0, "ap50": 70.0, "ap75": None}, {"ap": 40.0, "ap50": 60.0}
     one = {"ap_box": 50.0, "ap_mask": 40.0, "box": box, "mask": mask, "sensitivity": {"1": 0.5}, "best_epoch": 3.0}
-    assert study.measures_of(one, "ap_box") == {"box.ap50": 70.0, "ap_mask": 40.0, "mask.ap50": 60.0}
-    joined = study.join_measures([one, {"ap_mask": 42.0}, {"ap_mask": None}], "ap_box")
+    assert results.measures_of(one, "ap_box") == {"box.ap50": 70.0, "ap_mask": 40.0, "mask.ap50": 60.0}
+    joined = results.join_measures([one, {"ap_mask": 42.0}, {"ap_mask": None}], "ap_box")
     assert joined["ap_mask"] == {"mean": 41.0, "std": pytest.approx(2**0.5)}
     assert joined["mask.ap50"] == {"mean": 60.0, "std": None}
 
@@ -247,7 +249,7 @@ def test_bad_input_is_found_before_the_work(tmp_path):
 )
 def test_names_tell_inits_apart(tmp_path, files, labels):
     inits = ["random", "pcrlv2", *(str(tmp_path / name) for name in files)]
-    found = compare.labels_of(inits)
+    found = plan.labels_of(inits)
     assert list(found) == inits
     root = "_".join(tmp_path.parts[1:])
     expected = [name.replace("ROOT", tmp_path.name) for name in labels]
@@ -270,15 +272,15 @@ def test_a_studys_pretraining_sees_no_image_that_judges(tmp_path):
     for given in ([], ["--list", str(tmp_path / "images" / "list.txt")]):
         args, rest = compare.get_parser().parse_known_args([*words, *given])
         args.epochs, args.jobs = [None], 1
-        opened = compare.open_tasks(args, rest)
-        pretraining = compare.plan(args, rest, opened).jobs[0]
+        opened = plan.open_tasks(args, rest)
+        pretraining = plan.plan(args, rest, opened).jobs[0]
         seen = registry.open_pretraining(pretraining.options()).ids
-        assert sorted(seen) == sorted(opened["classification"].splits["train"].ids)
+        assert sorted(seen) == sorted(opened["classification"].data["train"].ids)
         assert len(seen) == 28
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "images", other)
     args.extra = [f"pretraining --data {shlex.quote(str(other))}"]
-    assert len(registry.open_pretraining(compare.plan(args, rest, opened).jobs[0].options())) == 40
+    assert len(registry.open_pretraining(plan.plan(args, rest, opened).jobs[0].options())) == 40
 
 
 def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_path):
@@ -295,9 +297,9 @@ def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_pa
         words = ["--data", str(root), "--dataset", "folder", "--task", "segmentation", "--init", "random", "pcrlv2"]
         args, rest = compare.get_parser().parse_known_args([*words, "--output", str(tmp_path / "out")])
         args.epochs, args.jobs = [None] * 3, 1
-        opened = compare.open_tasks(args, rest)
-        seen = registry.open_pretraining(compare.plan(args, rest, opened).jobs[0].options()).ids
-        assert seen == opened["segmentation"].splits["train"].ids
+        opened = plan.open_tasks(args, rest)
+        seen = registry.open_pretraining(plan.plan(args, rest, opened).jobs[0].options()).ids
+        assert seen == opened["segmentation"].data["train"].ids
         assert len(seen) == 7
         (tmp_path / "list.txt").write_text("case1\ncase3\n")
         by_list = Namespace(**{**vars(opened["segmentation"].args), "list": str(tmp_path / "list.txt"), "ratio": 1.0})
@@ -312,7 +314,7 @@ def test_options_go_where_they_belong(tmp_path):
     words += ["--with", "segmentation --overlays 1", "--output", str(tmp_path)]
     args, rest = compare.get_parser().parse_known_args(words)
     args.epochs, args.jobs = [None], 1
-    pretraining, random, magical = compare.plan(args, rest, {}).jobs
+    pretraining, random, magical = plan.plan(args, rest, {}).jobs
     words = "--data DIR --dataset drive --workers 0 --amp --no-deterministic --image-size 96 --epochs 7 --lr 0.25"
     assert sorted(pretraining.argv) == sorted([*words.split(), "--arch", "resnet18"])
     assert (pretraining.options().epochs, pretraining.options().lr) == (7, 0.25)
@@ -326,19 +328,19 @@ def test_options_go_where_they_belong(tmp_path):
 def test_all_methods_are_of_one_architecture(tmp_path):
     """Each pre-training makes what is fine-tuned, whatever its script's own default."""
     words = ["--image-size", "32", "--annotation-percent", "1", "--trials", "1", "--no-features"]
-    words += ["--init", "random", *compare.METHODS, "--output", str(tmp_path)]
+    words += ["--init", "random", *plan.METHODS, "--output", str(tmp_path)]
     for given, arch in (([], "resnet18"), (["--arch", "resnet34"], "resnet34")):
         args, rest = compare.get_parser().parse_known_args([*words, *given])
         args.epochs, args.jobs = [None], 1
-        opened = compare.open_tasks(args, rest)
-        study = compare.plan(args, rest, opened)
-        assert len(study.jobs) == 2 * len(compare.METHODS) + 1
-        assert {job.options().arch or "resnet18" for job in study.jobs} == {arch}
-        compare.check(study, opened)
+        opened = plan.open_tasks(args, rest)
+        results = plan.plan(args, rest, opened)
+        assert len(results.jobs) == 2 * len(plan.METHODS) + 1
+        assert {job.options().arch or "resnet18" for job in results.jobs} == {arch}
+        plan.check(results, opened)
     detection = ["--task", "detection", "--dataset", "tissue2d", "--init", "magical", "--trials", "1"]
     args, rest = compare.get_parser().parse_known_args([*detection, "--output", str(tmp_path)])
     args.epochs, args.jobs = [None] * 3, 1
-    assert compare.plan(args, rest, {}).jobs[0].options().arch == "resnet18"
+    assert plan.plan(args, rest, {}).jobs[0].options().arch == "resnet18"
     with pytest.raises(InputError, match="^pre-training of magical: --arch resnet50, but classification has resnet18"):
         compare.main([*words, "--with", "magical --arch resnet50"])
     with pytest.raises(InputError, match="^pre-training of pcrlv2: --arch resnet50, but classification has resnet18"):
@@ -393,7 +395,7 @@ def test_each_place_has_its_environment(script, tmp_path):
     made = [script(tmp_path / str(k), code) for k in range(4)]
     args = compare.get_parser().parse_args(["--gpus", "3,5"])
     args.jobs = 2
-    run_beside(made, compare.places(args), lambda *_: None)
+    run_beside(made, jobs.places(args), lambda *_: None)
     assert sorted((tmp_path / str(k) / "log.txt").read_text().strip() for k in range(4)) == ["3", "3", "5", "5"]
 
 

@@ -10,17 +10,19 @@ from parity_tools import assert_close, deterministic, published
 from test_methods import HalvedRun, batch_norm_eval, concept_batch, run_with
 
 from medssl import train_byol, train_concl, train_densecl, train_pcl, train_simclr
-from medssl.datasets.views import Columns, ConceptViews, Draws, MultiCropViews, box_around, sample, solarise
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.loop import make_optimizer
-from medssl.engine.options import InputError
+from medssl.engine.order import make_optimizer
 from medssl.engine.parallel import Run
+from medssl.errors import InputError
 from medssl.models.concepts import concept_means, cosine_kmeans, random_pixels, view_maps
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import match
 from medssl.train_pcl import PCL, cluster
+from medssl.views.draws import Columns, Draws
+from medssl.views.of_images import ConceptViews, MultiCropViews
+from medssl.views.ops2d import box_around, sample, solarise
 
 
 def seeded(seed):
@@ -164,7 +166,7 @@ def test_views_blur_and_solarise_by_their_own_chances():
 def test_jitter_comes_first_where_it_should(monkeypatch):
     order = []
     for name in ("random_gray", "random_blur", "color_jitter"):
-        monkeypatch.setattr(f"medssl.datasets.views.{name}", lambda x, *_, name=name, **more: order.append(name) or x)
+        monkeypatch.setattr(f"medssl.views.of_images.{name}", lambda x, *_, name=name, **more: order.append(name) or x)
     for first in (True, False):
         MultiCropViews([0], [1], jitter_first=first).color(torch.zeros(1, 3, 4, 4), Columns(torch.rand(1, 12)))
     assert order == ["color_jitter", "random_gray", "random_blur", "random_gray", "random_blur", "color_jitter"]

@@ -21,8 +21,8 @@ from medssl import (
     train_simclr,
 )
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
+from medssl.errors import InputError
 from medssl.losses.contrastive import InfoNCE, l2_normalize, make_contrast, similarities
 from medssl.models.encoders import initialise, make_encoder
 from medssl.models.heads import Embedder

@@ -8,18 +8,20 @@ import torch
 from PIL import Image
 
 from medssl import finetune_detection, finetune_segmentation
-from medssl.datasets.lists import write_list
+from medssl.datasets.base import Request
 from medssl.datasets.pathology import NCT_CLASSES
-from medssl.datasets.phantom_tissue import tiles
-from medssl.datasets.registry import Request, UnreadableImage, open_splits
-from medssl.datasets.views import DetectionViews, Draws, instance_targets
-from medssl.engine.coco import annotations_of, average_precision, encode
-from medssl.engine.detection import Detector, evaluate
-from medssl.engine.options import InputError
+from medssl.datasets.phantoms.tissue import tiles
+from medssl.datasets.registry import open_splits
 from medssl.engine.parallel import Devices, setup, wrap
+from medssl.errors import InputError, UnreadableImage
 from medssl.models.detector import make_detector
 from medssl.models.encoders import IMAGENET, make_encoder
 from medssl.preprocess import to_coco
+from medssl.reading.tables import write_list
+from medssl.tasks.coco import annotations_of, average_precision, encode
+from medssl.tasks.detection import Detector, evaluate
+from medssl.views.draws import Draws
+from medssl.views.of_images import DetectionViews, instance_targets
 
 
 def save(path, pixels):

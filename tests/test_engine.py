@@ -1,7 +1,6 @@
 """The loop: what it computes, how it continues, how it stops, and what it says to bad input."""
 
 import argparse
-import ast
 import importlib
 import json
 import os
@@ -17,23 +16,23 @@ import pytest
 import torch
 from PIL import Image
 
-from medssl import train_pcrlv2
-from medssl.datasets.phantom import radiographs
-from medssl.datasets.registry import ImageDataset, Info, UnreadableImage, data_digest, to_texture
-from medssl.datasets.views import ClassificationViews
+from medssl import errors, train_pcrlv2
+from medssl.datasets.base import ImageDataset, Info, to_texture
+from medssl.datasets.identity import data_digest
+from medssl.datasets.phantoms.radiograph import radiographs
 from medssl.engine import checkpoint, options
-from medssl.engine.loop import Method, Order, Stop, fit, learning_rate, make_optimizer, seed_step
-from medssl.engine.options import InputError
+from medssl.engine.guards import Stop
+from medssl.engine.loop import fit
+from medssl.engine.method import Method
+from medssl.engine.order import Order, learning_rate, make_optimizer
 from medssl.engine.parallel import Devices
+from medssl.errors import InputError, UnreadableImage
 from medssl.models.encoders import IMAGENET
+from medssl.views.of_images import ClassificationViews
 
 ROOT = Path(__file__).parents[1]
 CPU = Devices(torch.device("cpu"))
-SCRIPTS = next(
-    ast.literal_eval(node.value)
-    for node in ast.parse((ROOT / "setup.py").read_text()).body
-    if isinstance(node, ast.Assign) and node.targets[0].id == "SCRIPTS"
-)
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "\ndef cli(" in path.read_text()]
 
 
 # A real run, in this process and in others ---------------------------------------------------------
@@ -246,7 +245,7 @@ def refused(capsys, images, output, *more):
     """Exit code 2 and one line on standard error → that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        options.run_script(lambda: train(images, output, *more))
+        errors.run_script(lambda: train(images, output, *more))
     assert error.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -573,17 +572,17 @@ def test_order_of_processes_and_continuations():
 
 def test_shares_of_processes():
     devices = [Devices(torch.device("cpu"), rank=r, world=3) for r in range(3)]
-    assert [list(range(9))[d.share(9)] for d in devices] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert [list(range(9))[d.own_rows(9)] for d in devices] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     with pytest.raises(InputError, match="--b 8: not a multiple of the 3 devices"):
-        devices[0].share(8)
+        devices[0].own_rows(8)
 
 
 def test_step_seeds():
-    shared = [seed_step(1, 5, rank).initial_seed() for rank in range(2)]
+    shared = [Devices(torch.device("cpu"), rank=rank, world=2).seed_step(1, 5).initial_seed() for rank in range(2)]
     assert shared[0] == shared[1]
     numbers = []
     for seed, step, rank in ((1, 5, 0), (1, 5, 0), (1, 5, 1), (1, 6, 0), (2, 5, 0)):
-        seed_step(seed, step, rank)
+        Devices(torch.device("cpu"), rank=rank, world=9).seed_step(seed, step)
         numbers.append(float(torch.rand(())))
     assert numbers[0] == numbers[1]
     assert len(set(numbers)) == 4
@@ -672,7 +671,7 @@ def test_every_option_is_explained(script):
     assert callable(module.cli)
     assert parser.allow_abbrev is False
     actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-    assert len(actions) > 3
+    assert len(actions) > 1
     for action in actions:
         name = "/".join(action.option_strings) or action.dest
         assert action.help, f"{script} {name} has no help"
@@ -693,5 +692,5 @@ def test_textures_are_near_a_lanczos_filters():
 
 def test_batch_norm_needs_two_views_on_each_device():
     with pytest.raises(InputError, match="batch norm needs at least 2 images"):
-        CPU.share(1)
-    assert CPU.share(1, views=4) == slice(0, 1)  # four patches of one volume
+        CPU.own_rows(1)
+    assert CPU.own_rows(1, views=4) == slice(0, 1)  # four patches of one volume

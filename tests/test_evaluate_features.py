@@ -10,11 +10,12 @@ from PIL import Image
 
 from medssl import evaluate_features as script
 from medssl import finetune_classification
-from medssl.datasets import phantom, registry
-from medssl.datasets.registry import ImageDataset, Info, UnreadableImage
-from medssl.engine.evaluation import evaluation_batches
-from medssl.engine.options import InputError
+from medssl.datasets import registry
+from medssl.datasets.base import ImageDataset, Info
+from medssl.datasets.phantoms import radiograph
+from medssl.engine.batches import evaluation_batches
 from medssl.engine.parallel import Devices
+from medssl.errors import InputError, UnreadableImage
 from medssl.models.encoders import make_encoder
 
 BINARY = Info("x", task="binary", classes=("a", "b"))
@@ -236,8 +237,9 @@ def test_the_dimension_is_checked_by_the_scripts(module, tmp_path, monkeypatch):
         read = np.zeros((30, 2, 2, 2), np.uint8).__getitem__
         return {s: ImageDataset(info, read, [f"{s}/{i}" for i in range(30)], torch.arange(30) % 2) for s in splits}
 
-    monkeypatch.setattr(registry, "FAMILIES", {"volumes": "phantom"})
-    monkeypatch.setattr(phantom, "open_splits", open_volumes)
+    row = registry.Row("volumes", "phantoms.radiograph", (3,), ("classification",), "")
+    monkeypatch.setitem(registry.BY_NAME, "volumes", row)
+    monkeypatch.setattr(radiograph, "open_splits", open_volumes)
     given = ["--dataset", "volumes", "--device", "cpu", "--output", str(tmp_path / "out")]
     with pytest.raises(InputError, match="--arch resnet18: no 3-dimensional encoder"):
         module.main([*given, "--d", "3", "--arch", "resnet18"])

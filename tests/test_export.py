@@ -11,8 +11,9 @@ import torch
 import torchvision
 from safetensors import safe_open
 
-from medssl.engine.options import InputError
-from medssl.export_encoder import TO, Exported, checked, detectron2_name, main, torchvision_name
+from medssl.errors import InputError
+from medssl.export_encoder import TO, Exported, detectron2_name, main, torchvision_name
+from medssl.files import writing
 from medssl.models.encoders import make_encoder
 from medssl.models.unet2d import UNet2d
 
@@ -123,7 +124,7 @@ def test_files_that_fail_their_check_are_not_left(tmp_path):
     path.write_text("of the last export")
 
     def fail():
-        with checked(path) as part:
+        with writing(path) as part:
             part.write_text("new")
             raise InputError("other features")
 
@@ -131,7 +132,7 @@ def test_files_that_fail_their_check_are_not_left(tmp_path):
         fail()
     assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]
     assert path.read_text() == "of the last export"
-    with checked(path) as part:
+    with writing(path) as part:
         part.write_text("new")
     assert path.read_text() == "new"
 

@@ -17,19 +17,16 @@ import torch
 import torch.distributed.run
 from sklearn.metrics import roc_auc_score
 
-from medssl import (
-    compare,
-    demo,
-    finetune_classification,
-    train_pcrlv2,
-)
-from medssl.datasets.registry import Info
-from medssl.engine import options, trials
-from medssl.engine.metrics import auroc_interval, score, score_with_intervals
-from medssl.engine.options import InputError
+from medssl import compare, demo, finetune_classification, train_pcrlv2
+from medssl.datasets.base import Info
+from medssl.engine import options
+from medssl.errors import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import make_encoder
 from medssl.models.heads import EncoderClassifier
+from medssl.study import plan
+from medssl.tasks import trials
+from medssl.tasks.metrics import auroc_interval, score, score_with_intervals
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
@@ -333,7 +330,7 @@ def test_documented_commands_parse(command, monkeypatch):
     if script == "compare.py":
         args, rest = compare.get_parser().parse_known_args(words)
         for task in args.task:
-            compare.TASKS[task].script.get_parser().parse_args(rest)
+            plan.TASKS[task].script.get_parser().parse_args(rest)
     else:
         module = importlib.import_module("medssl." + script.removesuffix(".py").replace("/", "."))
         module.get_parser().parse_args(words)

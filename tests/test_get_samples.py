@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from medssl.datasets import chest, chexpert
-from medssl.datasets.lists import read_list
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.preprocess import get_samples, make_lists
+from medssl.reading.tables import read_list
 
 TABLE = "group,original_idx,structure,id\norgans,1,lung_upper_lobe_left,3\ncardiac,2,heart,7\nmuscles,1,brain,9\n"
 

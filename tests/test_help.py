@@ -9,6 +9,7 @@ import pytest
 
 from medssl import compare
 from medssl.engine.helptext import arrange
+from medssl.study import plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "def get_parser" in path.read_text()]
@@ -67,7 +68,7 @@ def test_examples_are_taken(script):
         if name == "compare":
             args, rest = compare.get_parser().parse_known_args(words[1:])
             for task in args.task:
-                compare.TASKS[task].script.get_parser().parse_args(rest)
+                plan.TASKS[task].script.get_parser().parse_args(rest)
         else:
             parser_of(name).parse_args(words[1:])
     assert own >= 1

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from medssl.datasets import chest, lists
-from medssl.datasets.registry import Request, open_splits
-from medssl.engine.options import InputError
+from medssl.datasets import chest
+from medssl.datasets.base import Request
+from medssl.datasets.registry import open_splits
+from medssl.errors import InputError
+from medssl.reading import tables
 
 HEADER = "Image Index,Finding Labels,Patient ID"
 NAMES = [f"0000000{patient}_000.png" for patient in range(1, 5)]
@@ -41,9 +43,9 @@ def chest_train(root, path=None):
 def test_one_image_under_two_names_is_listed_twice(tmp_path, again):
     path = written(tmp_path / "l.txt", "a/0.png 0", f"{again} 1")
     with pytest.raises(InputError, match="line 2: a/0.png is listed on line 1 already"):
-        lists.read_list(path)
-    assert lists.read_list(written(path, f"{again} 1"))[0] == ["a/0.png"]
-    assert lists.line_of(path, "a/0.png") == 1
+        tables.read_list(path)
+    assert tables.read_list(written(path, f"{again} 1"))[0] == ["a/0.png"]
+    assert tables.line_of(path, "a/0.png") == 1
 
 
 def test_chest_lists_name_files_whatever_the_folder(nih, tmp_path):
@@ -64,17 +66,17 @@ def test_chest_lists_name_files_whatever_the_folder(nih, tmp_path):
 def test_labels_are_plain_digits(tmp_path, label):
     path = written(tmp_path / "l.txt", "0.png 0", f"1.png {label}")
     with pytest.raises(InputError, match="line 2: labels must be whole numbers, not"):
-        lists.read_list(path)
+        tables.read_list(path)
 
 
 def test_class_numbers_have_no_gaps():
-    assert lists.class_count("l.txt", [torch.tensor([2, 0]), torch.tensor([1])]) == 3
+    assert tables.class_count("l.txt", [torch.tensor([2, 0]), torch.tensor([1])]) == 3
     with pytest.raises(InputError, match="l.txt: class 99999 is there, but class 2 has no image; number the classes 0"):
-        lists.class_count("l.txt", [torch.tensor([0, 1]), torch.tensor([99999])])
+        tables.class_count("l.txt", [torch.tensor([0, 1]), torch.tensor([99999])])
     with pytest.raises(InputError, match="class 2 is there, but class 0 has no image"):
-        lists.class_count("l.txt", [torch.tensor([1, 2])])
+        tables.class_count("l.txt", [torch.tensor([1, 2])])
     with pytest.raises(InputError, match="l.txt: all labels are 0; two classes are needed"):
-        lists.class_count("l.txt", [torch.tensor([0, 0])])
+        tables.class_count("l.txt", [torch.tensor([0, 0])])
 
 
 def test_images_that_the_table_lacks(nih, capsys):

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.datasets.volumes import WINDOW, read_volume, resample, scale
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.preprocess import luna
+from medssl.reading.geometry import resample
+from medssl.reading.intensities import WINDOW, scale
+from medssl.reading.volumes import read_volume
 
 sitk = pytest.importorskip("SimpleITK")
 PARITY = json.loads((Path(__file__).parent / "parity" / "luna.json").read_text())
@@ -79,7 +81,7 @@ def parity_crop():
 def test_iou_parity():
     boxes = np.array([case["boxes"] for case in PARITY["iou"]])
     wanted = [case["value"] for case in PARITY["iou"]]
-    np.testing.assert_array_equal(luna.iou(boxes[:, 0], boxes[:, 1]), wanted)
+    np.testing.assert_array_equal(luna.iou_of_corners(boxes[:, 0], boxes[:, 1]), wanted)
 
 
 def test_resize_parity():
@@ -154,7 +156,7 @@ def test_drawn_boxes(method, shape):
     drawn = {tuple(size) for size in (high - low).reshape(-1, 3).tolist()}
     assert drawn <= set(sizes)
     assert len(drawn) >= min(3, len(sizes))  # small ones overlap seldom in a large scan
-    assert (luna.iou(pairs[:, 0], pairs[:, 1]) > luna.CROPS[method][1]).all()
+    assert (luna.iou_of_corners(pairs[:, 0], pairs[:, 1]) > luna.CROPS[method][1]).all()
     reach = np.array(luna.reachable(shape, method))
     for pair in pairs[:100]:
         boxes = luna.draw_locals(shape, pair, rng)

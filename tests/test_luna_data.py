@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from medssl.datasets import registry
+from medssl.datasets.base import Request, collate
 from medssl.datasets.luna import place_of
-from medssl.datasets.registry import Request, collate
-from medssl.datasets.views import Draws
-from medssl.datasets.views3d import CubeViews
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.preprocess import luna
 from medssl.tests.test_luna import chest, write
+from medssl.views.draws import Draws
+from medssl.views.of_volumes import CubeViews
 
 PAIR, SMALL = (2, 16, 16, 8), (6, 8, 8, 8)
 

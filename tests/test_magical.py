@@ -8,14 +8,18 @@ import torch.nn.functional as F
 from parity_tools import deterministic, published
 
 from medssl import train_magical
-from medssl.datasets.registry import Request, open_splits, split_for_validation
-from medssl.datasets.views import Columns, Draws, MaskedToneViews, change_tones, mask_cells
+from medssl.datasets.base import Request
+from medssl.datasets.registry import open_splits
+from medssl.datasets.splits import split_for_validation
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
+from medssl.errors import InputError
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.train_magical import MAGICAL, complete, get_parser, main
+from medssl.views.draws import Columns, Draws
+from medssl.views.of_images import MaskedToneViews
+from medssl.views.ops2d import change_tones, mask_cells
 
 # The loss ------------------------------------------------------------------------------------------
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from medssl.datasets import base, registry
 from medssl.datasets import medmnist as family
-from medssl.datasets import registry
-from medssl.datasets.registry import Request
-from medssl.engine.options import InputError
+from medssl.datasets.base import Request
+from medssl.errors import InputError
 
 
 def write(path, channels=1, side=28, classes=2, columns=1, counts=(6, 4, 5), **changes):
@@ -62,7 +62,14 @@ def test_flag_of_refuses():
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "medmnist", None)
     with pytest.raises(InputError, match="pip install medmnist"):
-        family.flag_of("pathmnist")
+        registry.open_splits(Request(name="pathmnist"), ["train"])
+
+
+def test_flags_are_the_packages():
+    assert sorted(family.FLAGS) == sorted(medmnist.INFO)
+    for flag in family.FLAGS:
+        licence = medmnist.INFO[flag]["license"]
+        assert licence == family.LICENCES[flag], flag
 
 
 def test_binary_set(tmp_path):
@@ -70,7 +77,7 @@ def test_binary_set(tmp_path):
     opened = registry.open_splits(Request(name="PneumoniaMNIST", data=str(tmp_path)), ["train", "val", "test"], dims=2)
     data = opened["train"]
     assert [len(each) for each in opened.values()] == [6, 4, 5]
-    assert data.info == registry.Info("pneumoniamnist", 2, 1, "binary", ("normal", "pneumonia"), 28)
+    assert data.info == base.Info("pneumoniamnist", 2, 1, "binary", ("normal", "pneumonia"), 28)
     assert data.ids[:2] == ["train/00000", "train/00001"]
     assert data.labels.dtype == torch.int64
     assert data.labels.tolist() == arrays["train_labels"][:, 0].tolist()

@@ -10,16 +10,19 @@ import torch.nn.functional as F
 from parity_tools import assert_close, deterministic, published
 
 from medssl import train_pcrl, train_pcrlv2
-from medssl.datasets.registry import ImageDataset, Info
-from medssl.datasets.views import Columns, Draws, RestorationViews, draw_transform, transform, transform_code
-from medssl.datasets.views3d import PCRL_SIZES, RestorationCubeViews, iou, random_boxes, z_normalise
+from medssl.datasets.base import ImageDataset, Info
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.options import InputError
 from medssl.engine.parallel import Run
+from medssl.errors import InputError
 from medssl.models.context_unet import attend, blend
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.models.unet3d import UNet3d
 from medssl.train_pcrl import PCRL, get_parser, main
+from medssl.views.draws import Columns, Draws
+from medssl.views.of_images import RestorationViews
+from medssl.views.of_volumes import RestorationCubeViews
+from medssl.views.ops import draw_transform, transform, transform_code
+from medssl.views.ops3d import PCRL_SIZES, iou, random_boxes, z_normalise
 
 ARCH = {2: "resnet18", 3: "unet3d"}
 

@@ -15,17 +15,18 @@ from parity_tools import assert_close, deterministic, published
 from PIL import Image
 
 from medssl import train_pcrlv2
-from medssl.datasets.registry import ImageDataset, Info
-from medssl.datasets.views import MultiCropViews
+from medssl.datasets.base import ImageDataset, Info
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.loop import export_encoder
+from medssl.engine.export import export_encoder
 from medssl.engine.monitor import middle_slices, stretch
-from medssl.engine.options import InputError, complete
+from medssl.engine.options import complete
 from medssl.engine.parallel import Run
+from medssl.errors import InputError
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.train_pcrlv2 import DEFAULTS, PCRLv2, get_parser, main
+from medssl.views.of_images import MultiCropViews
 
 PUBLISHED, PUBLISHED_3D = published("pcrlv2_2d"), published("pcrlv2_3d")
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from medssl.datasets import registry
-from medssl.datasets.phantom import SPLITS, radiographs
-from medssl.datasets.registry import Request
-from medssl.engine.options import InputError
+from medssl.datasets.base import Request
+from medssl.datasets.phantoms.radiograph import SPLITS, radiographs
+from medssl.errors import InputError
 
 
 @pytest.mark.parametrize("size", [33, 64, 200])

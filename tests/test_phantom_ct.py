@@ -11,10 +11,10 @@ from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from medssl.datasets import phantom_ct
-from medssl.datasets.phantom_ct import LABELS, chest_ct, scan_chest, write_luna
-from medssl.datasets.registry import Request
-from medssl.engine.options import InputError
+from medssl.datasets.base import Request
+from medssl.datasets.phantoms import ct
+from medssl.datasets.phantoms.ct import LABELS, chest_ct, scan_chest, write_luna
+from medssl.errors import InputError
 from medssl.preprocess import make_phantom_ct
 
 LUNGS, HEART, NODULE = 1, 2, 3
@@ -134,7 +134,7 @@ def test_slabs_do_not_show(monkeypatch):
     """Large scans are rendered slab by slab."""
     args = ((40, 40, 30), (6.0, 6.0, 6.0), 1, (9.0, 12.0))
     one = scan_chest(np.random.default_rng(2), *args)
-    monkeypatch.setattr(phantom_ct, "VOXELS_PER_SLAB", 40 * 40 * 7)
+    monkeypatch.setattr(ct, "VOXELS_PER_SLAB", 40 * 40 * 7)
     many = scan_chest(np.random.default_rng(2), *args)
     assert np.array_equal(one.mask, many.mask)
     noise = (one.hu.astype(int) - many.hu)[:, :, :7]
@@ -165,7 +165,7 @@ def test_shape_tells_the_classes_apart(scans):
 
 
 def test_open_splits():
-    data = phantom_ct.open_splits(Request(name="phantom3d"), ["val"])["val"]
+    data = ct.open_splits(Request(name="phantom3d"), ["val"])["val"]
     assert len(data) == 64
     assert (data.info.name, data.info.dims, data.info.channels, data.info.task) == ("phantom3d", 3, 1, "binary")
     assert data.ids[12] == "val/00012"
@@ -184,7 +184,7 @@ def test_open_splits():
     assert torch.equal(part.load(1)["mask"], item["mask"])
     assert part[0]["label"] == data.labels[5]
     # Opened anew, they are the same.
-    again = phantom_ct.open_splits(Request(name="phantom3d"), ["val"])["val"]
+    again = ct.open_splits(Request(name="phantom3d"), ["val"])["val"]
     assert torch.equal(again.load(3)["image"], item["image"])
 
 
@@ -194,9 +194,9 @@ def test_bad_inputs():
         (Request(name="phantom3d", data="here"), "--data here: .* generated"),
     ):
         with pytest.raises(InputError, match=words):
-            phantom_ct.open_splits(request, ["val"])
+            ct.open_splits(request, ["val"])
     with pytest.raises(InputError, match="splits train, val, test, not other"):
-        phantom_ct.open_splits(Request(name="phantom3d"), ["other"])
+        ct.open_splits(Request(name="phantom3d"), ["other"])
     with pytest.raises(InputError, match="at least 1"):
         chest_ct(0)
     with pytest.raises(InputError, match="seed -1"):

@@ -14,7 +14,7 @@ import torchvision
 from medssl import prepare_models
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.prepare_models import CONVERTERS, PlainUnpickler, convert, files_of, from_byol, main, model_of
 

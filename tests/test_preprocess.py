@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from medssl.datasets import chexpert as chexpert_set
+from medssl.datasets.base import Request
 from medssl.datasets.chest import FINDINGS
-from medssl.datasets.lists import read_list
-from medssl.datasets.registry import Request, open_splits
-from medssl.engine.options import InputError
+from medssl.datasets.registry import open_splits
+from medssl.errors import InputError
 from medssl.preprocess import cache_images, check_data, make_lists
+from medssl.reading.tables import read_list
 
 HEADER = ",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert_set.LABELS])
 

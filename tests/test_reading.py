@@ -11,10 +11,10 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRLittleEndian
 
-from medssl.datasets import reading
-from medssl.datasets.reading import describe, find_images, read_image
-from medssl.datasets.registry import UnreadableImage
-from medssl.engine.options import InputError
+from medssl.errors import InputError, UnreadableImage
+from medssl.reading import intensities
+from medssl.reading.find import find_images
+from medssl.reading.pictures import describe, read_image
 
 RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))  # (H, W) = (48, 64), dark to bright
 
@@ -339,7 +339,7 @@ def test_find_images(tmp_path):
 
 def test_range_is_the_percentiles():
     values = np.arange(1001, dtype=np.int32).reshape(7, 143)
-    levels = reading.to_uint8(values)
+    levels = intensities.to_uint8(values)
     assert levels.ravel()[:6].tolist() == [0] * 6
     assert levels.ravel()[-6:].tolist() == [255] * 6
     assert levels.ravel()[500] == 128

@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from medssl.engine.jobs import Job
-from medssl.engine.report import class_table, findings, warnings, write_report
-from medssl.engine.study import Cell, best_of, gather
+from medssl.study.jobs import Job
+from medssl.study.report import class_table, findings, warnings, write_report
+from medssl.study.results import Cell, best_of, gather
 
 VALUES = {  # AUROC of five trials
     ("random", 1): [0.70, 0.72, 0.69, 0.71, 0.73],

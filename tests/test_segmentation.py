@@ -11,18 +11,18 @@ import SimpleITK as sitk
 import torch
 
 from medssl import finetune_segmentation
-from medssl.datasets import phantom_ct, registry, segmentation3d
-from medssl.datasets.registry import ImageDataset, Info, UnreadableImage
-from medssl.datasets.segmentation import open_segmented
-from medssl.datasets.segmentation3d import find_pairs
-from medssl.datasets.views import Draws
-from medssl.datasets.views3d import VolumeSegmentationViews
-from medssl.engine import segmentation2d as images
-from medssl.engine import segmentation3d as volumes
-from medssl.engine import trials
-from medssl.engine.options import InputError
+from medssl.datasets import masked_volumes, registry
+from medssl.datasets.base import ImageDataset, Info
+from medssl.datasets.pairs import find_volume_pairs
+from medssl.datasets.phantoms import ct
 from medssl.engine.parallel import Run
-from medssl.engine.segmentation import (
+from medssl.errors import InputError, UnreadableImage
+from medssl.models.encoders import initialise_unet
+from medssl.models.pcrlv2_model_3d import PCRLv23d
+from medssl.models.unet3d import UNet3d
+from medssl.tasks import segmentation3d as volumes
+from medssl.tasks import trials
+from medssl.tasks.segmentation import (
     counts,
     dice,
     gaussian_window,
@@ -31,10 +31,9 @@ from medssl.engine.segmentation import (
     summarise_cases,
     window_starts,
 )
-from medssl.engine.segmentation3d import judge, largest_component
-from medssl.models.encoders import initialise_unet
-from medssl.models.pcrlv2_model_3d import PCRLv23d
-from medssl.models.unet3d import UNet3d
+from medssl.tasks.segmentation3d import judge, largest_component
+from medssl.views.draws import Draws
+from medssl.views.of_volumes import VolumeSegmentationViews
 
 FLIPPED = (-1, 0, 0, 0, -1, 0, 0, 0, 1)
 OBLIQUE = (0.8, -0.6, 0, 0.6, 0.8, 0, 0, 0, 1)
@@ -70,7 +69,7 @@ def write_pairs(root, count=5, shapes=((16, 16, 16),), value=1, **geometry):
 
 def opened(root, dataset="folder", d=None, **more):
     options = {"image_size": None, **more}
-    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), d=d, **options), images.PROTOCOLS)
+    return finetune_segmentation.open_data(argparse.Namespace(dataset=dataset, data=str(root), d=d, **options))
 
 
 def everything(splits):
@@ -265,7 +264,7 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_cache_keeps_what_was_read(tmp_path, monkeypatch):
     root = write_pairs(tmp_path / "data", 3)
     data = opened(root, cache=str(tmp_path / "cache"))["train"]
-    monkeypatch.setattr(segmentation3d, "read_volume", counted := mock.Mock(wraps=segmentation3d.read_volume))
+    monkeypatch.setattr(masked_volumes, "read_volume", counted := mock.Mock(wraps=masked_volumes.read_volume))
     fresh, kept = data[0], data[0]
     assert counted.call_count == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -456,7 +455,7 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
     root = write_pairs(tmp_path / "data", 5)
     more = ["--save-every", "1", "--epochs", "4", "--annotation-percent", "40"]
     whole = script(root, tmp_path / "whole", *more)
-    validate, test = volumes.validate, volumes.test
+    validate, test = volumes.VolumeSegmentation.validate, volumes.VolumeSegmentation.test
     calls = []
 
     class Killed(BaseException):
@@ -472,8 +471,8 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
         return call
 
     # In the middle of training, after a checkpoint that the step before had left; then while testing.
-    monkeypatch.setattr(volumes, "validate", dies(validate, 2))
-    monkeypatch.setattr(volumes, "test", dies(test, 1))
+    monkeypatch.setattr(volumes.VolumeSegmentation, "validate", dies(validate, 2))
+    monkeypatch.setattr(volumes.VolumeSegmentation, "test", dies(test, 1))
     for _ in range(2):
         with pytest.raises(Killed):
             script(root, tmp_path / "killed", *more)
@@ -527,7 +526,7 @@ def test_the_loss_falls_on_one_batch():
 
 
 def test_generated_volumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(phantom_ct, "_generated", lambda split: phantom_ct.chest_ct(4, seed=len(split)))
+    monkeypatch.setattr(ct, "SPLITS", dict.fromkeys(ct.SPLITS, 4))
     arguments = ["--arch", "unet3d_quarter", "--steps", "1", "--b", "2", "--workers", "0", "--no-tensorboard"]
     finetune_segmentation.main([*arguments, "--patch", "16", "16", "16", "--overlap", "0", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -565,4 +564,4 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     image, _ = ball((16, 16, 16), 1)
     write(root / "images" / "case1.nrrd", image)
     with pytest.raises(InputError, match=r"case1.n.*the same name as case1.n.*rename"):
-        find_pairs(root)
+        find_volume_pairs(root)

@@ -13,31 +13,31 @@ import torch
 from PIL import Image
 
 from medssl import finetune_classification, finetune_segmentation, train_magical
-from medssl.datasets import phantom
-from medssl.datasets.lists import write_list
-from medssl.datasets.phantom_fundus import field_of_view, fundi
-from medssl.datasets.reading import read_mask
-from medssl.datasets.registry import Request, UnreadableImage, open_splits
-from medssl.datasets.segmentation import open_segmented
-from medssl.datasets.segmentation2d import fundus_field
-from medssl.datasets.views import Draws, SegmentationViews
-from medssl.engine.options import InputError
+from medssl.datasets.base import ImageDataset, Info, Request
+from medssl.datasets.masked_images import fundus_field
+from medssl.datasets.phantoms import radiograph
+from medssl.datasets.phantoms.fundus import field_of_view, fundi
+from medssl.datasets.registry import open_splits
 from medssl.engine.parallel import Run
-from medssl.engine.segmentation import summarise_cases
-from medssl.engine.segmentation2d import (
+from medssl.errors import InputError, UnreadableImage
+from medssl.losses.segmentation import binary_dice_cross_entropy
+from medssl.models.encoders import IMAGENET, initialise_unet
+from medssl.models.unet2d import UNet2d
+from medssl.preprocess import cache_images
+from medssl.reading.masks import read_mask
+from medssl.reading.tables import write_list
+from medssl.tasks.segmentation import summarise_cases
+from medssl.tasks.segmentation2d import (
     MEASURES,
-    PROTOCOLS,
     ImageSegmenter,
     centreline_dice,
     file_names,
     judge,
     label_map,
 )
-from medssl.engine.trials import labelled_subset
-from medssl.losses.segmentation import binary_dice_cross_entropy
-from medssl.models.encoders import IMAGENET, initialise_unet
-from medssl.models.unet2d import UNet2d
-from medssl.preprocess import cache_images
+from medssl.tasks.trials import labelled_subset
+from medssl.views.draws import Draws
+from medssl.views.of_images import SegmentationViews
 
 
 def save(path, pixels, **options):
@@ -99,7 +99,7 @@ def make(root, name, count=10):
 
 def opened(root, dataset, **more):
     options = {"d": None, "image_size": 32, "texture_size": 0, **more}
-    return open_segmented(argparse.Namespace(dataset=dataset, data=str(root), **options), PROTOCOLS)
+    return finetune_segmentation.open_data(argparse.Namespace(dataset=dataset, data=str(root), **options))
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_masks_beside_cached_images(tmp_path, name):
         ["--dataset", name, *data, "--texture-size", "32", "--workers", "0", "--output", str(tmp_path / "c")]
     )
     options = {"dataset": name, "data": root, "d": None, "image_size": 32, "texture_size": 0}
-    plain, cached = (open_segmented(argparse.Namespace(**options, cache=cache), PROTOCOLS)
+    plain, cached = (finetune_segmentation.open_data(argparse.Namespace(**options, cache=cache))
                      for cache in (None, str(tmp_path / "c")))  # fmt: skip
     for split, own in plain.items():
         for i in range(min(3, len(own))):
@@ -351,12 +351,12 @@ def test_phantoms_have_masks():
         fundi(1, 32)
     data = opened_phantom("phantom2d")
     found = [data.truth(i)[0].any() for i in range(20)]
-    assert found == [bool(label) for label in phantom.radiographs(20, 32, phantom.SPLIT_SEEDS["train"])[1]]
+    assert found == [bool(label) for label in radiograph.radiographs(20, 32, radiograph.SPLIT_SEEDS["train"])[1]]
 
 
 def opened_phantom(name):
     options = argparse.Namespace(dataset=name, data=None, d=None, image_size=32, texture_size=0)
-    return open_segmented(options, PROTOCOLS)["train"]
+    return finetune_segmentation.open_data(options)["train"]
 
 
 # Views and losses ----------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_image_mask_and_field_move_together(patch):
 
 def test_flips_are_the_ones_asked_for():
     views = SegmentationViews(**IMAGENET, size=64, degrees=0, flips=(False, True), zoom=(1, 1))
-    from medssl.datasets.views import Columns
+    from medssl.views.draws import Columns
 
     theta = views.random_parts(400, Columns(Draws((0,), 400).uniform(0, 6)))
     assert (theta[:, 0, 0] == 1).all()
@@ -567,10 +567,10 @@ def test_bad_options(tmp_path):
     }.items():
         with pytest.raises(InputError, match=message):
             script(root, tmp_path / "out", *more)
+    args = finetune_segmentation.get_parser().parse_args(["--loss", "bce"])
+    volumes = ImageDataset(Info("phantom3d", 3), None, ["a"])
     with pytest.raises(InputError, match="--loss: is for images, and phantom3d has 3 dimensions"):
-        finetune_segmentation.complete(
-            finetune_segmentation.get_parser().parse_args(["--loss", "bce"]), finetune_segmentation.Info("phantom3d", 3)
-        )
+        finetune_segmentation.complete(args, volumes)
 
 
 def test_the_loss_falls_on_one_batch():

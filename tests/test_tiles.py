@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medssl.datasets.lists import read_list
-from medssl.datasets.registry import Request, open_splits
-from medssl.engine.options import InputError
+from medssl.datasets.base import Request
+from medssl.datasets.registry import open_splits
+from medssl.errors import InputError
 from medssl.preprocess import tiles
+from medssl.reading.tables import read_list
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from medssl.engine.options import InputError
+from medssl.errors import InputError
 from medssl.models import unet3d
 from medssl.models.encoders import initialise, initialise_unet, make_encoder
 from medssl.models.pcrlv2_model_3d import PCRLv23d

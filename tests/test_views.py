@@ -12,13 +12,12 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tv
 
-from medssl.datasets.phantom import radiographs
-from medssl.datasets.registry import to_texture
-from medssl.datasets.views import (
-    ClassificationViews,
-    Columns,
-    Draws,
-    MultiCropViews,
+from medssl.datasets.base import to_texture
+from medssl.datasets.phantoms.radiograph import radiographs
+from medssl.models.encoders import IMAGENET
+from medssl.views.draws import Columns, Draws
+from medssl.views.of_images import ClassificationViews, MultiCropViews
+from medssl.views.ops2d import (
     Pyramid,
     affine,
     color_jitter,
@@ -34,7 +33,6 @@ from medssl.datasets.views import (
     random_resized_crop,
     sample,
 )
-from medssl.models.encoders import IMAGENET
 
 DATA = Path(os.environ.get("MEDSSL_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 RADIOGRAPHS = sorted((DATA / "cxr").glob("*.png"))

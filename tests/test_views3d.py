@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from medssl.datasets.views import Columns, Draws
-from medssl.datasets.views3d import (
+from medssl.errors import InputError
+from medssl.views.draws import Columns, Draws, seeds_of
+from medssl.views.of_volumes import CubeViews, VolumeClassificationViews, VolumeSegmentationViews
+from medssl.views.ops3d import (
     GLOBAL_SIZES,
-    CubeViews,
-    VolumeClassificationViews,
-    VolumeSegmentationViews,
     add_noise_,
     affine,
     blur,
@@ -24,13 +23,11 @@ from medssl.datasets.views3d import (
     random_boxes,
     resize,
     sample,
-    seeds_of,
     shuffle_map,
     swap_patches,
     windows,
     z_normalise,
 )
-from medssl.engine.options import InputError
 
 
 def smooth(n, shape, seed=0):

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medssl.datasets import volumes
-from medssl.datasets.registry import UnreadableImage
-from medssl.datasets.volumes import Volume, find_volumes, read_volume, resample, to_unit, write_labels
-from medssl.engine.options import InputError
+from medssl.errors import InputError, UnreadableImage
+from medssl.reading import geometry, intensities
+from medssl.reading.find import find_volumes
+from medssl.reading.geometry import Volume, resample
+from medssl.reading.intensities import to_unit
+from medssl.reading.volumes import read_volume, write_labels
 
 sitk = pytest.importorskip("SimpleITK")
 PARITY = json.loads((Path(__file__).parent / "parity" / "luna.json").read_text())
@@ -288,7 +290,7 @@ def test_resample_parity():
 @pytest.mark.parametrize("slab", [100, 2000])
 def test_slabs_and_boxes_are_parts_of_the_whole(monkeypatch, slab):
     whole = resample(parity_volume())
-    monkeypatch.setattr(volumes, "SLAB_VOXELS", slab)
+    monkeypatch.setattr(geometry, "SLAB_VOXELS", slab)
     # Sums in another order may fall on the other side of a whole number.
     assert np.abs(resample(parity_volume()).array - whole.array).max() <= 1
     box = ((3, 17), (0, 24), (11, 60))
@@ -314,11 +316,11 @@ def test_resample_float_labels_and_outside():
 def test_unit_range():
     ct = np.array([-3024, -1000, -500, 0, 1000, 3071], np.int16).reshape(1, 2, 3)
     np.testing.assert_allclose(to_unit(ct).ravel(), [0, 0, 0.25, 0.5, 1, 1])
-    np.testing.assert_array_equal(to_unit(ct), volumes.scale(ct, *volumes.WINDOW))
+    np.testing.assert_array_equal(to_unit(ct), intensities.scale(ct, *intensities.WINDOW))
     mri = np.zeros((20, 20, 20), np.float32)
     mri[5:15] = np.linspace(100, 200, 4000).reshape(10, 20, 20)
     mri[7, 7, 7] = 1e6  # one hot voxel does not set the contrast
-    low, high = volumes.unit_range(mri)
+    low, high = intensities.unit_range(mri)
     assert 100 < low < 101
     assert 199 < high < 200
     unit = to_unit(mri)

@@ -1,0 +1,1 @@
+"""Generated images, the data that need no download."""

@@ -1,0 +1,93 @@
+"""Generated sets are made once a machine: kept in the user's cache folder, and shared by processes.
+
+They lie in `~/.cache/medssl/generated` (`$XDG_CACHE_HOME/medssl/generated` where that is set), a folder for each set,
+split, size and version of its generator. Any of them may be deleted: it is made again.
+"""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from medssl.files import digest, lock_folder, write_atomic, write_folder
+
+FEW = 64  # single images that are remembered: more than the contents of a split are known by
+
+Arrays = dict[str, np.ndarray]
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medssl" / "generated"
+
+
+class Generated:
+    """The arrays of a generated split. Nothing is made before it is asked for.
+
+    Args:
+        module: of the generator, whose text is its version.
+        name: of the set, the split, and all that its images depend on besides.
+        count: number N of images.
+        make: from numbers of images to their arrays by name, (len, …) each.
+    """
+
+    def __init__(self, module: ModuleType, name: str, count: int, make: Callable[[Sequence[int]], Arrays]) -> None:
+        self.name, self.count, self.make = name, count, make
+        self.folder = cache_folder() / f"{name}-{digest(inspect.getsource(module).encode())}"
+        self.few: dict[int, Arrays] = {}
+
+    def row(self, key: str, i: int) -> np.ndarray:
+        """The array `key` of image i, a copy. Where the others are not there yet, it is made alone: to know a set, a
+        few of its images suffice."""
+        if "arrays" in self.__dict__ or (self.folder / "arrays").is_dir():
+            return np.array(self.arrays[key][i])
+        if i not in self.few:
+            if len(self.few) == FEW:
+                return np.array(self.arrays[key][i])
+            self.few[i] = {name: array[0] for name, array in self.make([i]).items()}
+        return np.array(self.few[i][key])
+
+    def prepare(self) -> None:
+        """Have all images made, as training does."""
+        _ = self.arrays
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """All images: from the cache folder, which is filled when it lacks them; in memory where it cannot be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with lock_folder(self.folder):  # another process may be making them: wait for it
+                found = self._stored()
+                if found is None:
+                    write_folder(self.folder / "arrays", partial(write_arrays, self.make(range(self.count))))
+                    found = self._stored()
+            if found is not None:
+                return found
+            reason = "what was written there cannot be read"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        print(f"note: {self.folder}: {reason}; generated images are not kept", file=sys.stderr)
+        return self.make(range(self.count))
+
+    def _stored(self) -> Arrays | None:
+        """What the cache folder has, mapped into memory; None where it is not there, or damaged."""
+        paths = sorted((self.folder / "arrays").glob("*.npy"))
+        try:
+            found = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in paths}
+        except (OSError, ValueError, EOFError):
+            return None
+        return found if found and all(len(array) == self.count for array in found.values()) else None
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "arrays"}  # mapped anew, not copied
+
+
+def write_arrays(arrays: Arrays, folder: Path) -> None:
+    """Write each array to a file of its name."""
+    for name, array in arrays.items():
+        write_atomic(folder / f"{name}.npy", partial(np.save, arr=array))

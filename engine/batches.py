@@ -1,0 +1,76 @@
+"""Batches on the device, in half precision where asked, and whole splits one batch after the other."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from medssl.datasets.base import ImageDataset, collate
+from medssl.engine.guards import BadFiles, ignore_signals
+from medssl.engine.options import decoders
+from medssl.engine.order import Order
+from medssl.engine.parallel import Devices
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Move images and labels, also lists of volumes; sizes stay on the CPU, where views are drawn."""
+
+    def move(value: object) -> object:
+        if isinstance(value, list):
+            return [move(entry) for entry in value]
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {key: value if key == "size" else move(value) for key, value in batch.items()}
+
+
+def autocast(args: argparse.Namespace, device: torch.device) -> contextlib.AbstractContextManager:
+    """Mixed precision as `--amp` and `--amp-dtype` say."""
+    if not args.amp:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if args.amp_dtype == "bf16" else torch.float16)
+
+
+# Memory layout of networks, by spatial dimensions: what convolutions are fastest in.
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def training_batches(
+    data: ImageDataset, args: argparse.Namespace, devices: Devices, rows: slice, start: int, stop: int
+) -> DataLoader:
+    """This process's `rows` of the batches of steps `start` to `stop`, in the run's order, not yet on the device."""
+    return DataLoader(
+        data,
+        batch_sampler=Order(len(data), args.b, rows, args.seed, start, stop),
+        num_workers=decoders(args),
+        collate_fn=collate,
+        worker_init_fn=ignore_signals,
+        pin_memory=devices.device.type == "cuda",
+        prefetch_factor=4 if args.workers else None,
+    )
+
+
+def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, devices: Devices) -> Iterator[dict]:
+    """Every readable image of a split once, in order, `b` at a time, on the device.
+
+    An unreadable image is noted in bad_files.txt and left out: its stand-in would count twice. "index" says
+    which images of the split a batch has.
+
+    Raises:
+        InputError: when more than `--max-bad` of the reads fail.
+    """
+    loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=ignore_signals)
+    bad = BadFiles(Path(args.output), args.max_bad, len(data))
+    asked = 0
+    for batch in loader:
+        count = len(batch["index"])
+        bad.note(batch["bad"], count)
+        own = torch.nonzero(batch["index"] == torch.arange(asked, asked + count))[:, 0]
+        asked += count
+        if len(own) < count:
+            batch = {key: value[own] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        if len(own):
+            yield to_device(batch, devices.device)

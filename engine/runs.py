@@ -1,0 +1,113 @@
+"""A run's folder: what it was started with, whether it can continue, and what it notes about itself."""
+
+import argparse
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+
+import medssl
+from medssl.engine.checkpoint import load_safe
+from medssl.engine.parallel import Devices
+from medssl.errors import InputError
+from medssl.files import is_unfinished, write_json
+
+# Options that may differ between a run and its continuation: none of them changes a result. Data may move, but not
+# change, which their digest tells, with a message of its own.
+FREE_OPTIONS = {
+    "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
+    "data", "data_digest", "compile", "trials",
+}  # fmt: skip
+OR_RESUME = "another --output, or --resume never"
+
+
+def open_output(
+    args: argparse.Namespace, method_name: str, data_digest: str | None, devices: Devices
+) -> tuple[Path, dict | None]:  # fmt: skip
+    """Make the output folder, find the checkpoint to continue, and write config.json.
+
+    Returns:
+        the folder, and the checkpoint's content, or None for a run that begins.
+
+    Raises:
+        InputError: when the folder holds another method's run, or one with other options.
+    """
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if devices.main:
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+        for left in filter(is_unfinished, folder.iterdir()):  # by a kill in the middle of a write
+            left.unlink(missing_ok=True)
+    devices.wait()
+    source = folder / "last.pt" if args.resume == "auto" else Path(args.resume)
+    saved = None
+    if args.resume != "never" and (args.resume != "auto" or source.exists()):
+        saved = load_safe(source)
+        if not isinstance(saved, dict) or "config" not in saved or "step" not in saved:
+            raise InputError(f"--resume {source}: not a checkpoint that can be continued")
+        if saved["name"] != method_name:
+            raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
+        refuse_changes(saved["config"], settings(args, data_digest), source)
+    if devices.any((saved or {}).get("step", 0) != devices.broadcast((saved or {}).get("step", 0))):
+        raise InputError(f"--output {folder}: not the same files on every machine; use a shared file system")
+    if devices.main:
+        if saved is None:
+            # Files of an earlier run that --resume never replaces; their lines would mix with the new ones.
+            for name in ("last.pt", "encoder.pt", "metrics.jsonl", "bad_files.txt", "warnings.txt"):
+                (folder / name).unlink(missing_ok=True)
+            for name in ("samples", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        config = {
+            "method": method_name,
+            **settings(args, data_digest),
+            "versions": versions(),
+            "device": describe(devices),
+        }
+        write_json(folder / "config.json", config)
+    return folder, saved
+
+
+def settings(args: argparse.Namespace, data_digest: str | None = None) -> dict:
+    """What a run is known by: its options as JSON values, and the digest of its data where there is one."""
+    return plain(args) | ({} if data_digest is None else {"data_digest": data_digest})
+
+
+def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUME) -> None:
+    """Raise InputError when an option that changes results, or the data, differ from what a run was started with.
+
+    Args:
+        before, now: `settings`. where: is named. instead: says what else than the same can be done.
+    """
+    # Runs without a digest are older than digests.
+    if before.get("data_digest") not in (None, now.get("data_digest")):
+        raise InputError(
+            f"{where}: was started with other data: images, their order, lists or labels differ; use the same data, "
+            + instead
+        )
+    for key, value in now.items():
+        # An option that the run did not know is newer than it.
+        if key in before and key not in FREE_OPTIONS and before[key] != value:
+            raise InputError(
+                f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, {instead}"
+            )
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """Options as JSON values."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {"medssl": medssl.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def describe(devices: Devices) -> str:
+    """The device in words."""
+    if devices.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(devices.device)} × {devices.parts}"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,81 @@
+"""Options of views, in groups that scripts add one by one."""
+
+import argparse
+
+from medssl.engine.options import (
+    Parser,
+    bounded_float,
+    check_range,
+    fraction,
+    non_negative,
+    non_negative_int,
+    positive_int,
+)
+
+
+def add_crops(group: argparse._ArgumentGroup) -> None:
+    """Size and place of large views."""
+    group.add_argument("--image-size", type=positive_int, default=224, help="side of the views, pixels")
+    group.add_argument(
+        "--crop-scale", "--crop", type=bounded_float(1e-3, 1), default=0.2, help="least share of the image in a crop"
+    )
+
+
+def add_rotation(group: argparse._ArgumentGroup) -> None:
+    """Rotation of large views."""
+    group.add_argument("--rotation", type=non_negative, default=10.0, help="largest rotation, degrees")
+
+
+def add_jitter(group: argparse._ArgumentGroup) -> None:
+    """Strength of the colour jitter, by default that of the chest X-ray methods."""
+    group.add_argument(
+        "--jitter",
+        type=non_negative,
+        nargs=4,
+        default=[0.4, 0.4, 0.4, 0.4],
+        metavar=("B", "C", "S", "H"),
+        help="strength of the jitter of brightness, contrast, saturation and hue",
+    )
+
+
+def add_blur(group: argparse._ArgumentGroup, chance: float = 0.5) -> None:
+    """How often and how much views are blurred."""
+    group.add_argument("--blur", type=fraction, default=chance, help="chance that a view is blurred")
+    group.add_argument(
+        "--blur-sigma",
+        type=non_negative,
+        nargs=2,
+        default=[0.1, 2.0],
+        metavar=("LOW", "HIGH"),
+        help="range of the blur's standard deviation, pixels",
+    )
+
+
+def add_cutout(group: argparse._ArgumentGroup) -> None:
+    """Holes in large views."""
+    group.add_argument(
+        "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
+    )
+
+
+def large_views(args: argparse.Namespace) -> dict:
+    """What the options of views that a script has ask of `MultiCropViews`."""
+    given = vars(args)
+    asked = {"size": args.image_size}
+    if "crop_scale" in given:
+        asked["scale"] = (args.crop_scale, 1.0)
+    if "rotation" in given:
+        asked["degrees"] = args.rotation
+    if "blur" in given:
+        check_range("--blur-sigma", *args.blur_sigma)
+    if "cutout" in given:
+        asked["hole"] = round(args.cutout * args.image_size / 224)
+    return asked | {name: given[name] for name in ("jitter", "blur", "blur_sigma") if name in given}
+
+
+def add_pair_views(parser: Parser) -> None:
+    """The options of `PairViews`."""
+    group = parser.add_argument_group("views")
+    add_crops(group)
+    add_jitter(group)
+    add_blur(group)

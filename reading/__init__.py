@@ -1,0 +1,1 @@
+"""Files to arrays, one module a kind of file; knows no data set."""

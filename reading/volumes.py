@@ -1,0 +1,243 @@
+"""Medical volumes: read into one orientation, and masks written back in a file's geometry.
+
+Arrays have the axes x, y, z of the patient (DICOM's LPS: x to the left, y to the back, z to the head), whatever the
+file's own order and directions. SimpleITK decodes; what it accepts in silence (NIfTI files cut short, DICOM series
+with slices missing) or only complains about on the terminal is checked here.
+"""
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from medssl.errors import UnreadableImage
+from medssl.files import write_atomic
+from medssl.reading.dicom import load_series
+from medssl.reading.geometry import AXES, Volume, axis_layout, by, flip_axes, image_of, straightened, volume_size
+from medssl.reading.simpleitk import array_of, quiet, reason_of, set_type, simpleitk
+
+
+def read_volume(path: str | Path, dtype: type | None = np.float32) -> Volume:
+    """Read a file, or a folder with a DICOM series, in the patient's axes.
+
+    Axes are swapped and flipped as the directions say; oblique scans are interpolated onto the patient's axes, with
+    the scan's lowest value in the corners. Values that are not finite become the lowest finite one.
+
+    Args:
+        path: `.mhd .mha .nii .nii.gz .nrrd .nhdr`, or a folder of DICOM slices.
+        dtype: np.float32, or None: integers of up to 16 bits stay as stored, in half the memory.
+
+    Raises:
+        UnreadableImage: the reason in one line: no such file, a missing or truncated data file, a 2D image,
+            several volumes, colours, spacing that is no length, slices missing in a DICOM series, …
+    """
+    image = load_image(Path(path), dtype)
+    array = array_of(image)
+    _replace_infinite(array)
+    layout = axis_layout(image.GetDirection())
+    if layout is None:
+        image = straightened(image, float(array.min()))
+        array, layout = array_of(image), axis_layout(AXES)
+    order, flips = layout
+    size, spacing = image.GetSize(), image.GetSpacing()
+    origin = image.TransformIndexToPhysicalPoint([size[axis] - 1 if flips[axis] else 0 for axis in range(3)])
+    flip_axes(array, flips)
+    return Volume(array.transpose(2, 1, 0).transpose(order), tuple(spacing[axis] for axis in order), origin)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a volume's file says of its place, in the order of its own axes.
+
+    Attributes:
+        size: voxels along its axes.
+        spacing: mm between them.
+        centre: of the box of voxels, in the patient's axes, mm.
+    """
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    centre: tuple[float, ...]
+
+
+def read_header(path: Path) -> Header | None:
+    """Read a file's header alone; None for DICOM series, damaged headers, and what is no volume."""
+    if path.is_dir():
+        return None
+    reader = simpleitk().ImageFileReader()
+    reader.SetFileName(os.fspath(path))
+    try:
+        with quiet():
+            reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    if reader.GetDimension() != 3:
+        return None
+    size, spacing = reader.GetSize(), reader.GetSpacing()
+    half = np.array([(n - 1) / 2 * step for n, step in zip(size, spacing)])
+    centre = np.array(reader.GetDirection()).reshape(3, 3) @ half + reader.GetOrigin()
+    return Header(size, spacing, tuple(centre))
+
+
+def load_image(path: Path, dtype: type | None):
+    """A SimpleITK image with three axes of more than one voxel and one number a voxel, as the file lays it out."""
+    sitk = simpleitk()
+    try:
+        with quiet():
+            if path.is_dir():
+                image = load_series(path, dtype)
+            else:
+                _check_file(path)
+                reader = sitk.ImageFileReader()
+                reader.SetFileName(os.fspath(path))
+                reader.ReadImageInformation()
+                size = volume_size(reader.GetSize())
+                set_type(reader, reader.GetPixelID(), dtype)
+                reader.SetExtractSize([*size, *[0] * (reader.GetDimension() - 3)])
+                image = reader.Execute()
+    except RuntimeError as error:
+        raise UnreadableImage(reason_of(str(error))) from None
+    except EOFError:
+        raise UnreadableImage("truncated: its compressed data end early") from None
+    except (OSError, zlib.error, ValueError, OverflowError) as error:
+        raise UnreadableImage(getattr(error, "strerror", None) or f"damaged: {error}") from None
+    except MemoryError:
+        raise UnreadableImage("too large for the memory of this machine") from None
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise UnreadableImage(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel; only grey volumes are read")
+    if not all(0 < step < math.inf for step in image.GetSpacing()):
+        raise UnreadableImage(f"its header gives the spacing {by(image.GetSpacing())} mm")
+    return image
+
+
+def _check_file(path: Path) -> None:
+    """Say what is wrong with a file where SimpleITK would read it all the same, or give no reason."""
+    name = path.name.lower()
+    with open(path, "rb") as file:  # raises what the system says of the path
+        head = file.read(4)
+    if name.endswith((".mhd", ".mha")):
+        _check_meta(path)
+    elif name.endswith((".nii", ".nii.gz")):
+        _check_nifti(path, zipped=head[:2] == b"\x1f\x8b")
+
+
+META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4}
+META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
+
+
+def _check_meta(path: Path) -> None:
+    """MetaImage: the data file is there, and as long as the header says."""
+    fields: dict[str, str] = {}
+    with open(path, "rb") as file:
+        for line in file:
+            key, equals, value = line.decode("latin-1").partition("=")
+            if not equals or len(line) > 10_000:
+                break
+            fields[key.strip()] = value.strip()
+            if key.strip() == "ElementDataFile":  # the last field; pixels may follow
+                break
+        start = file.tell()
+    if "DimSize" not in fields or "ElementDataFile" not in fields:
+        raise UnreadableImage("its header lacks DimSize or ElementDataFile")
+    data = path if fields["ElementDataFile"] == "LOCAL" else path.parent / fields["ElementDataFile"]
+    if data.name == "LIST" or "%" in data.name:  # many files; ITK says what is wrong with one
+        return
+    if not data.is_file():
+        raise UnreadableImage(f"its data file {data.name} is missing")
+    each = META_BYTES.get(fields.get("ElementType", "").removeprefix("MET_"))
+    if each and fields.get("CompressedData", "False").lower() != "true":
+        channels = int(fields.get("ElementNumberOfChannels", 1))
+        needed = math.prod(map(int, fields["DimSize"].split())) * each * channels
+        _check_length(data, data.stat().st_size - (start if data == path else 0), needed)
+
+
+def _check_nifti(path: Path, zipped: bool) -> None:
+    """NIfTI: ITK fills what a truncated file lacks with zeros or noise."""
+    with (gzip.open if zipped else open)(path, "rb") as file:
+        head = file.read(540)
+    for order in "<>":
+        if len(head) >= 348 and struct.unpack_from(order + "i", head)[0] == 348:
+            sizes, bits = struct.unpack_from(order + "8h", head, 40), struct.unpack_from(order + "h", head, 72)[0]
+            start = int(struct.unpack_from(order + "f", head, 108)[0])
+            break
+        if len(head) >= 540 and struct.unpack_from(order + "i", head)[0] == 540:
+            sizes, bits = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "h", head, 14)[0]
+            start = struct.unpack_from(order + "q", head, 168)[0]
+            break
+    else:
+        raise UnreadableImage("not a NIfTI file, or a truncated one")
+    needed = start + math.prod(max(1, size) for size in sizes[1 : 1 + max(0, sizes[0])]) * bits // 8
+    if not zipped:
+        _check_length(path, path.stat().st_size, needed)
+        return
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        noted = struct.unpack("<I", file.read(4))[0]
+    if noted != needed % 2**32:
+        # Cut short, or written in several parts, or with something behind: only reading it all tells.
+        length = 0
+        with gzip.open(path) as file:
+            while block := file.read(2**22):
+                length += len(block)
+        _check_length(path, length, needed)
+
+
+def _check_length(data: Path, length: int, needed: int) -> None:
+    if length < needed:
+        raise UnreadableImage(f"truncated: {data.name} holds {length} of {needed} bytes")
+
+
+def _replace_infinite(array: np.ndarray) -> None:
+    if array.dtype.kind != "f" or (math.isfinite(array.min()) and math.isfinite(array.max())):
+        return
+    finite = np.isfinite(array)
+    if not finite.any():
+        raise UnreadableImage("holds no finite value")
+    array[~finite] = array[finite].min()
+
+
+def write_labels(path: str | Path, labels: np.ndarray, reference: str | Path, grid: Volume | None = None) -> None:
+    """Write a mask as NIfTI, on the voxels and in the orientation of the file that it belongs to.
+
+    The file is complete or not there. Labels on other voxels than the file's go to the nearest.
+
+    Args:
+        path: ends in `.nii` or `.nii.gz`.
+        labels: (X, Y, Z) uint8, on the voxels of `read_volume(reference)`, or of `grid`.
+        reference: the scan.
+        grid: spacing and origin of the labels where they are not on the scan's voxels, as after `resample`.
+
+    Raises:
+        ValueError: for another extension, or labels whose shape is not that of the voxels they are said to be on.
+        UnreadableImage: when the scan cannot be read.
+    """
+    sitk = simpleitk()
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: labels are written as .nii or .nii.gz")
+    image = load_image(Path(reference), None)
+    layout = axis_layout(image.GetDirection())
+    if grid is None and layout is not None:
+        order, flips = layout
+        shape = tuple(image.GetSize()[axis] for axis in order)
+        _check_shape(labels, shape)
+        steps = tuple(slice(None, None, -1 if flip else 1) for flip in flips)
+        stored = labels.transpose(np.argsort(order))[steps]
+        made = sitk.GetImageFromArray(np.ascontiguousarray(stored.transpose(2, 1, 0), np.uint8))
+        made.CopyInformation(image)
+    else:
+        grid = grid or read_volume(reference)
+        _check_shape(labels, grid.array.shape)
+        made = image_of(replace(grid, array=labels.astype(np.uint8)))
+        made = sitk.Resample(made, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+    write_atomic(path, lambda unfinished: sitk.WriteImage(made, os.fspath(unfinished)))
+
+
+def _check_shape(labels: np.ndarray, shape: tuple[int, ...]) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"labels of {by(labels.shape)} voxels for a volume of {by(shape)}")

@@ -1,0 +1,1 @@
+"""A transfer study: its plan, its runs, its results, its report."""

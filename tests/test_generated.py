@@ -1,0 +1,115 @@
+"""Generated sets are made once, kept, shared, and known without being made."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from medssl.datasets.base import Request
+from medssl.datasets.phantoms import ct, fundus, radiograph, store, tissue
+from medssl.datasets.registry import open_splits
+
+SETS = {"phantom2d": radiograph, "fundus2d": fundus, "tissue2d": tissue, "phantom3d": ct}
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Sets of three images a split, and a cache folder of their own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in SETS.values():
+        monkeypatch.setattr(module, "SPLITS", dict.fromkeys(module.SPLITS, 3))
+        module._generated.cache_clear()
+    yield tmp_path / "medssl" / "generated"
+    for module in SETS.values():
+        module._generated.cache_clear()
+
+
+def opened(name, split="train"):
+    SETS[name]._generated.cache_clear()  # as another process has it
+    size = 0 if name == "phantom3d" else 64
+    return open_splits(Request(name, texture_size=size), [split])[split]
+
+
+def everything(data):
+    return [{key: value for key, value in data[i].items() if key != "bad"} for i in range(len(data))]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_kept_and_made_images_are_the_same(name, small, monkeypatch):
+    data = opened(name)
+    alone = [data.read(i) for i in range(3)]  # each by itself, before there are others
+    assert not list(small.glob("*/arrays"))
+    first = everything(data)
+    (kept,) = small.glob(f"{name}-train-3*/arrays")
+    assert all((data.read(i) == alone[i]).all() for i in range(3))
+    monkeypatch.setattr(store.Generated, "make", None, raising=False)
+    monkeypatch.setattr(SETS[name], "draw", None)  # nothing is made any more
+    for one, two in zip(first, everything(opened(name))):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+    assert {path.suffix for path in kept.iterdir()} == {".npy"}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_is_known_without_being_made(name, small, monkeypatch):
+    monkeypatch.setattr(SETS[name], "SPLITS", dict.fromkeys(SETS[name].SPLITS, 200))
+    made = []
+    draw = SETS[name].draw
+
+    def spy(numbers, *rest):
+        made.extend(numbers)
+        return draw(numbers, *rest)
+
+    monkeypatch.setattr(SETS[name], "draw", spy)
+    data = opened(name)
+    assert data.digest
+    assert 0 < len(made) <= 32  # for its contents, and where it has masks for them
+
+
+def test_a_damaged_set_is_made_again(small, capsys):
+    before = everything(opened("phantom2d"))
+    (path,) = small.glob("*/arrays/images.npy")
+    path.write_bytes(path.read_bytes()[:200])
+    after = everything(opened("phantom2d"))
+    assert all(torch.equal(one["image"], two["image"]) for one, two in zip(before, after))
+    assert len(np.load(path)) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_where_nothing_can_be_kept_a_line_says_so(small, tmp_path, monkeypatch, capsys):
+    expected = everything(opened("phantom2d"))
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = everything(opened("phantom2d"))
+    assert all(torch.equal(one["image"], two["image"]) for one, two in zip(expected, found))
+    assert capsys.readouterr().err.count("generated images are not kept") == 1
+
+
+def test_processes_make_a_set_once(small, tmp_path):
+    code = (
+        "import sys, json; from medssl.datasets.phantoms import radiograph as r; r.SPLITS = {'train': 40}; made = []\n"
+        "draw = r.draw\n"
+        "def spy(numbers, *rest):\n    made.append(len(numbers)); return draw(numbers, *rest)\n"
+        "r.draw = spy; r._generated('train', 32, 40).prepare(); json.dump(made, sys.stdout)"
+    )
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "12"]
+    assert sorted(json.loads(run.communicate()[0]) for run in runs) == [[], [40]]
+
+
+def test_threads_make_a_set_once(small, monkeypatch):
+    made = []
+    draw = radiograph.draw
+    monkeypatch.setattr(radiograph, "draw", lambda numbers, *rest: made.append(len(numbers)) or draw(numbers, *rest))
+    generated = radiograph._generated("train", 32, 3)
+    threads = [threading.Thread(target=generated.prepare) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [3]

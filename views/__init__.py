@@ -1,0 +1,1 @@
+"""Views: what a batch of textures or volumes becomes before a network sees it."""

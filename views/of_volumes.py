@@ -1,0 +1,340 @@
+"""What methods and tasks see of volumes, as `of_images` for images."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from medssl.errors import InputError
+from medssl.views.draws import Columns, Draws, seeds_of, view_major
+from medssl.views.of_images import Views
+from medssl.views.ops import add_transforms
+from medssl.views.ops3d import (
+    CANDIDATES,
+    CUBE_SIZE,
+    GLOBAL_SIZES,
+    LOCAL_CUBE_SIZE,
+    MIN_IOU,
+    PCRL_MIN_IOU,
+    PCRL_SIZES,
+    Shape,
+    Size,
+    add_noise_,
+    blur,
+    crop_resize,
+    gamma_,
+    local_shuffling,
+    painting,
+    random_affine,
+    random_boxes,
+    resize,
+    sample,
+    swap_patches,
+    windows,
+    z_normalise,
+)
+
+
+class VolumeViews(Views):
+    """Base of the views of volumes, which are normalised one by one.
+
+    `forward(batch, draws)` takes {"image": (B, C, X, Y, Z) float16 or float32 in [0, 1], or a list of B volumes
+    (C, X, Y, Z) of any shapes; "size": (B, 3) extents in mm, on the CPU; …}.
+
+    Args:
+        kind: "z", to zero mean and unit deviation, or "unit", left in [0, 1].
+    """
+
+    def __init__(self, kind: str = "z") -> None:
+        super().__init__((), ())  # no constants: each view has a mean and deviation of its own
+        self.kind = kind
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return z_normalise(x) if self.kind == "z" else x
+
+
+class CutCubes(VolumeViews):
+    """Base of views that are two overlapping large cubes and several small ones around them.
+
+    The batch has prepared cubes, "image" (B, 2, X, Y, Z) and "locals" (B, V, x, y, z), or whole volumes, "image"
+    (B, 1, X, Y, Z) with "size", out of which cubes are cut here. Cubes of another shape than asked for are resized.
+
+    Args:
+        size, local_size: shapes of large and small views in voxels.
+        locals_: number of small views V; prepared cubes may have more.
+        crops: sizes in mm of the large cubes cut out of whole volumes. min_iou: by how much they overlap.
+        kind: of normalisation.
+    """
+
+    def __init__(
+        self, size: Shape, local_size: Shape, locals_: int, crops: Sequence[Size], min_iou: float, kind: str
+    ) -> None:
+        super().__init__(kind)
+        self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
+        self.crops, self.min_iou = crops, min_iou
+
+    def cut(self, batch: dict, draws: Draws) -> list[Tensor]:
+        """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]."""
+        image, v = batch["image"], self.locals_
+        if image[0].shape[0] == 2:
+            stored = [image] if v == 0 else [image, batch.get("locals")]
+            if v and (stored[1] is None or stored[1].shape[1] < v):
+                found = 0 if stored[1] is None else stored[1].shape[1]
+                raise InputError(
+                    f"--local-views {v}: the prepared cubes have {found}; ask for no more, or prepare anew"
+                )
+            cubes = []
+            for stack, count, shape in zip(stored, (2, v), (self.size, self.local_size)):
+                stack = stack[:, :count].transpose(0, 1).float().flatten(0, 1)  # (count·B, x, y, z)
+                cubes.append(stack[:, None] if stack.shape[1:] == shape else resize(list(stack), shape))
+            return cubes
+        volumes = [volume[0] for volume in image]
+        voxels = torch.tensor([volume.shape for volume in volumes])
+        numbers = Columns(draws.uniform(0, 8 * CANDIDATES + 4 * v))
+        boxes = random_boxes(numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou)
+        return [
+            # One view after the other: the windows of all would be large.
+            torch.cat([crop_resize(volumes, each, shape) for each in some.unbind(1)])
+            for some, shape in zip(boxes, (self.size, self.local_size))
+            if some.shape[1]
+        ]
+
+
+class CubeViews(CutCubes):
+    """PCRLv2's 3D views: two large cubes and several small ones (arXiv 2301.00772, §4.1), as `CutCubes` reads them.
+
+    Args:
+        flips: axes mirrored with chance ½.
+        scale, degrees: ranges of the affine map, in the cubes' voxels.
+        blur: largest deviation of the blur in voxels.
+        noise: largest deviation of the noise.
+        log_gamma: largest logarithm of the gamma curve's exponent.
+        swaps: exchanges of 8 × 4 × 4 patches in large views of 64 × 64 × 32 voxels, as published; as many per voxel
+            in others, which so many would leave nothing of.
+
+    Returns, from `forward`:
+        {"view1", "view2" (B, 1, *size), "locals" (V·B, 1, *local_size), view-major: all normalised;
+        "target" (B, 1, *size): view 1 in [0, 1] after flip and affine map, before anything else}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        local_size: Shape = LOCAL_CUBE_SIZE,
+        locals_: int = 6,
+        flips: Sequence[int] = (0,),
+        scale: float = 0.1,
+        degrees: float = 10.0,
+        blur: float = 2.0,
+        noise: float = 0.25,
+        log_gamma: float = 0.3,
+        swaps: int = 100,
+    ) -> None:
+        super().__init__(size, local_size, locals_, GLOBAL_SIZES, MIN_IOU, "z")
+        self.flips, self.scale, self.degrees = tuple(flips), scale, degrees
+        self.blur, self.noise, self.log_gamma = blur, noise, log_gamma
+        self.swaps = round(swaps * math.prod(self.size) / math.prod(CUBE_SIZE))
+
+    def change(self, x: Tensor, draws: Columns, seeds: Sequence[int]) -> Tensor:
+        """Blur, noise, gamma. 5 columns."""
+        x = blur(x, draws.take(3, 0, self.blur))
+        x = add_noise_(x, draws.take(1, 0, self.noise), seeds)
+        return gamma_(x, draws.take(1, -self.log_gamma, self.log_gamma))
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        b, out = len(batch["image"]), {}
+        for stream, cubes in enumerate(self.cut(batch, draws)):
+            v, large = len(cubes) // b, stream == 0
+            columns = view_major(draws.uniform(1 + stream, v * (15 + 6 * self.swaps * large)), v)
+            theta = random_affine(columns, cubes.shape[2:], self.flips, self.scale, self.degrees)
+            cubes = sample(cubes, theta)
+            views = self.change(cubes, columns, seeds_of(draws, 3 + stream))
+            if large:
+                out["target"] = cubes[:b]
+                out["view1"], out["view2"] = self.normalise(swap_patches(views, columns, self.swaps)).chunk(2)
+            else:
+                out["locals"] = self.normalise(views)
+        return out
+
+
+class RestorationCubeViews(CutCubes):
+    """PCRL's 3D views (arXiv 2109.04379, §4.1): two cubes, blurred, shuffled and painted; their clean states; and both
+    views transformed by a code. All stay in [0, 1], and are as long along x as along y.
+
+    Args:
+        scale, degrees: ranges of the affine map, in the cubes' voxels; x is mirrored with chance ½.
+        blur: largest deviation of the blur in voxels.
+        shuffle, paint: chances of local shuffling and of painting; `inner` is the share of in-painting.
+
+    Returns, from `forward`:
+        {"view1", "view2", "target", "target2" (B, 1, *size): the views after flip and affine map, before anything
+        else; and what `add_transforms` adds}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        scale: float = 0.1,
+        degrees: float = 10.0,
+        blur: float = 2.0,
+        shuffle: float = 0.5,
+        paint: float = 0.9,
+        inner: float = 0.2,
+    ) -> None:
+        super().__init__(size, size, 0, PCRL_SIZES, PCRL_MIN_IOU, "unit")
+        self.scale, self.degrees, self.blur = scale, degrees, blur
+        self.shuffle, self.paint, self.inner = shuffle, paint, inner
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        (cubes,) = self.cut(batch, draws)
+        columns = view_major(draws.uniform(1, 2 * (10 + 3 + 1 + 37 + 4)), 2)
+        cubes = sample(cubes, random_affine(columns, cubes.shape[2:], (0,), self.scale, self.degrees))
+        views = blur(cubes, columns.take(3, 0, self.blur))
+        seeds = [seeds_of(draws, stream) for stream in (2, 3, 4, 5)]  # a pair for each of shuffling and painting
+        views = local_shuffling(views, columns, seeds[0] + seeds[1], self.shuffle)
+        views = painting(views, columns, seeds[2] + seeds[3], self.paint, self.inner)
+        out = {f"view{i}": view for i, view in enumerate(views.chunk(2), 1)}
+        out |= zip(("target", "target2"), cubes.chunk(2))
+        return add_transforms(out, columns, axes=3)
+
+
+class VolumeClassificationViews(VolumeViews):
+    """One view a volume for supervised training and evaluation.
+
+    Args:
+        size: shape of the view; by default the volumes' own, which then must be the same.
+        flips: axes mirrored with chance ½.
+        turns: turn by right angles about z, where the view is square in x and y.
+        scale, degrees: ranges of the affine map, in mm where the batch has "size".
+        kind: of normalisation; see `VolumeViews`.
+
+    `forward` adds "view" (B, C, *size), normalised, to the batch: random in training mode, plain in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        size: Shape | None = None,
+        flips: Sequence[int] = (0, 1, 2),
+        turns: bool = True,
+        scale: float = 0.1,
+        degrees: float = 10.0,
+        kind: str = "z",
+    ) -> None:
+        super().__init__(kind)
+        self.size, self.flips, self.turns = None if size is None else tuple(size), tuple(flips), turns
+        self.scale, self.degrees = scale, degrees
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
+        image = batch["image"]
+        if self.size is None or (isinstance(image, Tensor) and image.shape[2:] == self.size):
+            x = image.float()
+        else:
+            channels = image[0].shape[0]
+            x = resize([channel for volume in image for channel in volume], self.size)
+            x = x.view(-1, channels, *self.size)
+        if self.training:
+            extent = batch["size"].cpu() if "size" in batch else x.shape[2:]
+            turns = self.turns and x.shape[2] == x.shape[3]
+            columns = Columns(draws.uniform(0, 10))
+            x = sample(x, random_affine(columns, extent, self.flips, self.scale, self.degrees, turns))
+        return {**batch, "view": self.normalise(x)}
+
+
+class VolumeSegmentationViews(VolumeViews):
+    """Patches of volumes and of their masks for training a segmentation.
+
+    Args:
+        patch: shape of the patches in voxels; a volume that is smaller is padded with 0 and label 0.
+        foreground: share of the patches that are centred on a labelled voxel, of a label drawn among those present.
+            ½ here, as the volumes are few; nnU-Net takes a third.
+        flips: axes mirrored with chance ½.
+        scale, degrees: ranges of the affine map, in mm where the batch has "size"; 0 and 0 for none.
+        blur, noise, log_gamma, contrast: largest deviation of the blur (voxels) and of the noise, logarithm of the
+            gamma curve's exponent, and change of contrast about the mean. Each is applied to a quarter of the patches.
+        patches: P of each volume, which takes long to read.
+        kind: of normalisation; see `VolumeViews`.
+
+    `forward` gives, in training mode, "view" (B·P, C, *patch), each normalised on its own, and "target"
+    (B·P, *patch) int64 from "mask" (B, X, Y, Z), a volume's patches after one another; several channels share the
+    geometry and the intensity changes. In evaluation mode "view" is the whole volume in [0, 1] and "target" its
+    mask: a sliding window normalises what it sees with `normalise`, as training does.
+    """
+
+    def __init__(
+        self,
+        patch: Shape = CUBE_SIZE,
+        foreground: float = 0.5,
+        flips: Sequence[int] = (0, 1, 2),
+        scale: float = 0.1,
+        degrees: float = 10.0,
+        blur: float = 1.0,
+        noise: float = 0.05,
+        log_gamma: float = 0.3,
+        contrast: float = 0.25,
+        patches: int = 1,
+        kind: str = "z",
+    ) -> None:
+        super().__init__(kind)
+        self.patch, self.foreground, self.flips = tuple(patch), foreground, tuple(flips)
+        self.patches = patches
+        self.scale, self.degrees = scale, degrees
+        self.blur, self.noise, self.log_gamma, self.contrast = blur, noise, log_gamma, contrast
+
+    def place(self, masks: Sequence[Tensor], draws: Columns) -> Tensor:
+        """First voxels (B, 3) of patches that lie in the volume as far as it can hold them. 6 columns."""
+        patch = torch.tensor(self.patch)
+        shapes = torch.tensor([mask.shape for mask in masks])
+        room = shapes - patch  # negative where the volume is smaller: it is centred then
+        start = (draws.take(3) * (room.clamp(min=0) + 1)).long()
+        centred, label, voxel = draws.take(3).unbind(1)
+        for i in torch.nonzero(centred < self.foreground)[:, 0].tolist():
+            present = torch.nonzero(torch.bincount(masks[i].reshape(-1), minlength=2)[1:])[:, 0] + 1
+            if len(present):
+                wanted = torch.nonzero(masks[i] == present[int(label[i] * len(present))])
+                start[i] = wanted[int(voxel[i] * len(wanted))].cpu() - patch // 2
+        return torch.where(room < 0, room // 2, torch.minimum(start.clamp(min=0), room))
+
+    def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
+        if not self.training:
+            return {"view": batch["image"].float(), "target": batch["mask"].long()}
+        p = self.patches
+        rows = [i for i in range(len(batch["image"])) for _ in range(p)]
+        image, mask = ([batch[key][i] for i in rows] for key in ("image", "mask"))
+        draws = replace(draws, total=p * draws.total, start=p * draws.start, count=len(rows))
+        b, channels = len(rows), image[0].shape[0]
+        columns = Columns(draws.uniform(0, 24))
+        start = self.place(mask, columns)
+        # Rotated patches are cut out of wider windows, so that their corners are not black.
+        moved = self.scale > 0 or self.degrees > 0
+        margin = torch.tensor([-(-n // 8) if moved else 0 for n in self.patch])
+        wide = [n + 2 * int(m) for n, m in zip(self.patch, margin)]
+        first = start - margin
+        volumes = [channel for volume in image for channel in volume]
+        x = windows(volumes, first.repeat_interleave(channels, 0), wide).view(b, channels, *wide)
+        y = windows(mask, first, wide)[:, None]
+        shapes = torch.tensor([volume.shape[1:] for volume in image])
+        spacing = batch["size"][rows].cpu() / shapes if "size" in batch else torch.ones(b, 3)
+        inner = torch.tensor(self.patch) / torch.tensor(wide)
+        theta = random_affine(columns, spacing * torch.tensor(wide), self.flips, self.scale, self.degrees)
+        # The output's corners are at ± patch / window in the window.
+        theta[:, :, :3] *= inner
+        x = sample(x, theta, self.patch)
+        target = sample(y, theta, self.patch, nearest=True)[:, 0].long()
+        x = self.change(x, columns, seeds_of(draws, 1))
+        return {"view": self.normalise(x), "target": target}
+
+    def change(self, x: Tensor, draws: Columns, seeds: Sequence[int]) -> Tensor:
+        """Blur, noise, contrast, gamma, each for a quarter of the patches. 8 columns."""
+        # (B, 1) each; a strength of 0 is the identity.
+        sigma, std = (draws.take(1, 0, most) * (draws.take(1) < 0.25) for most in (self.blur, self.noise))
+        change, curve = (
+            draws.take(1, -most, most) * (draws.take(1) < 0.25) for most in (self.contrast, self.log_gamma)
+        )
+        channels = x.shape[1]
+        x = blur(x.flatten(0, 1)[:, None], sigma.repeat_interleave(channels, 0).expand(-1, 3)).view_as(x)
+        x = add_noise_(x, std, seeds)
+        change = change.view(-1, 1, 1, 1, 1).to(x.device, non_blocking=True)
+        x = torch.addcmul(x, x - x.mean((2, 3, 4), keepdim=True), change)
+        return gamma_(x, curve)

@@ -7,6 +7,7 @@ device and DistributedDataParallel, on one machine or many.
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medssl.errors import InputError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # is there where one is loaded
 
 
 @dataclass
@@ -244,6 +247,30 @@ class _Cast(nn.Module):
             return self.net(*inputs, **options)
 
 
+def gpu_trouble() -> str | None:
+    """Why torch cannot use the GPUs of this machine, and what to do, in one line; None where it can, or there are none.
+
+    PyTorch's default wheels bring a version of CUDA that older drivers and cards do not know. It warns of that among
+    other lines, and computes on the CPU.
+    """
+    if torch.version.cuda is None or not NVIDIA_DRIVER.exists():
+        return None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    what = f"torch {torch.__version__} with CUDA {torch.version.cuda}"
+    older = "update the driver, or install a torch for an older CUDA, such as torch==2.6.* with torchvision==0.21.*"
+    if not usable and any("driver" in str(each.message) and "too old" in str(each.message) for each in told):
+        return f"{what} cannot use this machine's GPUs: its driver is too old; {older}"
+    known = [int(name.rpartition("_")[2].rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    for i in range(torch.cuda.device_count() if usable and known else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        if 10 * major + minor < min(known):
+            name = f"{torch.cuda.get_device_name(i)} (compute capability {major}.{minor})"
+            return f"{what} has no code for {name}; {older}"
+    return None
+
+
 def count_gpus(wanted: list[int] | None) -> int:
     """How many GPUs there are; an InputError where one of `--gpus` is not among them."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -264,6 +291,11 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
     """
     if gpus and device == "cpu":
         raise InputError("--gpus and --device cpu exclude each other")
+    trouble = gpu_trouble() if device != "cpu" else None
+    if trouble and (gpus or device == "cuda"):
+        raise InputError(trouble)
+    if trouble and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(f"note: {trouble}", file=sys.stderr)
     available = count_gpus(gpus)
     if device == "cuda" and not available:
         raise InputError("--device cuda: this machine has no GPU that PyTorch can use")

@@ -26,13 +26,14 @@ from medssl.errors import InputError
 from medssl.study import jobs, plan, results
 from medssl.study.jobs import Job, run_beside, run_here
 
+pytestmark = pytest.mark.usefixtures("few_radiographs")
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
 SMALL += ["--b", "8", "--steps", "2", "--no-features"]
 HERE = ["--jobs", "0"]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
+def encoder(few_radiographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     train_pcrlv2.main([*SMALL[:8], "--b", "8", "--steps", "2", "--local-size", "32", "--output", str(folder)])
     return folder / "encoder.pt"
@@ -283,6 +284,30 @@ def test_a_studys_pretraining_sees_no_image_that_judges(tmp_path):
     assert len(registry.open_pretraining(plan.plan(args, rest, opened).jobs[0].options())) == 40
 
 
+def test_a_studys_pretraining_sees_no_patient_that_judges(tmp_path):
+    """Also where it is given other images of those patients."""
+    names = {split: [] for split in ("train", "val", "test")}
+    for number in range(6):
+        split = list(names)[number // 2]
+        for study in (1, 2):
+            name = f"patient{number}/{study}.png"
+            (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 255, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name)
+        names[split].append(f"patient{number}/1.png {number % 2}")
+    words = ["--data", str(tmp_path / "images"), "--image-size", "32", "--init", "random", "pcrlv2", "--trials", "1"]
+    for split, lines in names.items():
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+        words += ["--list" if split == "train" else f"--{split}-list", str(tmp_path / f"{split}.txt")]
+    (tmp_path / "all.txt").write_text("\n".join(f"patient{i}/{study}.png" for i in range(6) for study in (1, 2)))
+    words += ["--with", f"pretraining --list {tmp_path}/all.txt", "--output", str(tmp_path / "out")]
+    args, rest = compare.get_parser().parse_known_args(words)
+    args.epochs, args.jobs = [None] * 3, 1
+    pretraining = plan.plan(args, rest, plan.open_tasks(args, rest)).jobs[0]
+    seen = registry.open_pretraining(pretraining.options()).ids
+    assert seen == [f"patient{number}/{study}.png" for number in (0, 1) for study in (1, 2)]
+
+
 def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_path):
     names = [f"case{i}" for i in range(10)]
     for masks, end in (("masks", ""), ("images", "_seg")):
@@ -467,6 +492,7 @@ def test_a_script_that_stops_is_a_failed_run(script, tmp_path):
         run_here(job)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
     """kill -9: what runs saves its state and ends with its parent; the same command does the rest."""
     words = [*SMALL[:-3], "--no-features", "--init", "random", "--annotation-percent", "1", "--epochs", "8"]

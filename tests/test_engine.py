@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from medssl import errors, train_pcrlv2
 from medssl.datasets.base import ImageDataset, Info, to_texture
 from medssl.datasets.identity import data_digest
 from medssl.datasets.phantoms.radiograph import radiographs
-from medssl.engine import checkpoint, options
+from medssl.engine import checkpoint, options, parallel
 from medssl.engine.guards import Stop
 from medssl.engine.loop import fit
 from medssl.engine.method import Method
@@ -524,7 +525,7 @@ def test_evaluation_best_state_and_patience(tmp_path):
     assert [line["score"] for line in metrics(tmp_path) if "score" in line] == scores[:4]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])  # slow on CPUs
 def test_mixed_precision_on_a_cpu(images, tmp_path, dtype):
     train(images, tmp_path, "--steps", 2, "--amp", "--amp-dtype", dtype)
     saved = checkpoint.load_safe(tmp_path / "last.pt")
@@ -575,6 +576,61 @@ def test_shares_of_processes():
     assert [list(range(9))[d.own_rows(9)] for d in devices] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     with pytest.raises(InputError, match="--b 8: not a multiple of the 3 devices"):
         devices[0].own_rows(8)
+
+
+OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update"
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a driver: a function sets what torch says of its GPUs."""
+    (tmp_path / "version").write_text("NVRM version: NVIDIA")
+    monkeypatch.setattr(parallel, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def says(usable, warning=None, capability=(9, 0)):
+        def is_available():
+            if warning and len(warnings.filters) and warnings.filters[0][0] == "always":  # else the tests would show it
+                warnings.warn(warning, stacklevel=1)
+            return usable
+
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(usable))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "sm_120a"])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Tesla P100")
+
+    return says
+
+
+def test_a_driver_that_is_too_old_is_said(machine, capsys):
+    machine(False, OLD)
+    assert parallel.setup(None, "auto", False).device.type == "cpu"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"note: torch {torch.__version__} with CUDA 13.0 cannot use this machine's GPUs: its driver is"
+    )
+    assert "install a torch for an older CUDA" in line
+    for given in ({"gpus": [0], "device": "auto"}, {"gpus": None, "device": "cuda"}):
+        with pytest.raises(InputError, match="its driver is too old"):
+            parallel.setup(**given, deterministic=False)
+    machine(True, capability=(6, 0))
+    with pytest.raises(InputError, match=r"has no code for Tesla P100 \(compute capability 6.0\); update the driver"):
+        parallel.setup([0], "auto", False)
+
+
+def test_no_line_where_all_is_well(machine, monkeypatch, capsys):
+    machine(True)
+    assert parallel.gpu_trouble() is None
+    machine(False)  # as where CUDA_VISIBLE_DEVICES hides them
+    assert parallel.gpu_trouble() is None
+    machine(False, OLD)
+    assert parallel.setup(None, "cpu", False).device.type == "cpu"  # which asked for no GPU
+    monkeypatch.setattr(parallel, "NVIDIA_DRIVER", Path("/nowhere"))
+    assert parallel.setup(None, "auto", False).device.type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert parallel.gpu_trouble() is None
+    assert capsys.readouterr().err == ""
 
 
 def test_step_seeds():

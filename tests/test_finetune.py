@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from medssl import compare, demo, finetune_classification, train_pcrlv2
 from medssl.datasets.base import Info
+from medssl.datasets.phantoms import radiograph
 from medssl.engine import options
 from medssl.errors import InputError
 from medssl.losses.classification import classification_loss
@@ -29,12 +30,13 @@ from medssl.tasks import trials
 from medssl.tasks.metrics import auroc_interval, score, score_with_intervals
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("few_radiographs")
 SMALL = ["--dataset", "phantom2d", "--texture-size", "32", "--image-size", "32", "--workers", "0", "--no-tensorboard"]
 SMALL += ["--annotation-percent", "1", "--b", "8", "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
+def encoder(few_radiographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     train_pcrlv2.main([*SMALL[:8], "--b", "8", "--steps", "2", "--local-size", "32", "--output", str(folder)])
     return folder / "encoder.pt"
@@ -213,7 +215,9 @@ def test_trials_are_paired(encoder, tmp_path, monkeypatch):
 def test_a_killed_run_continues_to_the_same_result(tmp_path):
     command = [*SMALL, "--epochs", "12", "--save-every", "5", "--output"]
     finetune_classification.main([*command, str(tmp_path / "whole")])
-    script = [sys.executable, str(ROOT / "finetune_classification.py"), *command, str(tmp_path / "killed")]
+    same = f"from medssl.datasets.phantoms import radiograph; radiograph.SPLITS = {radiograph.SPLITS}"  # of these few
+    call = f"{same}; from medssl.finetune_classification import cli; cli()"
+    script = [sys.executable, "-c", call, *command, str(tmp_path / "killed")]
     process = subprocess.Popen(script, stdout=subprocess.DEVNULL)
     last = tmp_path / "killed" / "trial_0" / "last.pt"
     deadline = time.monotonic() + 120

@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -320,11 +321,15 @@ def test_halved_run_is_the_plain_one(case):
     assert HalvedRun.calls > 0
     (plain, plain_grad), (halved, halved_grad) = gradients
     assert halved == pytest.approx(plain, rel=1e-5, abs=1e-6)
+    # Sums in another order leave differences that go with the largest gradients: that of a bias before a normalisation
+    # is nothing but those.
+    largest = max(float(g.abs().max()) for g in plain_grad.values() if g is not None)
     for name, g in plain_grad.items():
         if g is None:
             assert halved_grad[name] is None
         else:
-            assert torch.allclose(g, halved_grad[name], rtol=1e-3, atol=1e-4 * float(g.abs().max()) + 1e-7), name
+            near = 1e-4 * float(g.abs().max()) + 1e-6 * largest
+            assert torch.allclose(g, halved_grad[name], rtol=1e-3, atol=near), name
 
 
 def test_bf16_autocast(case):
@@ -400,24 +405,54 @@ def test_teachers_start_as_copies():
 # Two processes -------------------------------------------------------------------------------------
 
 
-def test_two_processes_are_one(case, tmp_path, request):
-    """Losses and parameters after two steps, batch norm aside."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    name = next(n for n, c in CASES.items() if c is case)
-    processes = []
-    for rank in range(2):
-        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, __file__, name, str(tmp_path)]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
+class Pair:
+    """Two processes of a group, which run this file and take one case after the other: importing takes longer than the
+    work."""
+
+    def __init__(self):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.processes = []
+        for rank in range(2):
+            env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.processes.append(subprocess.Popen([sys.executable, __file__], env=env, **pipes))
+
+    def run(self, name, folder):
+        """What both said of a case: "ok", or an error; "late" after two minutes."""
+        for process in self.processes:
+            process.stdin.write(f"{name} {folder}\n")
+            process.stdin.flush()
+        said = []
+        for process in self.processes:
+            ready, _, _ = select.select([process.stdout], [], [], 120)
+            said.append(process.stdout.readline().strip() if ready else "late")
+        return said
+
+    def end(self):
+        for process in self.processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """The pair, in a list: a test that it failed leaves the next a new one."""
+    made = [Pair()]
+    yield made
+    made[0].end()
+
+
+def test_two_processes_are_one(case, tmp_path, pairs):
+    """Losses and parameters after two steps, batch norm aside."""
+    name = next(n for n, c in CASES.items() if c is case)
+    said = pairs[0].run(name, tmp_path)
+    if said != ["ok", "ok"]:
+        pairs[0].end()
+        pairs[0] = Pair()
+    assert said == ["ok", "ok"]
 
     method = build(case)
     start = {k: v.clone() for k, v in method.state_dict().items()}
@@ -433,16 +468,22 @@ def test_two_processes_are_one(case, tmp_path, request):
     assert moved > 1e-3  # the steps were no trifles next to the tolerance
 
 
-def process_main(name, folder):
-    """One process: its share of the batch, through the loop's own wrapping."""
+def process_main():
+    """One process of a pair: its share of each case's batch, through the loop's own wrapping."""
     torch.set_num_threads(1)
     devices = setup(None, "cpu", deterministic=False)
-    case = CASES[name]
-    method = build(case)
-    wrapped = wrap(method, devices, method.find_unused)
-    batch = case.share(case.batch(), devices.rank, devices.world)
-    history = two_steps(method, batch, case.lr, wrapped, devices.mean)
-    torch.save({"history": history, "state": method.state_dict()}, Path(folder) / f"rank{devices.rank}.pt")
+    for line in sys.stdin:
+        name, folder = line.split()
+        try:
+            case = CASES[name]
+            method = build(case)
+            wrapped = wrap(method, devices, method.find_unused)
+            batch = case.share(case.batch(), devices.rank, devices.world)
+            history = two_steps(method, batch, case.lr, wrapped, devices.mean)
+            torch.save({"history": history, "state": method.state_dict()}, Path(folder) / f"rank{devices.rank}.pt")
+            print("ok", flush=True)
+        except Exception as error:
+            print(" ".join(f"{type(error).__name__}: {error}".split()), flush=True)
     finish()
 
 
@@ -516,4 +557,4 @@ def test_feature_std_scale():
 
 
 if __name__ == "__main__":
-    process_main(*sys.argv[1:])
+    process_main()

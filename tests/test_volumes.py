@@ -14,6 +14,7 @@ from medssl.reading import geometry, intensities
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, resample
 from medssl.reading.intensities import to_unit
+from medssl.reading.masks import wrong_label
 from medssl.reading.volumes import read_volume, write_labels
 
 sitk = pytest.importorskip("SimpleITK")
@@ -365,3 +366,9 @@ def test_labels_on_another_grid_and_wrong_ones(tmp_path):
         write_labels(tmp_path / "m.nii", np.zeros((16, 18, 39), np.uint8), tmp_path / "scan.mha")
     with pytest.raises(ValueError, match=r"\.nii"):
         write_labels(tmp_path / "m.png", np.zeros((16, 18, 20), np.uint8), tmp_path / "scan.mha")
+
+
+def test_labels_are_whole_numbers_to_255():
+    assert wrong_label(np.array([0, 1, 255])) is None
+    for value in (256, 300, -1, 0.5):
+        assert wrong_label(np.array([0, value, 1])) == value

@@ -44,7 +44,7 @@ def test_the_wheel_runs_by_itself(tmp_path):
             (others / path.name).symlink_to(path)
     small = ["--image-size", "32", "--texture-size", "32", "--b", "8", "--workers", "0", "--steps", "2"]
     study = ["--init", "random", "pcrlv2", "--annotation-percent", "1", "--trials", "1", "--no-tensorboard"]
-    study += ["--no-features", "--with", "pcrlv2 --local-size 32", "--output", "study"]
+    study += ["--no-features", "--with", "pcrlv2 --local-size 32 --b 8 --steps 2", "--output", "study"]
     run(bin_ / "medssl-compare", *small, *study, PYTHONPATH=str(others), OMP_NUM_THREADS="1")
     assert (tmp_path / "study" / "report.html").stat().st_size > 10_000
     where = run(bin_ / "python", "-c", "import medssl; print(medssl.__file__)", PYTHONPATH=str(others))

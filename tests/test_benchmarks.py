@@ -195,14 +195,18 @@ def test_curves_at_zero(tmp_path):
         curves.main([str(tmp_path), "--output", str(tmp_path / "x.png")])
 
 
+SMALL = ["--b", "2", "--image-size", "64", "--steps", "1", "--repeats", "1", "--device", "cpu"]
+
+
+@pytest.mark.slow
 def test_methods(tmp_path):
-    """Every method's script takes what the benchmark gives it, two of them run."""
     path = tmp_path / "methods.json"
-    small = ["--b", "2", "--image-size", "64", "--steps", "1", "--repeats", "1", "--device", "cpu"]
-    methods.main(["--methods", "concl", *small, "--output", str(path)])
-    content = read(path, {"moco", "concl"})
-    assert content["results"]["moco"]["ratio"] == 1
-    args = methods.get_parser().parse_args(small)
+    methods.main(["--methods", "concl", *SMALL, "--output", str(path)])
+    assert read(path, {"moco", "concl"})["results"]["moco"]["ratio"] == 1
+
+
+def test_every_method_takes_what_the_benchmark_gives_it(tmp_path):
+    args = methods.get_parser().parse_args(SMALL)
     assert len(methods.METHODS) >= 11
     for method, dims in [*((method, 2) for method in methods.METHODS), *((method, 3) for method in methods.VOLUMES)]:
         words = methods.command(method, dims, args, tmp_path / "run")[2:]

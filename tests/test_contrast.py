@@ -20,6 +20,7 @@ from medssl import (
     train_pcrl,
     train_simclr,
 )
+from medssl.datasets.phantoms import ct
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.parallel import Run
 from medssl.errors import InputError
@@ -350,7 +351,8 @@ SMALL = ["--b", "4", "--workers", "0", "--device", "cpu", "--log-every", "1"]
 
 
 @pytest.fixture(params=SCRIPTS)
-def script(request):
+def script(request, monkeypatch):
+    monkeypatch.setattr(ct, "SPLITS", {"train": 60})
     module, more = SCRIPTS[request.param]
     sides = [] if "3d" in request.param else ["--image-size", "32"]
     return lambda steps, output: module.main([*SMALL, *sides, *more, "--steps", str(steps), "--output", str(output)])

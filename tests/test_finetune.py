@@ -212,6 +212,7 @@ def test_trials_are_paired(encoder, tmp_path, monkeypatch):
     assert other[:2] == pair[1][:2]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_result(tmp_path):
     command = [*SMALL, "--epochs", "12", "--save-every", "5", "--output"]
     finetune_classification.main([*command, str(tmp_path / "whole")])
@@ -287,7 +288,8 @@ def test_unlabelled_data_is_refused(tmp_path):
         finetune_classification.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
-def test_demo_runs(tmp_path, capsys):
+def test_demo_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(radiograph, "SPLITS", {"train": 400, "val": 32, "test": 32})
     demo.main(["--quick", "--output", str(tmp_path)])
     assert "Test AUROC with" in capsys.readouterr().out
     assert list((tmp_path / "pcrlv2" / "samples").glob("*.png"))

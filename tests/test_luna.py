@@ -298,7 +298,7 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_run_continues(tmp_path, number):
     data, save = tmp_path / "raw", tmp_path / "cubes"
     for n in range(6):
@@ -560,6 +560,7 @@ def test_table_without_columns_or_file(nodules):
         run_nodules(nodules, nodules / "cubes")
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path, capsys):
     from medssl.benchmarks import luna as benchmark
     from medssl.benchmarks.machine import STATUS

@@ -9,6 +9,7 @@ from parity_tools import deterministic, published
 
 from medssl import train_magical
 from medssl.datasets.base import Request
+from medssl.datasets.phantoms import radiograph
 from medssl.datasets.registry import open_splits
 from medssl.datasets.splits import split_for_validation
 from medssl.engine.checkpoint import load_safe
@@ -136,10 +137,11 @@ def test_loss_is_the_papers():
     assert torch.allclose(method.features, features[:4], atol=1e-5)
 
 
-def test_running_statistics_are_those_of_training():
+def test_running_statistics_are_those_of_training(monkeypatch):
     """Validation, which chooses the epoch, sees what training sees; with a pass for each of x and x+ it did not."""
     torch.manual_seed(0)
     method = MAGICAL("resnet18", channels=1).train()
+    monkeypatch.setattr(radiograph, "SPLITS", {"train": 8})
     image = open_splits(Request(image_size=64), ["train"])["train"]
     images = {key: torch.stack([image[i][key] for i in range(8)]) for key in ("image", "size")}
     batch = MaskedToneViews(**IMAGENET, size=64)(images, Draws((5,), 8))

@@ -45,6 +45,7 @@ PREFIXES = {
 DROPPED = re.compile(
     r"(?:fc|linear|head|heads|projection|projection_head|projector|prototypes|jigsaw|head_jig)(?:\.|\d|$)|queue"
 )
+CORE = np._core if hasattr(np, "_core") else np.core  # before numpy 2
 RAW = {"mean": [0.0] * 3, "std": [1.0] * 3}  # the converters' own evaluations of SimCLR 1 and 2 do not normalise
 NORM = {"weight": "scale", "bias": "offset", "running_mean": "mean_ema", "running_var": "var_ema"}  # Haiku's names
 
@@ -197,9 +198,9 @@ class PlainUnpickler(pickle.Unpickler):
         if (module, name) in self.ALLOWED:
             return self.ALLOWED[module, name]
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
+            return getattr(CORE.multiarray, name)
         if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return np._core.numeric._frombuffer
+            return CORE.numeric._frombuffer
         if (module, name) == ("_codecs", "encode"):
             return to_bytes
         if name == "_ByolExperimentState":

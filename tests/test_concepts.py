@@ -374,8 +374,8 @@ def test_lars_adapts_weights_that_do_not_decay():
     layer = torch.nn.Linear(3, 2, bias=False)
     weight = layer.weight.detach().clone()
     layer.weight.grad = torch.full((2, 3), 5.0)
-    make_optimizer([{"params": [layer.weight]}], args).step()
     trust = 0.001 * weight.norm() / layer.weight.grad.norm()
+    make_optimizer([{"params": [layer.weight]}], args).step()
     assert torch.allclose(layer.weight, weight - trust * 5, atol=1e-6)
 
 

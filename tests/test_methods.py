@@ -461,11 +461,11 @@ def test_two_processes_are_one(case, tmp_path, pairs):
     for history in (r["history"] for r in results):
         for ours, theirs in zip(history, alone):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
-    for key, value in method.state_dict().items():
-        assert torch.equal(results[0]["state"][key], results[1]["state"][key]), key
-        assert torch.allclose(results[0]["state"][key], value, rtol=1e-4, atol=1e-5), key
     moved = max(float((v - start[k]).abs().max()) for k, v in method.state_dict().items() if v.is_floating_point())
     assert moved > 1e-3  # the steps were no trifles next to the tolerance
+    for key, value in method.state_dict().items():
+        assert torch.equal(results[0]["state"][key], results[1]["state"][key]), key
+        assert torch.allclose(results[0]["state"][key], value, rtol=1e-4, atol=max(1e-5, 1e-3 * moved)), key
 
 
 def process_main():

@@ -101,7 +101,7 @@ def outcome(fault: Fault, root: Path) -> str:
         wanted = [tree / "tests" / f"test_{name}.py" for name in fault.tests]
         tests = [str(path) for path in wanted if path.is_file()]
         env = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             return f"pytest: exit code {done.returncode}: {done.stdout[-300:]}"

@@ -7,6 +7,7 @@ split, size and version of its generator. Any of them may be deleted: it is made
 import inspect
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +23,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medssl" / "generated"
+    """Where this user's programs keep what can be made again; of a user without a home, a temporary folder."""
+    known = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
+    return Path(next(filter(os.path.isabs, known)), "medssl", "generated")
 
 
 class Generated:
@@ -44,7 +46,7 @@ class Generated:
     def row(self, key: str, i: int) -> np.ndarray:
         """The array `key` of image i, a copy. Where the others are not there yet, it is made alone: to know a set, a
         few of its images suffice."""
-        if "arrays" in self.__dict__ or (self.folder / "arrays").is_dir():
+        if "arrays" in self.__dict__ or os.path.isdir(self.folder / "arrays"):  # False, too, where one may not look
             return np.array(self.arrays[key][i])
         if i not in self.few:
             if len(self.few) == FEW:

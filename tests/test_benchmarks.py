@@ -96,6 +96,7 @@ def test_interleaved_summary():
     assert summary["b"] == {"images_per_s": 4, "lowest": 3, "highest": 12, "ratio": 3}
 
 
+@pytest.mark.slow
 def test_contrast(tmp_path):
     """Both methods, both ways; that they compute the same is checked before anything is measured."""
     path = tmp_path / "contrast.json"

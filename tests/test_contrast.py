@@ -350,7 +350,10 @@ SCRIPTS = {
 SMALL = ["--b", "4", "--workers", "0", "--device", "cpu", "--log-every", "1"]
 
 
-@pytest.fixture(params=SCRIPTS)
+SAME_PARTS = ("moco2_nce", "pcrl_nce")  # as c2l_nce and others have
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SAME_PARTS)) for name in SCRIPTS])
 def script(request, monkeypatch):
     monkeypatch.setattr(ct, "SPLITS", {"train": 60})
     module, more = SCRIPTS[request.param]

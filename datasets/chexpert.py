@@ -33,7 +33,6 @@ from medssl.datasets.base import Files, ImageDataset, Info, Request
 from medssl.datasets.splits import (
     Listed,
     asked_for,
-    grouped,
     hold_out,
     patient_of,
     read_given,
@@ -248,7 +247,7 @@ def _given(request: Request, splits: Sequence[str], root: Path, tables: dict[str
         splits,
         name_in,
         _labels_of,
-        grouped,
+        lambda names: [patient_of(name) or name for name in names],
         lambda name: name.startswith("valid/"),
         tables["valid"].path if "valid" in tables else "valid.csv",
     )

@@ -22,12 +22,12 @@ from medssl.datasets.pairs import channels_of
 from medssl.datasets.splits import (
     GIVE_LISTS,
     HELD_OUT,
+    MIN_PATIENTS,
     SPLIT_SEED,
     SPLITS,
+    Patients,
     asked_for,
     choose,
-    grouped,
-    known_patients,
     split_all,
     split_by_patient,
     split_classes,
@@ -36,17 +36,18 @@ from medssl.errors import InputError
 from medssl.reading.dicom import is_series
 from medssl.reading.find import find_images, find_volumes, without_extension
 from medssl.reading.intensities import to_unit
-from medssl.reading.tables import PATIENTS, class_count, known_or_nan, line_of, read_list, read_patients
+from medssl.reading.tables import PATIENTS, class_count, known_or_nan, line_of, read_list
 from medssl.reading.volumes import read_volume
 from medssl.views.ops3d import resize
 
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 MANY = 9  # classes that a message names
+SEEN = "pre-training that was not given its training images by --list has seen the others, too"
 SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into class folders"
 
 
 class VolumeFiles(DecodedVolumes):
-    """Volumes of any shape, each resampled to one grid; items as `registry.volume_item` says.
+    """Volumes of any shape, each resampled to one grid; items as `base.volume_item` says.
 
     Args:
         paths: a file or folder of DICOM slices for each of `ids`.
@@ -63,7 +64,7 @@ class VolumeFiles(DecodedVolumes):
         return self.grid
 
     def decode(self, source: Path) -> dict[str, Tensor]:
-        """A volume scaled to [0, 1] as `volumes.to_unit` does, anti-aliased where the grid is coarser."""
+        """A volume scaled to [0, 1] as `intensities.to_unit` does, anti-aliased where the grid is coarser."""
         volume = read_volume(source)
         resampled = resize([torch.from_numpy(to_unit(volume.array))], self.grid)[0, 0]
         return volume_item(resampled, [n * step for n, step in zip(volume.array.shape, volume.spacing)])
@@ -100,16 +101,20 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     found, dims = _find(root, request.dims)
     if dims == 3 and set(splits) == {"train"} and pairs.has_volume_pairs(root):
         cases = choose(pairs.find_volume_pairs(root), request, splits, "cases")["train"]
-        found = {case.id: case.images[0] for case in cases}
-        return {"train": _dataset(Info("folder", 3), request, root, found, list(found), None)}
+        found, own = {case.id: case.images[0] for case in cases}, [case.patient for case in cases]
+        known = None if own == list(found) else own
+        return {"train": _dataset(Info("folder", 3), request, root, found, (list(found), None), known)}
+    patients = Patients(root, found)
     if request.lists:
-        chosen, info = _from_lists(request, splits, root, found, dims)
+        chosen, info = _from_lists(request, splits, root, found, dims, patients)
     else:
-        chosen, info = _from_folders(root, list(found), splits)
+        chosen, info = _from_folders(root, list(found), splits, patients)
     # Of the whole folder, not of what is asked: pre-training, fine-tuning and a cache must agree.
     channels = channels_of(list(found.values())) if dims == 2 else 1
     info = Info("folder", dims, channels, info.task, info.classes)
-    return {split: _dataset(info, request, root, found, names, labels) for split, (names, labels) in chosen.items()}
+    return {
+        split: _dataset(info, request, root, found, part, patients.known(part[0])) for split, part in chosen.items()
+    }
 
 
 def open_all(request: Request) -> ImageDataset:
@@ -117,7 +122,7 @@ def open_all(request: Request) -> ImageDataset:
     root = request.folder()
     found, dims = _find(root, request.dims)
     info = Info("folder", dims, channels_of(list(found.values())) if dims == 2 else 1)
-    return _dataset(info, request, root, found, list(found), None)
+    return _dataset(info, request, root, found, (list(found), None), Patients(root, found).known(list(found)))
 
 
 def _open_masked(request: Request, splits: Sequence[str], root: Path) -> dict[str, ImageDataset]:
@@ -164,9 +169,9 @@ def _find(root: Path, dims: int | None) -> tuple[dict[str, Path], int]:
 
 
 def _dataset(
-    info: Info, request: Request, root: Path, found: dict[str, Path], names: list[str], labels: Tensor | None
+    info: Info, request: Request, root: Path, found: dict[str, Path], chosen: Chosen, known: list[str] | None
 ) -> ImageDataset:
-    known = known_patients(names, read_patients(root))
+    names, labels = chosen
     if info.dims == 3:
         paths = [found[name] for name in names]
         return VolumeFiles(info, paths, names, request.resolve_grid(), labels=labels, patients=known)
@@ -175,7 +180,7 @@ def _dataset(
 
 
 def _from_lists(
-    request: Request, splits: Sequence[str], root: Path, found: dict[str, Path], dims: int
+    request: Request, splits: Sequence[str], root: Path, found: dict[str, Path], dims: int, patients: Patients
 ) -> tuple[dict[str, Chosen], Info]:
     chosen: dict[str, Chosen] = {}
     columns = None
@@ -201,7 +206,7 @@ def _from_lists(
         chosen[split] = names, labels
     info = _task_of(chosen)
     if list(request.lists) == ["train"] and set(splits) != {"train"}:
-        chosen = _split_all(root, *chosen["train"], f"{request.list} is one list")
+        chosen = _split_all(patients, *chosen["train"], f"{request.list} is one list")
     return asked_for("folder", chosen, splits), info
 
 
@@ -216,7 +221,9 @@ def _task_of(chosen: dict[str, Chosen]) -> Info:
     return Info("folder", task="binary" if count == 2 else "multi-class", classes=tuple(map(str, range(count))))
 
 
-def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[dict[str, Chosen], Info]:
+def _from_folders(
+    root: Path, names: list[str], splits: Sequence[str], patients: Patients
+) -> tuple[dict[str, Chosen], Info]:
     tops = sorted({name.split("/")[0] for name in names if "/" in name})
     folders = {
         split: next((top for top in tops if top.lower() in known), None) for split, known in SPLIT_FOLDERS.items()
@@ -227,7 +234,7 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
         classes = _classes(parts["train"], depth=1)
         chosen = {split: (part, _class_labels(part, classes, depth=1)) for split, part in parts.items()}
         if "val" in splits and "val" not in chosen:
-            rest, held = split_by_patient(grouped(parts["train"], read_patients(root)), HELD_OUT, SPLIT_SEED)
+            rest, held = split_by_patient(patients.grouped(parts["train"]), HELD_OUT, SPLIT_SEED)
             train = chosen["train"]
             chosen["train"], chosen["val"] = _take(train, rest), _take(train, held)
             print("note: there is no folder val; a tenth of train validates", file=sys.stderr)
@@ -239,7 +246,7 @@ def _from_folders(root: Path, names: list[str], splits: Sequence[str]) -> tuple[
         raise InputError(f"--data {root}: only unlabelled training images; for {' and '.join(splits)}, {SPLITS_HELP}")
     shown = ", ".join(classes[:MANY]) + (" and others" if len(classes) > MANY else "")
     labels = _class_labels(names, classes, depth=0)
-    chosen = _split_all(root, names, labels, f"{root} has class folders only, {shown}", classes)
+    chosen = _split_all(patients, names, labels, f"{root} has class folders only, {shown}", classes)
     return asked_for("folder", chosen, splits), _class_info(classes)
 
 
@@ -273,24 +280,30 @@ def _take(chosen: Chosen, rows: list[int]) -> Chosen:
     return [names[i] for i in rows], None if labels is None else labels[rows]
 
 
-def _split_all(root: Path, names: list[str], labels: Tensor | None, why: str, classes: Sequence[str] = ()) -> dict:
+def _split_all(
+    patients: Patients, names: list[str], labels: Tensor | None, why: str, classes: Sequence[str] = ()
+) -> dict[str, Chosen]:
     """Split 70/10/20 by patient; where there are class folders, each class by itself. Says what is not known."""
-    groups = grouped(names, read_patients(root))
+    groups = patients.grouped(names)
     if len(set(groups)) < len(SPLITS):
         raise InputError(f"data set folder: {len(names)} images are too few to split; {SPLITS_HELP}")
     each = ", each class by itself (earlier versions: all together)" if classes else ""
     if groups != names:
-        print(f"note: {why}: split 70/10/20 by patient{each}", file=sys.stderr)
+        print(f"note: {why}: split 70/10/20 by patient{each}; {SEEN}", file=sys.stderr)
     else:
         print(
             f"note: {why} and patients are unknown: split 70/10/20 by image{each}; where a patient has several "
-            f"images, {GIVE_LISTS}, and the same --list to pre-training, or a table {PATIENTS}",
+            f"images, {GIVE_LISTS}, or a table {PATIENTS}; {SEEN}",
             file=sys.stderr,
         )
     parts = split_classes(groups, labels.tolist()) if classes else split_all(groups)
+    if not parts["val"] or not parts["test"]:
+        raise InputError(
+            f"data set folder: no class has {MIN_PATIENTS} patients or images of its own to be split; {GIVE_LISTS}"
+        )
     for split in ("val", "test") if classes else ():
         absent = sorted(set(range(len(classes))) - {int(labels[i]) for i in parts[split]})
         if absent:
-            few = f"{classes[absent[0]]} has fewer than {len(SPLITS)} patients or images of its own"
+            few = f"{classes[absent[0]]} has fewer than {MIN_PATIENTS} patients or images of its own"
             print(f"note: {', '.join(classes[i] for i in absent)}: not in {split}; {few}", file=sys.stderr)
     return {split: _take((names, labels), rows) for split, rows in parts.items()}

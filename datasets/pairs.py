@@ -18,12 +18,11 @@ import numpy as np
 from medssl.datasets.base import Info, Request
 from medssl.datasets.masked_images import ImageCase, MaskFiles, complete_cases
 from medssl.datasets.masked_volumes import VolumeCase
-from medssl.datasets.splits import MASK_ENDS, MASK_FOLDERS, choose, grouped, mask_of
+from medssl.datasets.splits import MASK_ENDS, MASK_FOLDERS, Patients, choose, mask_of
 from medssl.errors import InputError, UnreadableImage
 from medssl.reading.find import find_images, find_volumes, without_extension
 from medssl.reading.masks import read_mask
 from medssl.reading.pictures import read_image
-from medssl.reading.tables import read_patients
 
 MOST_LABELS = 32  # a folder's masks with more values are no label maps
 
@@ -39,15 +38,14 @@ def find_image_pairs(root: Path) -> list[ImageCase]:
         if stem in known:
             raise InputError(f"{path}: the same name as {known[stem].name}; keep one of them, or rename it")
         known[stem] = path
-    table, cases = read_patients(root), []
-    for path in find_images(root / "images"):
+    images = {path.relative_to(root).as_posix(): path for path in find_images(root / "images")}
+    patients, cases = Patients(root, images), []
+    for name, path in images.items():
         stem = path.relative_to(root / "images").with_suffix("").as_posix()
         mask = mask_of(stem, known)
         if mask is None:
             raise InputError(f"{path}: no mask of that name in {masks}; add it, or move the image away")
-        name = path.relative_to(root).as_posix()
-        (patient,) = grouped([name], table)
-        cases.append(ImageCase(name, path, (mask,), None, stem if patient == name else patient))
+        cases.append(ImageCase(name, path, (mask,), None, patients.of(name) or stem))
     return complete_cases(root, cases, "images in images/")
 
 
@@ -152,8 +150,9 @@ def find_volume_pairs(root: Path) -> list[VolumeCase]:
     alone = [path for name, path in known.items() if path not in {known[n] for n in names}]
     if alone:
         raise InputError(f"{alone[0]}: a mask without an image; add the image, or move the mask away")
-    patients = grouped(list(names), read_patients(root))
-    cases = [VolumeCase(name, (names[name],), known[name], patient) for name, patient in zip(names, patients)]
+    paths = {name: without_extension(path.relative_to(root).as_posix()) for name, path in names.items()}
+    patients = Patients(root, paths.values())
+    cases = [VolumeCase(name, (names[name],), known[name], patients.of(paths[name]) or name) for name in names]
     return sorted(cases, key=lambda case: case.id)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Request
 from medssl.errors import InputError
-from medssl.reading.tables import file_name, line_of, read_list
+from medssl.reading.tables import PATIENTS, file_name, line_of, read_list, read_patients
 
 # Splits made on the fly do not follow `--seed`: pre-training and every fine-tuning trial must hold out the same
 # patients, or the one trains on what the other tests on.
@@ -37,33 +37,61 @@ MASK_ENDS = ("_seg", "_mask", "_label")  # of a mask's name, behind its image's
 # Patients ------------------------------------------------------------------------------------------
 
 
-# A part of a path that names a patient: `patient0001`, `sub-01`, `Subject_7`, alone or before `_` or `.`
+# A part of a path that names a patient: `patient0001`, `sub-01`, `Subject 7`, alone or before `_`, `-`, `.` or a blank
 _PATIENT = re.compile(
-    r"(?:^|/)((?:patient|subject|subj|pat|pid)[-_]?\d\w*?|sub-[a-z0-9]+|sub_?\d+)(?=[_./]|$)", re.IGNORECASE
+    r"(?:^|/)((?:patient|subject|subj|pat|pid)[-_ ]?\d\w*?|sub-[a-z0-9]+|sub_?\d+)(?=[-_./ ]|$)", re.IGNORECASE
 )
 
 
 def patient_of(name: str) -> str | None:
     """The patient that a path tells, or None: as in ChestX-ray14 (`00000013_005.png`), CheXpert (`patient00001/…`) and
-    BIDS (`sub-01/…`), or a folder or beginning of a file's name with the word patient, subject or the like."""
+    BIDS (`sub-01/…`), or a folder or beginning of a file's name with the word patient, subject or the like. In lower
+    case: `Patient1` is `patient1`."""
     match = re.search(r"(?:^|/)(\d{8})_\d{3}\.\w+$", name) or _PATIENT.search(name)
-    return match and match[1]
+    return match and match[1].lower()
 
 
-def grouped(names: Sequence[str], table: Mapping[str, str] | None = None) -> list[str]:
-    """What must stay together in a split: the patient where a table or the name tells, else the image.
+class Patients:
+    """Who is on the images of a folder: what its table `patients.csv` tells, else what their paths do.
 
     Args:
-        names: paths in `--data`. table: `tables.read_patients`.
+        root: the folder; of `images/` alone, the table is that of the folder around it. names: paths in `root` of all
+            its images, volumes with or without extension.
+
+    Raises:
+        InputError: for a table that is none, and one that has none of the images.
     """
-    told = table or {}
-    return [told.get(name) or told.get(file_name(name)) or patient_of(name) or name for name in names]
 
+    def __init__(self, root: Path, names: Collection[str]) -> None:
+        above = root.name in MASK_FOLDERS and not (root / PATIENTS).is_file()
+        self.inside = f"{root.name}/" if above else ""
+        folder = root.parent if above else root
+        self.table = read_patients(folder)
+        absent = [name for name in names if self._told(name) is None]
+        if self.table and len(absent) == len(names):
+            raise InputError(f"{folder / PATIENTS}: has none of the {len(names)} images, such as {absent[0]}")
+        if self.table and absent:
+            print(
+                f"warning: {folder / PATIENTS}: {len(absent)} of the {len(names)} images are not in it, such as "
+                f"{absent[0]}; where their paths tell no patient, each counts as a patient of its own",
+                file=sys.stderr,
+            )
 
-def known_patients(names: Sequence[str], table: Mapping[str, str] | None = None) -> list[str] | None:
-    """`grouped`, or None where no patient is told."""
-    found = grouped(names, table)
-    return None if found == list(names) else found
+    def _told(self, name: str) -> str | None:
+        return self.table.get(self.inside + name) or self.table.get(file_name(name))
+
+    def of(self, name: str) -> str | None:
+        """The patient of an image, by its path in the folder; None where nothing tells."""
+        return self._told(name) or patient_of(name)
+
+    def grouped(self, names: Sequence[str]) -> list[str]:
+        """What must stay together in a split: the patient where it is told, else the image."""
+        return [self.of(name) or name for name in names]
+
+    def known(self, names: Sequence[str]) -> list[str] | None:
+        """`grouped`, or None where no patient is told."""
+        found = self.grouped(names)
+        return None if found == list(names) else found
 
 
 # Drawn splits --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from medssl.datasets.folder import sort_out
-from medssl.datasets.splits import patient_of
+from medssl.datasets.splits import Patients
 from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
@@ -100,15 +100,16 @@ def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
         return list(tqdm(results, total=len(paths), desc="check", disable=None))
 
 
-UNKNOWN = "patients unknown: the names do not tell"
+UNKNOWN = "patients unknown: neither names nor a table patients.csv tell"
 
 
-def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str, list[str]]:
+def check_lists(lists: Sequence[str], hashes: dict[str, str | None], patients: Patients) -> dict[str, list[str]]:
     """Problems of lists: names that are missing, and what two lists share.
 
     Args:
         lists: list files.
         hashes: content hash by path below the folder, None for unreadable files.
+        patients: of the folder.
     """
     by_name = {name.rsplit("/", 1)[-1]: name for name in hashes}  # ChestX-ray14 lists have names alone
     missing, shared = [], []
@@ -121,7 +122,7 @@ def check_lists(lists: Sequence[str], hashes: dict[str, str | None]) -> dict[str
         missing += [f"{path}: {name}" for name, there in zip(names, paths) if there is None]
         contents[path] = {
             "images": {there or name for name, there in zip(names, paths)},
-            "patients": {patient_of(name) for name in names} - {None},
+            "patients": {patients.of(there or name) for name, there in zip(names, paths)} - {None},
             "identical files": {hashes[there] for there in paths if there} - {None},
         }
     for one, two in itertools.combinations(lists, 2):
@@ -161,7 +162,7 @@ def check(folder: Path, lists: Sequence[str], workers: int) -> dict:
         },
         "unreadable": {name: one["error"] for name, one in found.items() if one["error"] is not None},
         "duplicates": [names for names in same.values() if len(names) > 1],
-        **check_lists(lists, {name: one["hash"] for name, one in found.items()}),
+        **check_lists(lists, {name: one["hash"] for name, one in found.items()}, Patients(folder, names)),
     }
 
 

@@ -183,7 +183,8 @@ def read_patients(folder: Path) -> dict[str, str]:
     in the folder or its name, and by both without a volume's extension. {} where there is no such table.
 
     Raises:
-        InputError: naming file and line, for missing columns, empty fields and a file that is no table.
+        InputError: naming file and line, for missing columns, empty fields, a file of two patients, and a file that is
+            no table.
     """
     path = folder / PATIENTS
     if not path.is_file():
@@ -195,9 +196,11 @@ def read_patients(folder: Path) -> dict[str, str]:
             if column not in (lines.fieldnames or ()):
                 raise InputError(f"{path}, line 1: no column {column!r}; its first line must be: file,patient")
         for row in lines:
-            if not row["file"] or not row["patient"]:
+            written, patient = ((row[column] or "").strip() for column in ("file", "patient"))
+            if not written or not patient:
                 raise InputError(f"{path}, line {lines.line_num}: has no file or no patient")
-            name = plain_name(row["file"])
-            for known in (name, without_extension(name)):
-                patients[known] = row["patient"]
+            name = plain_name(written)
+            if patients.get(name, patient) != patient:
+                raise InputError(f"{path}, line {lines.line_num}: {written} is of {patients[name]} and of {patient}")
+            patients |= dict.fromkeys((name, without_extension(name)), patient)
     return patients

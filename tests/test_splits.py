@@ -1,6 +1,7 @@
 """One policy for splits: by patient wherever a table, a name or a folder tells the patient, each class by itself."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -33,8 +34,11 @@ def save(path, number=0, shape=(40, 40)):
         ("images/patient0001/study2.nii.gz", "patient0001"),
         ("patient12_slice3.png", "patient12"),
         ("sub-01/anat/sub-01_T1w.nii.gz", "sub-01"),
-        ("sub-NDAR007/anat/T1w.nii.gz", "sub-NDAR007"),
-        ("ill/Subject_7.png", "Subject_7"),
+        ("sub-NDAR007/anat/T1w.nii.gz", "sub-ndar007"),
+        ("ill/Subject_7.png", "subject_7"),
+        ("patient02-study0.png", "patient02"),
+        ("Patient 2/s0.png", "patient 2"),
+        ("Patient02/s0.png", "patient02"),
         ("pat3/1.dcm", "pat3"),
         ("subset0/1.png", None),
         ("patients/1.png", None),
@@ -88,23 +92,62 @@ def test_scans_of_a_patient_stay_together(tmp_path, capsys, masks):
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (6, 6, 6)])
-def test_a_table_tells_patients(tmp_path, shape):
+@pytest.mark.parametrize("written", ["images/sub/{}", "images\\sub\\{}", "./images/sub/{}", " {} "])
+def test_a_table_tells_patients(tmp_path, shape, written):
     end, lines = "png" if len(shape) == 2 else "nii.gz", ["file,patient"]
     for i in range(12):
         for part in ("images", "masks"):
-            save(tmp_path / part / f"{i}.{end}", i % 2, shape)
-        written = f"images/{i}.{end}" if len(shape) == 2 else f"{i}.{end}"
-        lines.append(f'{written},"P {i // 3}"')
+            save(tmp_path / part / "sub" / f"{i}.{end}", i % 2, shape)
+        lines.append(f'{written.format(f"{i}.{end}")},"{" " * (i % 2)}P {i // 3}"')
     (tmp_path / "patients.csv").write_text("\n".join(lines))
     opened = open_splits(Request(None, str(tmp_path), masks=True), SPLITS)
     assert {patient for data in opened.values() for patient in data.patients} == {f"P {i}" for i in range(4)}
     assert all(len(data) == 3 * len(set(data.patients)) for data in opened.values())
+    if len(shape) == 3:
+        pretraining = open_splits(Request(None, str(tmp_path)), ["train"])["train"]
+        assert (pretraining.ids, pretraining.patients) == (opened["train"].ids, opened["train"].patients)
+    below = open_splits(Request(None, str(tmp_path / "images")), ["train"])["train"]
+    assert sorted(set(below.patients)) == [f"P {i}" for i in range(4)]
     (tmp_path / "patients.csv").write_text("name,patient\n1.png,a\n")
     with pytest.raises(InputError, match="patients.csv, line 1: no column 'file'"):
         open_splits(Request(None, str(tmp_path), masks=True), SPLITS)
     (tmp_path / "patients.csv").write_text("file,patient\n1.png,\n")
     with pytest.raises(InputError, match="patients.csv, line 2: has no file or no patient"):
         open_splits(Request(None, str(tmp_path), masks=True), SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["0.png,a", "1.png,a", "0.png,b"], "patients.csv, line 4: 0.png is of a and of b"),
+        (["0.PNG,a", "x/1.png,a"], "patients.csv: has none of the 9 images, such as ill/0.png"),
+        (["0.png"], "patients.csv, line 2: has no file or no patient"),
+    ],
+)
+def test_a_table_that_does_not_fit(tmp_path, rows, message):
+    for i in range(9):
+        save(tmp_path / ("ill" if i % 2 == 0 else "well") / f"{i}.png", i)
+    (tmp_path / "patients.csv").write_text("\r\n".join(["\ufefffile,patient", *rows]))
+    with pytest.raises(InputError, match=re.escape(message)):
+        open_splits(Request(None, str(tmp_path)), SPLITS)
+
+
+def test_images_that_a_table_lacks_are_told(tmp_path, capsys):
+    for i in range(9):
+        save(tmp_path / ("ill" if i % 2 == 0 else "well") / f"{i}.png", i)
+    (tmp_path / "patients.csv").write_text("file,patient\n0.png,a\n2.png,a\n")
+    opened = open_splits(Request(None, str(tmp_path)), SPLITS)
+    assert disjoint(set(data.patients or data.ids) for data in opened.values())
+    said = capsys.readouterr().err
+    assert "patients.csv: 7 of the 9 images are not in it, such as ill/4.png" in said
+    assert "has seen the others, too" in said
+
+
+def test_classes_of_too_few_images(tmp_path):
+    for i in range(4):
+        save(tmp_path / ("ill" if i % 2 == 0 else "well") / f"{i}.png", i)
+    with pytest.raises(InputError, match="no class has 3 patients or images of its own to be split"):
+        open_splits(Request(None, str(tmp_path)), SPLITS)
 
 
 def classes_in(opened):

@@ -68,8 +68,9 @@ class ImageDataset(torch.utils.data.Dataset):
     subset shares with the whole set. Items of three dimensions are described in `volume_item` and `luna`.
 
     Attributes:
-        weights: where the images are candidates for a finding in `patients`' scans, how many candidates of the
-            scan each stands for, (whole set's images,) float; FROC curves count by it. None for other images.
+        weights: where the images are candidates for a finding in scans, how many candidates of the scan each stands
+            for, (whole set's images,) float; FROC curves count by it. None for other images.
+        scans: the scan of each candidate, of the whole set's, by which FROC curves count too; or None.
         order: the patients, one an image, of the list that the split was taken from, in its order, where `--ratio`
             parts that list between patients; None where it parts the split between two images.
         contents: what `sample_contents` said of the split when it was opened.
@@ -79,6 +80,7 @@ class ImageDataset(torch.utils.data.Dataset):
     """
 
     weights: np.ndarray | None = None
+    scans: Sequence[str] | None = None
     order: Sequence[str] | None = None
     contents: str | None = None
     digest: str | None = None

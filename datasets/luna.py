@@ -5,8 +5,9 @@
     nodules.csv, subsetK/<uid>_nodule_<row>.npy (X, Y, Z)                                      candidates
 
 Files of the published tools (float64) are read as well. Subsets 0–6 train, 7 validates, 8 and 9 test. The training
-list is ordered by scan, so that `--ratio` parts it between scans, and pre-training on pairs and fine-tuning on
-nodules, which are other files of the same scans, part it in the same place.
+list is ordered by patient, so that `--ratio` parts it between patients, and pre-training on pairs and fine-tuning on
+nodules, which are other files of the same scans, part it in the same place. A scan of LUNA16 is a patient of its own;
+of others the uid, or a table `patients.csv` whose files are uids, tells.
 """
 
 import csv
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Info, Request, volume_item
+from medssl.datasets.splits import Patients
 from medssl.errors import InputError, UnreadableImage
 from medssl.reading.tables import read_list
 
@@ -32,12 +34,12 @@ PAIR = re.compile(r"(?P<uid>.+)_(?P<kind>global|img)_(?P<number>\d+)\.npy")
 
 
 class _LunaDataset(ImageDataset):
-    """Items ordered by their scans' places in [0, 1), `places` (N,)."""
+    """Items ordered by their patients' places in [0, 1), `places` (N,)."""
 
     places: np.ndarray
 
     def leading(self, ratio: float) -> int:
-        """How many items are of the scans in the first `ratio` of the list."""
+        """How many items are of the patients in the first `ratio` of the list."""
         return int(np.searchsorted(self.places[list(self.positions)], ratio))
 
 
@@ -104,6 +106,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     rows = [] if pairs else read_nodules(table)
     uids = [uid for uid, _, _ in pairs] or [row["uid"] for row in rows]
     folds = [fold for _, fold, _ in pairs] or [row["fold"] for row in rows]
+    patients = Patients(root, set(uids)).grouped(uids)
     opened = {}
     shapes = None
     for split in splits:
@@ -117,7 +120,11 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
                 f"--data {root}: {what} {'pairs' if pairs else 'candidates'} in subset {named(within)}, "
                 f"the {split} split; prepare these subsets, or give lists of scans"
             )
-        places = [place_of(uids[i]) if order is None else order[uids[i]] for i in chosen]
+        first: dict[str, float] = {}  # a list may have a patient's scans apart
+        for i in chosen:
+            place = place_of(patients[i]) if order is None else order[uids[i]]
+            first[patients[i]] = min(place, first.get(patients[i], place))
+        places = [first[patients[i]] for i in chosen]
         # Files of a scan stay together and in their own order, since sorting is stable.
         ranked = np.argsort(places, kind="stable")
         chosen = [chosen[i] for i in ranked]
@@ -133,7 +140,8 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
             labels = torch.tensor([rows[i]["class"] for i in chosen])
             data = LunaNodules(Info("luna", 3, 1, "binary", CLASSES), _Paths(paths, shapes), names, labels)
             data.weights = np.array([rows[i]["weight"] for i in chosen])
-        data.patients = [uids[i] for i in chosen]
+            data.scans = [uids[i] for i in chosen]
+        data.patients = [patients[i] for i in chosen]
         data.places = np.array(places)[ranked]
         opened[split] = data
     return opened
@@ -175,9 +183,9 @@ def named(folds: Sequence[int]) -> str:
     return f"{folds[0]}" if len(folds) == 1 else f"{folds[0]}-{folds[-1]}"
 
 
-def place_of(uid: str) -> float:
-    """A scan's place in the training list, in [0, 1): the same whatever other scans there are."""
-    return int.from_bytes(hashlib.sha256(uid.encode()).digest()[:6], "big") / 2**48
+def place_of(patient: str) -> float:
+    """A patient's place in the training list, in [0, 1): the same whatever other patients there are."""
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:6], "big") / 2**48
 
 
 def read_order(path: str) -> dict[str, float]:

@@ -40,7 +40,7 @@ TASKS = {
 
 
 class MedMnistVolumes(ImageDataset):
-    """Volumes; items as `registry.volume_item` says."""
+    """Volumes; items as `base.volume_item` says."""
 
     def load(self, i: int) -> dict[str, Tensor]:
         """Volume i without its label."""

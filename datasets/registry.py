@@ -1,6 +1,7 @@
 """The data sets by name, a row each, and how scripts open them."""
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
@@ -267,6 +268,8 @@ def open_labelled(args: argparse.Namespace) -> Opened:
         if data.labels.is_floating_point() and not data.labels.isfinite().any():
             option = "--list" if split == "train" else f"--{split}-list"
             raise InputError(f"--dataset {info.name}: none of the labels of the {split} split is known; see {option}")
+    if info.task != "multi-label" and len(splits["test"].labels.unique()) < 2:
+        print("warning: all test images are of one class; their AUROC is undefined", file=sys.stderr)
     first, rest = splits["train"].parted(getattr(args, "ratio", 0.0))
     if not rest:
         raise InputError(f"--ratio {args.ratio:g}: leaves no image to fine-tune on")

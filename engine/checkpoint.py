@@ -23,7 +23,13 @@ def save_atomic(content: object, path: str | Path) -> None:
 
     def write(unfinished: Path) -> None:
         with open(unfinished, "wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch's own writer ends so where the disk is full
+                cause = error.__context__
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(path)) from None
+                raise
 
     write_atomic(path, write)
 
@@ -69,4 +75,6 @@ def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
         tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return tensors
-    raise InputError(f"{path}: no state dict in this file")
+    run = isinstance(content, dict) and {"method", "optimizer"} <= set(content)
+    more = "; it is a run's state, and encoder.pt beside it has the encoder" if run else ""
+    raise InputError(f"{path}: no state dict in this file{more}")

@@ -51,8 +51,8 @@ def fit(
     n, rows = len(data), devices.own_rows(args.b, views.patches)
     total = max(1, round(args.epochs * n / args.b))
     last = min(total, args.steps or total)
+    wrapped = prepare(method, views, data, args, devices)  # what cannot be is refused before a folder changes
     folder, saved = open_output(args, type(method).__name__, data.digest, devices)
-    wrapped = prepare(method, views, data, args, devices)
     state = states.start(method, data, args, devices, folder, saved, parameters)
     if state.over or state.step >= last:
         return outcome(state, total, evaluate, views, devices, None, 0.0)

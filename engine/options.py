@@ -121,8 +121,9 @@ def check_inits(inits: Sequence[str], methods: Sequence[str] = ()) -> None:
         raise InputError("--init: the same weights twice")
     for init in inits:  # found now, not after hours of work on the others
         if init not in named and not Path(init).is_file():
-            what = f"no such checkpoint file, and no method; methods are {', '.join(methods)}"
-            raise InputError(f"--init {init}: {what if methods else 'no such checkpoint file'}")
+            what = "a folder; give the encoder.pt in it" if Path(init).is_dir() else "no such checkpoint file"
+            known = f", and no method; methods are {', '.join(methods)}" if methods else ""
+            raise InputError(f"--init {init}: {what}{known}")
 
 
 def positive_int(text: str) -> int:

@@ -85,8 +85,8 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
     # Runs without a digest are older than digests.
     if before.get("data_digest") not in (None, now.get("data_digest")):
         raise InputError(
-            f"{where}: was started with other data: images, their order, lists or labels differ; use the same data, "
-            + instead
+            f"{where}: was started with other data: images, their order, lists or labels differ, or an "
+            "earlier version split them otherwise; use the same data, " + instead
         )
     for key, value in now.items():
         # An option that the run did not know is newer than it.

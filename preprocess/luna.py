@@ -18,7 +18,8 @@ Written, all float16 in [0, 1] with axes x, y, z:
   * `luna.json` (or `nodules.json`): per scan, what was made and rejected, in what time, or why nothing was.
 
 A scan is finished when its record, `subsetK/<uid>.pairs.json`, is there; the same command continues with the rest.
-Scans that failed are tried again. Cubes depend on the uid and `--seed`, not on workers, order or interruptions.
+Scans that failed are tried again. Where paths, or a table `patients.csv` in `--data`, tell patients, a table of that
+name in `--save` tells whose the uids are. Cubes depend on the uid and `--seed`, not on workers, order or interruptions.
 
 Differences from the published tools, on purpose: scans have their own random numbers; each crop is filtered by its own
 volume; float16; where a scan is too small for all crop sizes, the free border is given up on that axis (which is what
@@ -39,7 +40,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,17 @@ from scipy.ndimage import gaussian_filter1d
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from medssl.datasets.splits import Patients
 from medssl.engine import options
 from medssl.engine.guards import Stop, ignore_signals
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
-from medssl.files import file_digest, write_atomic, write_text
+from medssl.files import file_digest, write_atomic, write_csv, write_text
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
 from medssl.reading.intensities import CT_BELOW, LOWEST_HU, scale, unit_range
 from medssl.reading.simpleitk import use_one_thread
+from medssl.reading.tables import PATIENTS, read_patients
 from medssl.reading.volumes import read_volume
 from medssl.views.ops3d import CUBE_SIZE, GLOBAL_SIZES, LOCAL_CUBE_SIZE, LOCAL_SIZES, MIN_IOU, PCRL_MIN_IOU, PCRL_SIZES
 
@@ -130,12 +133,13 @@ class Nodules:
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume to work on: where it is, where its files go, and its candidates."""
+    """One volume to work on: where it is, where its files go, its patient where one is told, and its candidates."""
 
     uid: str
     fold: int
     path: Path
     save: Path
+    patient: str | None = None
     candidates: tuple[Candidate, ...] = ()
 
     def file(self, what: str) -> Path:
@@ -423,6 +427,14 @@ def is_finished(scan: Scan, made: Pairs | Nodules) -> bool:
     return all(scan.file(name).is_file() for name in names)
 
 
+def write_patients(save: Path, scans: Sequence[Scan]) -> None:
+    """Note who is on the scans, where it is told, beside what other calls noted: the cubes have the uids alone."""
+    told = read_patients(save) | {scan.uid: scan.patient or scan.uid for scan in scans}
+    if any(uid != patient for uid, patient in told.items()):
+        save.mkdir(parents=True, exist_ok=True)
+        write_csv(save / PATIENTS, [{"file": uid, "patient": patient} for uid, patient in sorted(told.items())])
+
+
 # All scans -----------------------------------------------------------------------------------------
 
 
@@ -448,16 +460,19 @@ def find_scans(data: Path, folds: Sequence[int] | None, save: Path) -> list[Scan
     if not folders and save.resolve() == data.resolve():
         # Its subset folders would be taken for LUNA16's when the run is continued, and the volumes not be found.
         raise InputError(f"--save {save}: holds the volumes themselves; choose another folder for the cubes")
+    found = {fold: find_volumes(folder) for fold, folder in sorted((folders or {0: data}).items())}
+    inside = {fold: f"{folders[fold].name}/" if folders else "" for fold in found}
+    patients = Patients(data, [inside[fold] + name for fold, volumes in found.items() for name, _ in volumes])
     scans = []
-    for fold, folder in sorted((folders or {0: data}).items()):
-        paths: dict[str, Path] = {}
-        for name, path in find_volumes(folder):
+    for fold, volumes in found.items():
+        paths: dict[str, tuple[Path, str | None]] = {}
+        for name, path in volumes:
             # An archive may be unpacked into subset0/subset0; the scan is still what the tables call it.
             uid = name.rpartition("/")[2] if folders else name.replace("/", "_")
             if uid in paths:
-                raise InputError(f"{path}: its files would have the names of those of {paths[uid]}; rename one")
-            paths[uid] = path
-        scans += [Scan(uid, fold, path, save) for uid, path in paths.items()]
+                raise InputError(f"{path}: its files would have the names of those of {paths[uid][0]}; rename one")
+            paths[uid] = path, patients.of(inside[fold] + name)
+        scans += [Scan(uid, fold, path, save, patient) for uid, (path, patient) in paths.items()]
     if not scans:
         raise InputError(f"--data {data}: no volumes there (.mhd .mha .nii .nii.gz .nrrd or folders of DICOM slices)")
     return scans
@@ -645,13 +660,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         negatives = None if args.negatives == "all" else args.negatives
         made = Nodules(file_digest(args.nodules)[:16], negatives, args.seed)
         listed = len(scans)
-        scans = [Scan(s.uid, s.fold, s.path, save, tuple(table[s.uid])) for s in scans if s.uid in table]
+        scans = [replace(scan, candidates=tuple(table[scan.uid])) for scan in scans if scan.uid in table]
         if not scans:
             raise InputError(f"--nodules {args.nodules}: none of the {listed} scans in --data is in this table")
         print(f"{len(scans)} of {listed} scans have candidates")
     else:
         made = Pairs(args.method, (args.input_rows, args.input_cols, args.input_deps), args.scale, args.seed)
     refuse_other_settings(save, made)
+    write_patients(save, scans)
     todo = [scan for scan in scans if not is_finished(scan, made)]
     for fold in {scan.fold for scan in todo}:
         (save / f"subset{fold}").mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError
-from medssl.files import lock_folder, write_json
+from medssl.files import lock_folder, write_json, write_text
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -52,6 +52,7 @@ class Job:
         proof: a file in it that only a finished run leaves.
         weights: the checkpoint that it starts from, whose content a finished run must have seen.
         needs: the job that makes `weights`.
+        lists: text files that `argv` names, with their contents; written when it runs, and not before.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Job:
     proof: str
     weights: Path | None = None
     needs: "Job | None" = None
+    lists: tuple[tuple[Path, str], ...] = ()
 
     @property
     def words(self) -> list[str]:
@@ -99,6 +101,12 @@ class Job:
         record = self.record()
         return record.get("status") == "failed" and record.get("reason") != INTERRUPTION
 
+    def write_lists(self) -> None:
+        """Write the lists that are not there yet, or of a run that is forgotten."""
+        for path, text in self.lists:
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                write_text(path, text)
+
     def forget(self) -> None:
         """Move what a failed run with other options left out of the way, where a continuation would find it."""
         if not self.failed():
@@ -122,6 +130,12 @@ class Job:
         if before.get("weights_digest") not in (None, getattr(args, "weights_digest", None)):
             raise InputError(f"{self.folder}: was run from other weights in {self.weights}; give another --output")
         refuse_changes(before, plain(args), self.folder, "or another --output")
+        for path, text in self.lists:
+            if path.is_file() and path.read_text(encoding="utf-8") != text:
+                raise InputError(
+                    f"{self.folder}: was started with other data: the images that it may see are not those of {path}; "
+                    "use the same data, or another --output"
+                )
         steps = getattr(args, "steps", None)  # which may change while a run goes on
         if self.finished() and before.get("steps") != steps:
             raise InputError(f"{self.folder}: was run with --steps {before.get('steps')}; give another --output")
@@ -157,6 +171,7 @@ def run_here(job: Job) -> str | None:
     """
     job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
+    job.write_lists()
     since, reason = time.time(), unmet(job)
     try:
         if reason is None:
@@ -178,6 +193,7 @@ def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
     """Start a job in a process of its own, which prints to log.txt."""
     job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
+    job.write_lists()
     call = f"from medssl import {job.module} as script; script.cli()"
     # A run that outlived a killed study holds the lock, until it has saved its state.
     with lock_folder(job.folder) as lock, open(job.folder / "log.txt", "w", encoding="utf-8") as log:

@@ -13,9 +13,10 @@ from types import ModuleType
 from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
 from medssl.datasets.registry import Opened, open_instances, open_labelled, open_pretraining
 from medssl.engine import options
+from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.runs import refuse_changes
 from medssl.errors import InputError
-from medssl.files import read_json, write_text
+from medssl.files import read_json
 from medssl.models.encoders import DEFAULT_ARCH
 from medssl.study.jobs import Job
 from medssl.study.results import Cell
@@ -181,8 +182,7 @@ def held_out(job: Job, opened: dict[str, OpenedTask]) -> Job:
     if not left:
         raise InputError(f"{job.name}: all its images are validation or test images of {' or '.join(opened)}")
     path = job.folder.with_name(f"{job.folder.name}_images.txt")
-    write_text(path, "\n".join(left) + "\n")
-    return replace(job, argv=(*job.argv, "--list", str(path)))
+    return replace(job, argv=(*job.argv, "--list", str(path)), lists=((path, "\n".join(left) + "\n"),))
 
 
 @dataclass(frozen=True)
@@ -306,6 +306,8 @@ def check(study: Study, opened: dict[str, OpenedTask]) -> None:
     """
     for job in study.jobs:
         job.check()
+    for path in {job.weights: None for job in study.jobs if job.weights and not job.needs}:
+        find_state_dict(load_safe(path), path)
     for cell in study.cells:
         task = opened[cell.task]
         arch = task.args.arch or DEFAULT_ARCH[task.data.info.dims]
@@ -317,6 +319,7 @@ def check(study: Study, opened: dict[str, OpenedTask]) -> None:
             refuse_other_data(entry["config"], task.data.digest, cell.job)
     for job in study.jobs[: -len(study.cells)]:
         if job.finished():
+            job.write_lists()  # those that were removed
             data = (open_pretraining if job.proof == "encoder.pt" else open_labelled)(job.options())
             refuse_other_data(read_json(job.folder / "config.json"), data.digest, job)
 

@@ -97,9 +97,10 @@ def test_classes(
     patients = None if data.patients is None else [data.patients[i] for i in indices]
     columns, detection = {"id": [data.ids[i] for i in indices]}, {}
     if data.weights is not None:
-        weights = data.weights[[data.positions[i] for i in indices]]
-        columns |= {"scan": patients, "weight": weights.tolist()}
-        detection = froc(p[:, 1], targets[:, 1], weights, patients)
+        positions = [data.positions[i] for i in indices]
+        weights, scans = data.weights[positions], [data.scans[i] for i in positions]
+        columns |= {"scan": scans, "weight": weights.tolist()}
+        detection = froc(p[:, 1], targets[:, 1], weights, scans)
     if devices.main:
         columns |= {f"true {name}": column for name, column in zip(data.info.classes, targets.T)}
         columns |= {f"probability {name}": [f"{q:.6f}" for q in each] for name, each in zip(data.info.classes, p.T)}

@@ -15,6 +15,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -184,7 +185,7 @@ def test_a_failed_run_is_shown_and_the_rest_goes_on(encoder, tmp_path, capsys):
 
 
 def test_where_all_runs_fail_alike_the_reason_is_the_answer(tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"no checkpoint")
+    torch.save({"odd": torch.zeros(3)}, tmp_path / "weights.pt")
     options = [*SMALL, *HERE, "--init", str(tmp_path / "weights.pt"), "--annotation-percent", "1"]
     with pytest.raises(InputError, match=r"weights\.pt: "):
         compare.main([*options, "--trials", "2", "--output", str(tmp_path / "out")])
@@ -206,6 +207,8 @@ def test_segmentation_is_compared_by_dice(few_scans, tmp_path):
 def test_bad_input_is_found_before_the_work(tmp_path):
     for options, message in (
         (["--init", "random", str(tmp_path / "none.pt")], "no such checkpoint file"),
+        (["--init", "random", str(tmp_path)], "a folder; give the encoder.pt in it"),
+        (["--init", "random", __file__], "test_compare.py: not a checkpoint"),
         (["--init", "random", "random"], "--init: the same weights twice"),
         (["--epochs", "1", "2"], "2 numbers for 3 percentages"),
         (["--annotation-percent", "1", "1"], "--annotation-percent: the same value twice"),
@@ -275,6 +278,7 @@ def test_a_studys_pretraining_sees_no_image_that_judges(tmp_path):
         args.epochs, args.jobs = [None], 1
         opened = plan.open_tasks(args, rest)
         pretraining = plan.plan(args, rest, opened).jobs[0]
+        pretraining.write_lists()
         seen = registry.open_pretraining(pretraining.options()).ids
         assert sorted(seen) == sorted(opened["classification"].data["train"].ids)
         assert len(seen) == 28
@@ -304,8 +308,18 @@ def test_a_studys_pretraining_sees_no_patient_that_judges(tmp_path):
     args, rest = compare.get_parser().parse_known_args(words)
     args.epochs, args.jobs = [None] * 3, 1
     pretraining = plan.plan(args, rest, plan.open_tasks(args, rest)).jobs[0]
+    assert not (tmp_path / "out").exists()  # a plan writes nothing
+    pretraining.write_lists()
     seen = registry.open_pretraining(pretraining.options()).ids
     assert seen == [f"patient{number}/{study}.png" for number in (0, 1) for study in (1, 2)]
+    # What a run was given is not changed under it.
+    jobs.note(pretraining, "finished", 0.0, None)
+    pretraining.check()
+    ((path, text),) = pretraining.lists
+    path.write_text(text.partition("\n")[2])
+    with pytest.raises(InputError, match="was started with other data: the images that it may see are not those of"):
+        pretraining.check()
+    assert path.read_text() != text
 
 
 def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_path):
@@ -323,7 +337,9 @@ def test_pretraining_on_scans_with_masks_sees_what_segmentation_trains_on(tmp_pa
         args, rest = compare.get_parser().parse_known_args([*words, "--output", str(tmp_path / "out")])
         args.epochs, args.jobs = [None] * 3, 1
         opened = plan.open_tasks(args, rest)
-        seen = registry.open_pretraining(plan.plan(args, rest, opened).jobs[0].options()).ids
+        pretraining = plan.plan(args, rest, opened).jobs[0]
+        pretraining.write_lists()
+        seen = registry.open_pretraining(pretraining.options()).ids
         assert seen == opened["segmentation"].data["train"].ids
         assert len(seen) == 7
         (tmp_path / "list.txt").write_text("case1\ncase3\n")

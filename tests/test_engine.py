@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -273,7 +274,7 @@ def test_other_data_is_refused(images, whole, tmp_path, capsys):
     for i in range(9):
         (fewer / f"{i:02d}.png").write_bytes((images / f"{i:02d}.png").read_bytes())
     message = refused(capsys, fewer, tmp_path, "--steps", 6)
-    assert "last.pt: was started with other data: images, their order, lists or labels differ; use the" in message
+    assert "last.pt: was started with other data: images, their order, lists or labels differ, or an" in message
     # As many images of the same names, of which one has another content; and the same images elsewhere.
     moved = tmp_path / "moved"
     shutil.copytree(images, moved)
@@ -701,6 +702,20 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, where):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     checkpoint.save_atomic({"x": torch.zeros(3)}, path)
     assert torch.equal(checkpoint.load_safe(path)["x"], torch.zeros(3))
+
+
+def test_a_full_disk_is_the_disks_error(tmp_path):
+    """torch's own writer says something else."""
+    path = tmp_path / "last.pt"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoint.save_atomic({"x": torch.zeros(2**18)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
 
 
 # Command lines -------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Generated sets are made once, kept, shared, and known without being made."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def test_kept_and_made_images_are_the_same(name, small, monkeypatch):
     for one, two in zip(first, everything(opened(name))):
         assert one.keys() == two.keys()
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
-    assert {path.suffix for path in kept.iterdir()} == {".npy"}
+    assert {path.suffix for path in kept.iterdir()} == {".npy", ".json"}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -71,10 +73,15 @@ def test_a_set_is_known_without_being_made(name, small, monkeypatch):
     assert 0 < len(made) <= 32  # for its contents, and where it has masks for them
 
 
-def test_a_damaged_set_is_made_again(small, capsys):
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("damage", [shorten, Path.unlink, lambda path: np.save(path, np.zeros((3, 8, 8), np.uint8))])
+def test_a_damaged_set_is_made_again(damage, small, capsys):
     before = everything(opened("phantom2d"))
     (path,) = small.glob("*/arrays/images.npy")
-    path.write_bytes(path.read_bytes()[:200])
+    damage(path)
     after = everything(opened("phantom2d"))
     assert all(torch.equal(one["image"], two["image"]) for one, two in zip(before, after))
     assert len(np.load(path)) == 3
@@ -93,6 +100,24 @@ def test_where_nothing_can_be_kept_a_line_says_so(place, small, tmp_path, monkey
     found = everything(opened("phantom2d"))
     assert all(torch.equal(one["image"], two["image"]) for one, two in zip(expected, found))
     assert capsys.readouterr().err.count("generated images are not kept") == 1
+
+
+def test_a_full_disk_costs_no_second_making(small, monkeypatch, capsys):
+    made, draw = [], radiograph.draw
+
+    def spy(numbers, *rest):
+        made.extend(numbers)
+        return draw(numbers, *rest)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(radiograph, "draw", spy)
+    monkeypatch.setattr(store, "write_folder", full)
+    data = opened("phantom2d")
+    everything(data)
+    assert made.count(0) <= 2  # once to be known, once with the others
+    assert "No space left on device; generated images are not kept" in capsys.readouterr().err
 
 
 def test_processes_make_a_set_once(small, tmp_path):

@@ -17,6 +17,7 @@ from medssl.errors import InputError
 from medssl.preprocess import luna
 from medssl.reading.geometry import resample
 from medssl.reading.intensities import WINDOW, scale
+from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_volume
 
 sitk = pytest.importorskip("SimpleITK")
@@ -558,6 +559,25 @@ def test_table_without_columns_or_file(nodules):
     (nodules / "candidates.csv").unlink()
     with pytest.raises(InputError, match="no such file"):
         run_nodules(nodules, nodules / "cubes")
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_cubes_know_the_patient(tmp_path, table):
+    """Of the volume's path, or of a table; a later call for other scans adds to what is noted."""
+    data, save = tmp_path / "raw", tmp_path / "cubes"
+    for name in ("patient0/a", "patient0/b", "other/a"):
+        write(data / f"{name}.mha", np.zeros((4, 4, 4), np.int16))
+    if table:
+        (data / "patients.csv").write_text("file,patient\npatient0/a.mha,P\npatient0/b.mha,Q\nother/a.mha,Q\n")
+    scans = luna.find_scans(data, None, save)
+    luna.write_patients(save, scans[:2])
+    luna.write_patients(save, scans[2:])
+    expected = {"other_a": "other_a", "patient0_a": "patient0", "patient0_b": "patient0"}
+    if table:
+        expected = {"other_a": "Q", "patient0_a": "P", "patient0_b": "Q"}
+    assert read_patients(save) == expected
+    luna.write_patients(tmp_path, [luna.Scan("1.2.3", 0, data, save)])
+    assert not (tmp_path / "patients.csv").exists()  # nothing is told
 
 
 @pytest.mark.slow

@@ -139,6 +139,30 @@ def test_the_ratio_parts_scans_alike_in_pairs_and_nodules(tmp_path):
     assert half.leading(0.5) == sum(place_of(uid) < 0.5 for uid in half.patients)
 
 
+def test_scans_of_a_patient_stay_together(tmp_path):
+    """A uid tells the patient, or a table; candidates still are of scans."""
+    root = make_nodules(tmp_path, scans=40)
+    index = (tmp_path / "nodules.csv").read_text()
+    (tmp_path / "patients.csv").write_text(
+        "file,patient\n" + "".join(f"1.2.{i},P{i % 10}{i // 20}\n" for i in range(40))
+    )
+    opened = all_splits(root)
+    assert set(opened["train"].patients) == {f"P{i}{k}" for i in range(7) for k in range(2)}
+    assert len(set(opened["train"].scans)) == 28
+    for ratio in (0.2, 0.5, 0.8):
+        seen, held = ({opened["train"].patients[i] for i in part} for part in opened["train"].parted(ratio))
+        assert seen
+        assert not seen & held
+    (tmp_path / "list").write_text("1.2.0\n1.2.1\n1.2.2\n1.2.10\n")  # the first and the last are of P00
+    train = all_splits(root, list=str(tmp_path / "list"))["train"]
+    assert list(dict.fromkeys(train.scans)) == ["1.2.0", "1.2.10", "1.2.1", "1.2.2"]
+    (tmp_path / "patients.csv").unlink()
+    (tmp_path / "nodules.csv").write_text(
+        index.replace("\n1.2.0,", "\npatient3_a,").replace("\n1.2.10,", "\npatient3_b,")
+    )
+    assert "patient3" in all_splits(root)["train"].patients
+
+
 def test_lists_of_scans(tmp_path):
     root = make_nodules(tmp_path / "n")
     lists = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import SimpleITK as sitk
 from PIL import Image
 
 from medssl import finetune_classification, train_moco
-from medssl.datasets import folder, splits
+from medssl.datasets import folder, registry, splits
 from medssl.datasets.base import Request
 from medssl.datasets.registry import open_splits
 from medssl.datasets.splits import SPLITS, patient_of, split_all, split_classes
@@ -143,11 +144,14 @@ def test_images_that_a_table_lacks_are_told(tmp_path, capsys):
     assert "has seen the others, too" in said
 
 
-def test_classes_of_too_few_images(tmp_path):
+def test_classes_of_too_few_images(tmp_path, capsys):
     for i in range(4):
         save(tmp_path / ("ill" if i % 2 == 0 else "well") / f"{i}.png", i)
     with pytest.raises(InputError, match="no class has 3 patients or images of its own to be split"):
         open_splits(Request(None, str(tmp_path)), SPLITS)
+    save(tmp_path / "well" / "5.png", 5)
+    registry.open_labelled(Namespace(data=str(tmp_path), dataset="folder", d=2, list=None, cache=None))
+    assert "warning: all test images are of one class; their AUROC is undefined" in capsys.readouterr().err
 
 
 def classes_in(opened):

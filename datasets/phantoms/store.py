@@ -15,9 +15,11 @@ from types import ModuleType
 
 import numpy as np
 
-from medssl.files import digest, lock_folder, write_atomic, write_folder
+from medssl.files import digest, lock_folder, read_json, write_atomic, write_folder, write_json
 
 FEW = 64  # single images that are remembered: more than the contents of a split are known by
+
+SHAPES = "arrays.json"  # beside the arrays: which there are
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,12 +63,14 @@ class Generated:
     @cached_property
     def arrays(self) -> Arrays:
         """All images: from the cache folder, which is filled when it lacks them; in memory where it cannot be."""
+        made = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with lock_folder(self.folder):  # another process may be making them: wait for it
                 found = self._stored()
                 if found is None:
-                    write_folder(self.folder / "arrays", partial(write_arrays, self.make(range(self.count))))
+                    made = self.make(range(self.count))
+                    write_folder(self.folder / "arrays", partial(write_arrays, made))
                     found = self._stored()
             if found is not None:
                 return found
@@ -74,22 +78,29 @@ class Generated:
         except OSError as error:
             reason = error.strerror or str(error)
         print(f"note: {self.folder}: {reason}; generated images are not kept", file=sys.stderr)
-        return self.make(range(self.count))
+        return self.make(range(self.count)) if made is None else made
 
     def _stored(self) -> Arrays | None:
         """What the cache folder has, mapped into memory; None where it is not there, or damaged."""
-        paths = sorted((self.folder / "arrays").glob("*.npy"))
+        folder = self.folder / "arrays"
         try:
-            found = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in paths}
+            shapes = read_json(folder / SHAPES)
+            found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
         except (OSError, ValueError, EOFError):
             return None
-        return found if found and all(len(array) == self.count for array in found.values()) else None
+        return found if found and shapes == shapes_of(found) else None
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "arrays"}  # mapped anew, not copied
 
 
+def shapes_of(arrays: Arrays) -> dict[str, list]:
+    """Shape and kind of number of each array, as JSON has them."""
+    return {name: [list(array.shape), array.dtype.str] for name, array in arrays.items()}
+
+
 def write_arrays(arrays: Arrays, folder: Path) -> None:
-    """Write each array to a file of its name."""
+    """Write each array to a file of its name, and what they all are."""
     for name, array in arrays.items():
         write_atomic(folder / f"{name}.npy", partial(np.save, arr=array))
+    write_json(folder / SHAPES, shapes_of(arrays))

@@ -79,7 +79,7 @@ def loop_step(
     scaler = torch.amp.GradScaler(args.device, enabled=variant.precision == "fp16")
     pending: list[Tensor] = []
     if variant.compiled:
-        torch._dynamo.config.recompile_limit = 64  # as engine/loop.py
+        torch._dynamo.config.cache_size_limit = 64  # as engine/loop.py
         for part in method.compiled_parts():
             part.compile()
 

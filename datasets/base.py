@@ -22,8 +22,6 @@ from medssl.files import digest, existing_folder
 from medssl.reading.pictures import read_image
 from medssl.views.ops3d import CUBE_SIZE
 
-TASKS = ("multi-label", "binary", "multi-class")
-
 
 @dataclass(frozen=True)
 class Info:
@@ -33,7 +31,7 @@ class Info:
         name: the name given to `--dataset`.
         dims: spatial dimensions of an image, 2 or 3.
         channels: 1 (grey) or 3 (colour).
-        task: one of `TASKS`, or None for unlabelled images.
+        task: "multi-label", "binary" or "multi-class", or None for unlabelled images.
         classes: names of the labels (multi-label) or of the classes.
         native_size: side of the images in pixels where all share one, else None.
     """

@@ -47,15 +47,16 @@ def docstring(found: re.Match) -> str:
 
 
 def data_sets() -> str:
-    """The table of data sets, a row each; MedMNIST's, which are alike, share one."""
+    """The table of data sets, a row each; MedMNIST's of one licence, which are alike, share one."""
     lines = ["| name | what it shows | dimensions | labels for | licence |", "| --- | --- | --- | --- | --- |"]
     for row in registry.ROWS:
         if row.module != "medmnist":
             licence = f"[{row.licence}]({row.source})" if row.source else ""
             dims = ", ".join(map(str, row.dims))
             lines.append(f"| `{row.name}` | {row.shows} | {dims} | {', '.join(row.tasks)} | {licence} |")
-    flags, licence = ", ".join(f"`{flag}`" for flag in medmnist.FLAGS), "CC BY 4.0, dermamnist CC BY-NC 4.0"
-    lines.append(f"| {flags} | MedMNIST | 2, 3 | classification | [{licence}](https://medmnist.com) |")
+    for licence in dict.fromkeys(medmnist.LICENCES.values()):
+        flags = ", ".join(f"`{flag}`" for flag in medmnist.FLAGS if medmnist.LICENCES[flag] == licence)
+        lines.append(f"| {flags} | MedMNIST | 2, 3 | classification | [{licence}](https://medmnist.com) |")
     return "\n".join(lines)
 
 

@@ -133,7 +133,7 @@ def prepare(
     views.to(devices.device)
     if args.compile:
         # Decoder blocks share their code and see large and small views: more shapes than torch allows by default.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64  # recompile_limit, by the name that torch 2.6 has too
         for part in method.compiled_parts():
             part.compile()
     return wrap(method, devices, method.find_unused, method.sync_batch_norm)

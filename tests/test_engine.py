@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from medssl import errors, train_pcrlv2
+from medssl import errors, train_pcrlv2, train_simclr
 from medssl.datasets.base import ImageDataset, Info, to_texture
 from medssl.datasets.identity import data_digest
 from medssl.datasets.phantoms.radiograph import radiographs
@@ -702,6 +703,37 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, where):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     checkpoint.save_atomic({"x": torch.zeros(3)}, path)
     assert torch.equal(checkpoint.load_safe(path)["x"], torch.zeros(3))
+
+
+def test_compiled_parts_compute_the_same(tmp_path, monkeypatch, few_radiographs):
+    """The code is traced as ever, and run without the C++ compiler, which takes a minute."""
+    plain, compiled = nn.Module.compile, []
+
+    def trace(module):
+        compiled.append(module)
+        plain(module, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", trace)
+    small = [
+        "--texture-size",
+        "32",
+        "--image-size",
+        "32",
+        "--b",
+        "4",
+        "--steps",
+        "2",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    for words in ([], ["--compile"]):
+        train_simclr.main([*small, *words, "--output", str(tmp_path / f"out{len(words)}")])
+    assert compiled
+    one, two = (checkpoint.load_safe(tmp_path / name / "encoder.pt")["state_dict"] for name in ("out0", "out1"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key].float(), two[key].float(), rtol=1e-3, atol=1e-5) for key in one)
 
 
 def test_a_full_disk_is_the_disks_error(tmp_path):

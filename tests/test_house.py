@@ -195,13 +195,13 @@ def test_ranks_stand_in_one_file():
 
 def test_renames_stand_in_one_file():
     found = {
-        str(place)
+        (str(place), ast.unparse(node))
         for tree, place in MODULES.values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename", "os.fsync")
     }
     # A cache's blocks are places in one file, whose progress is noted when they are on the disk.
-    assert found == {"files.py", "datasets/cache.py"}
+    assert found == {("files.py", "os.replace"), ("files.py", "os.fsync"), ("datasets/cache.py", "os.fsync")}
 
 
 def texts_with(word):

@@ -350,7 +350,8 @@ SCRIPTS = {
 SMALL = ["--b", "4", "--workers", "0", "--device", "cpu", "--log-every", "1"]
 
 
-SAME_PARTS = ("moco2_nce", "pcrl_nce")  # as c2l_nce and others have
+# Whose parts (queue, memory, teacher, a decoder) the others have too.
+SAME_PARTS = ("c2l_nce", "moco1", "moco2_nce", "insdis_nce", "byol", "densecl", "concl", "pcrl_nce")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SAME_PARTS)) for name in SCRIPTS])

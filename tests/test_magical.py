@@ -142,9 +142,9 @@ def test_running_statistics_are_those_of_training(monkeypatch):
     torch.manual_seed(0)
     method = MAGICAL("resnet18", channels=1).train()
     monkeypatch.setattr(radiograph, "SPLITS", {"train": 8})
-    image = open_splits(Request(image_size=64), ["train"])["train"]
+    image = open_splits(Request(image_size=32), ["train"])["train"]
     images = {key: torch.stack([image[i][key] for i in range(8)]) for key in ("image", "size")}
-    batch = MaskedToneViews(**IMAGENET, size=64)(images, Draws((5,), 8))
+    batch = MaskedToneViews(**IMAGENET, size=32)(images, Draws((5,), 8))
     optimizer = torch.optim.Adam(method.parameters(), 1e-3)
     for _ in range(40):
         losses = method(batch, Run())

@@ -255,7 +255,14 @@ def test_choices_come_from_the_runs_generator(case):
     assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in same.items()}
 
 
-def test_loss_falls_on_a_fixed_batch(case):
+SAME_PARTS = ("moco1", "moco2_nce", "insdis_nce", "c2l_nce", "concl_warm_up")  # as others have
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SAME_PARTS)) for name in CASES]
+)
+def test_loss_falls_on_a_fixed_batch(name):
+    case = CASES[name]
     method, batch = build(case).train(), case.batch()
     optimizer = torch.optim.SGD(method.parameters(), case.lr, momentum=0.9)
     history = []
@@ -265,8 +272,8 @@ def test_loss_falls_on_a_fixed_batch(case):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    for name in history[0]:
-        assert history[-1][name] < history[0][name], name
+    for part in history[0]:
+        assert history[-1][part] < history[0][part], part
     totals = [sum(h.values()) for h in history]
     assert totals[-1] < totals[0] - case.fall * abs(totals[0])
 

@@ -2,7 +2,8 @@
 
 In this order: lists where they are given, official splits where a set has them, else 70/10/20 by patient, always the
 same, wherever names, tables or folders tell patients; of class folders, each class by itself. Where pre-training asks
-for the training images alone, it gets those of that split: it must not see what is held out."""
+for the training images alone, it gets those of that split: it must not see what is held out. Of a plain folder it gets
+all images, as it may be of scans without labels that nothing is held out of; a later split of such a folder says so."""
 
 import hashlib
 import re

@@ -1,7 +1,8 @@
 """Generated sets are made once a machine: kept in the user's cache folder, and shared by processes.
 
 They lie in `~/.cache/medssl/generated` (`$XDG_CACHE_HOME/medssl/generated` where that is set), a folder for each set,
-split, size and version of its generator. Any of them may be deleted: it is made again.
+split, size and version of its generator and of the libraries that it draws with. Any of them may be deleted: it is
+made again.
 """
 
 import inspect
@@ -9,7 +10,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,8 @@ import numpy as np
 from medssl.files import digest, lock_folder, read_json, write_atomic, write_folder, write_json
 
 FEW = 64  # single images that are remembered: more than the contents of a split are known by
+
+LIBRARIES = ("numpy", "pillow", "scipy", "torch")  # that generators draw with: another version may draw otherwise
 
 SHAPES = "arrays.json"  # beside the arrays: which there are
 
@@ -30,11 +34,17 @@ def cache_folder() -> Path:
     return Path(next(filter(os.path.isabs, known)), "medssl", "generated")
 
 
+@cache
+def version_of(module: ModuleType) -> str:
+    """The version of a generator: a digest of its text and of the libraries that it draws with."""
+    return digest("\n".join([inspect.getsource(module), *map(version, LIBRARIES)]).encode())
+
+
 class Generated:
     """The arrays of a generated split. Nothing is made before it is asked for.
 
     Args:
-        module: of the generator, whose text is its version.
+        module: of the generator, whose text is its version with those of LIBRARIES.
         name: of the set, the split, and all that its images depend on besides.
         count: number N of images.
         make: from numbers of images to their arrays by name, (len, …) each.
@@ -42,7 +52,7 @@ class Generated:
 
     def __init__(self, module: ModuleType, name: str, count: int, make: Callable[[Sequence[int]], Arrays]) -> None:
         self.name, self.count, self.make = name, count, make
-        self.folder = cache_folder() / f"{name}-{digest(inspect.getsource(module).encode())}"
+        self.folder = cache_folder() / f"{name}-{version_of(module)}"
         self.few: dict[int, Arrays] = {}
 
     def row(self, key: str, i: int) -> np.ndarray:

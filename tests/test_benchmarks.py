@@ -214,6 +214,7 @@ def test_every_method_takes_what_the_benchmark_gives_it(tmp_path):
         importlib.import_module(f"medssl.train_{method}").get_parser().parse_args(words)
 
 
+@pytest.mark.slow
 def test_methods_that_cannot_be_measured(tmp_path):
     for words, message in (["--b", "65"], "--b 65"), (["--cubes", "1"], "--cubes 1"), (["--arch", "nothing"], "--arch"):
         with pytest.raises(InputError, match=message):

@@ -537,6 +537,7 @@ def test_a_killed_study_goes_on(tmp_path):
     assert (folders[0] / "results.json").stat().st_mtime_ns == first
 
 
+@pytest.mark.slow
 def test_on_a_cluster(encoder, tmp_path, capsys, monkeypatch):
     """The printed script submits arrays that cover all runs; each run of them works by itself."""
     options = [*SMALL, "--init", "random", "pcrlv2", "--annotation-percent", "1", "--trials", "1"]

@@ -446,6 +446,7 @@ def test_script(tmp_path):
         finetune_detection.main(run)
 
 
+@pytest.mark.slow
 def test_continued_exactly(tmp_path):
     """4 = 2 + resume + 2, also where sides are small."""
     glas(tmp_path / "data")

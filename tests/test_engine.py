@@ -206,6 +206,7 @@ def test_killed_run_continues_bit_for_bit(images, whole, tmp_path):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_continues(images, whole, tmp_path):
     """The signal goes to all processes of the run, decoding ones too, as schedulers send it."""
     process = start(images, tmp_path, "--workers", 2)

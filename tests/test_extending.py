@@ -88,6 +88,7 @@ def test_a_method(tmp_path):
     assert "medssl-train-rotation = medssl.train_rotation:cli" in listed
 
 
+@pytest.mark.slow
 def test_a_data_set(tmp_path):
     copy, data = Copy(tmp_path), tmp_path / "data"
     (module,), (row,) = blocks(DATA_SET, "python"), blocks(DATA_SET, "text")

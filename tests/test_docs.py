@@ -47,6 +47,7 @@ def test_snippets_run(code, tmp_path, monkeypatch):
         assert any(torch.equal(p, first) for p in same)
 
 
+@pytest.mark.slow
 def test_the_site_is_built(tmp_path):
     """Strictly: a link that leads nowhere, and a page that no menu has, are errors."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]

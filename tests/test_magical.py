@@ -137,6 +137,7 @@ def test_loss_is_the_papers():
     assert torch.allclose(method.features, features[:4], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_those_of_training(monkeypatch):
     """Validation, which chooses the epoch, sees what training sees; with a pass for each of x and x+ it did not."""
     torch.manual_seed(0)

@@ -39,7 +39,7 @@ from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
-from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan
+from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan, with_arch
 from medssl.study.report import write_report
 from medssl.study.results import write_tables
 from medssl.study.slurm import slurm_script
@@ -129,6 +129,9 @@ def get_parser() -> options.Parser:
     running.add_argument("--slurm", action="store_true", help="print a script that submits all runs to SLURM, and end")
     running.add_argument("--tables-only", action="store_true", help="run nothing; write the tables of what there is")
     options.flag(running, "--features", True, "judge the frozen encoders of classification too")
+    running.add_argument(
+        "--published", action="store_true", help="beside the results in the report, what papers report of the same set"
+    )
     running.add_argument("--keep-networks", action="store_true", help="keep every fine-tuned network (best.pt)")
     running.add_argument("--output", metavar="DIR", default="runs/comparison", help="where the results go")
     return parser
@@ -177,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         if not args.tables_only:  # which are written where the data need not be
             raise
         opened = {}
+    rest = with_arch(rest, args.init, opened)
     study = plan(args, rest, opened)
     if args.slurm:
         check(study, opened)
@@ -192,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     rows = write_tables(study.cells, study.metrics, output)
     figures.label_efficiency(rows, study.metrics, output / "comparison.png")
     command = shlex.join(["python", "compare.py", *(word for word in argv if word != "--tables-only")])
-    write_report(output / "report.html", command, study.metrics, rows, study.cells, study.jobs)
+    write_report(output / "report.html", command, study.metrics, rows, study.cells, study.jobs, args.published)
     print(f"\n{(output / 'comparison.md').read_text(encoding='utf-8')}")
     print(f"written: {output}/report.html, results.csv, comparison.md, .tex, .json and .png", flush=True)
     failed = {job: job.record().get("reason") or "has not been run" for job in study.jobs if not job.finished()}

@@ -35,7 +35,7 @@ from medssl.engine.parallel import Devices, Run, setup
 from medssl.engine.runs import describe, settings, versions
 from medssl.errors import InputError
 from medssl.files import write_json
-from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder
+from medssl.models.encoders import default_arch, initialise, make_encoder
 from medssl.models.heads import Averaged
 from medssl.tasks.metrics import score, targets_of
 from medssl.views.of_images import ClassificationViews
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("evaluate_features runs in one process; start it without torchrun, with --gpus for several")
     data = registry.open_labelled(args)
     info = data["train"].info
-    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], "b": B[info.dims]})
+    args = options.complete(args, {"arch": default_arch(args.init, info.dims), "b": B[info.dims]})
     if args.k > len(data["train"]):
         raise InputError(f"--k {args.k}: the training split has only {len(data['train'])} images")
 

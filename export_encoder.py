@@ -2,10 +2,12 @@
 
   python export_encoder.py --file OUT/encoder.pt --to torchvision timm smp --output EXPORTS
   python export_encoder.py --file OUT/encoder.pt --to onnx --image-size 224 --output EXPORTS
+  python export_encoder.py CHECKPOINT WEIGHT_FILE                                                   (as published)
 
   torchvision   encoder_torchvision.pth: torchvision.models.resnet18() and the like, all but the last layer
   timm          encoder_timm.pth: timm.create_model("resnet18", num_classes=0)
-  smp           encoder_smp.pth: segmentation_models_pytorch.Unet("resnet18"), encoder and, where there is one, decoder
+  smp           encoder_smp.pth: segmentation_models_pytorch.Unet("resnet18"), encoder and, where there is one, decoder;
+                its DenseNets and Xception end before their last ReLU, which ours have
   detectron2    encoder_detectron2.pkl: MODEL.WEIGHTS of ResNet-18, 34, 50, 101 and 152, with INPUT.FORMAT RGB, the mean
                 and deviation that are printed, times 255, and MODEL.RESNETS.STRIDE_IN_1X1 False
   safetensors   encoder.safetensors: the same names, no pickle; the run's facts as metadata
@@ -20,6 +22,7 @@ import importlib.util
 import json
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,10 +34,10 @@ from torch import Tensor, nn
 
 from medssl import errors
 from medssl.engine import options
-from medssl.engine.checkpoint import load_safe, save_atomic
+from medssl.engine.checkpoint import WITHOUT_LAST_RELU, lacks_last_relu, save_atomic
 from medssl.errors import InputError
 from medssl.files import writing
-from medssl.models.encoders import check_normalization, make_encoder
+from medssl.models.encoders import check_normalization, make_encoder, read_encoder
 from medssl.models.heads import Averaged
 
 SIDE = 64  # pixels of the images on which features are compared
@@ -43,51 +46,40 @@ HEADS = ("fc", "classifier", "head", "heads")  # last layers in torchvision's mo
 
 
 class Exported:
-    """What an `encoder.pt` of a 2D run holds.
+    """The 2D encoder of a file, as `read_encoder` reads it.
 
     Attributes:
-        content: the file's. arch: the encoder's name. network: the encoder and the average of its last map, in
-            evaluation mode. decoder: its state dict, or None.
+        content: what the file says beside its entries. state: the encoder's entries. arch: its name. network: it and
+            the average of its last map, in evaluation mode. decoder: its state dict, or None.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.content = path, load_safe(path)
-        fields = {"state_dict", "arch", "dims"}
-        if not isinstance(self.content, dict) or not fields <= self.content.keys():
-            raise InputError(f"--file {path}: not an encoder.pt of a pre-training run")
-        if self.content["dims"] != 2:
-            raise InputError(f"--file {path}: of volumes, which other tools' networks are not for; leave it as it is")
-        self.arch, self.decoder = self.content["arch"], self.content.get("decoder_state_dict")
-        try:
-            encoder = make_encoder(self.arch)
-            nn.Module.load_state_dict(encoder, self.content["state_dict"])
-        except (InputError, RuntimeError, TypeError, AttributeError):
-            raise InputError(
-                f"--file {path}: does not hold a whole {self.arch} encoder; give a run's encoder.pt"
-            ) from None
+        self.path = path
+        self.arch, self.state, self.content = read_encoder(path)
+        self.decoder = self.content.get("decoder_state_dict")
+        encoder = make_encoder(self.arch)
+        nn.Module.load_state_dict(encoder, self.state, strict=False)
         self.network = Averaged(encoder).eval()
+        if isinstance(self.content.get("version"), int) and lacks_last_relu(self.content, self.arch):
+            print(
+                f"note: {path}: trained by a version whose {self.arch} ended before its last ReLU; with it, its "
+                "features are others than in training",
+                file=sys.stderr,
+            )
         if self.content.get("normalization") is not None:
             check_normalization(self.content["normalization"], 2, path)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The encoder's entries."""
-        return self.content["state_dict"]
 
     def images(self, side: int = SIDE) -> Tensor:
         """Random images (2, 3, side, side)."""
         return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
     def compare(self, tool: str, features: Callable[[Tensor], Tensor]) -> None:
-        """Raise InputError unless `features` of images are ours, or ours with a ReLU before the average, as
-        classifiers of DenseNets have it."""
+        """Raise InputError unless `features` of images are ours."""
         images = self.images()
         with torch.no_grad():
-            last, theirs = self.network.encoder(images)[-1], features(images).flatten(1)
-        for ours in (last.mean((2, 3)), last.relu().mean((2, 3))):
-            if ours.shape == theirs.shape and (ours - theirs).abs().max() <= TOLERANCE * ours.abs().max():
-                return
-        raise InputError(f"--to {tool}: its {self.arch} gives other features; leave it out")
+            ours, theirs = self.network(images), features(images).flatten(1)
+        if ours.shape != theirs.shape or (ours - theirs).abs().max() > TOLERANCE * ours.abs().max():
+            raise InputError(f"--to {tool}: its {self.arch} gives other features; leave it out")
 
 
 def load_into(network: nn.Module, state: dict[str, Tensor], tool: str, arch: str) -> None:
@@ -138,7 +130,12 @@ def to_smp(source: Exported, folder: Path) -> Path:
     if source.decoder is not None:
         load_into(network.decoder, source.decoder, "smp", source.arch)
         state |= {f"decoder.{key}": value for key, value in source.decoder.items()}
-    source.compare("smp", lambda images: network.eval().encoder(images)[-1].mean((2, 3)))
+
+    def features(images: Tensor) -> Tensor:
+        (last,) = network.eval().encoder(images)[-1:]
+        return (last.relu() if source.arch.startswith(WITHOUT_LAST_RELU) else last).mean((2, 3))
+
+    source.compare("smp", features)
     return _save(state, folder / "encoder_smp.pth")
 
 
@@ -258,6 +255,16 @@ TO = {
 }  # fmt: skip
 
 
+def extract(checkpoint: Path, weights: Path) -> None:
+    """Write a checkpoint's encoder under `state_dict`, with torchvision's names, and what is known of it beside: what
+    every `--init` and tools that expect such a file read (ConCL's tools/extract_backbone_weights.py)."""
+    arch, state, fields = read_encoder(checkpoint)
+    known = {key: fields[key] for key in ("method", "normalization", "version") if fields.get(key) is not None}
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_atomic({"state_dict": state, "arch": arch, "dims": 2, **known}, weights)
+    print(f"{arch}: {len(state)} entries in {weights}", flush=True)
+
+
 def _save(state: dict[str, Tensor], path: Path) -> Path:
     save_atomic(state, path)
     return path
@@ -269,7 +276,13 @@ def _save(state: dict[str, Tensor], path: Path) -> Path:
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     group = parser.add_argument_group("files")
-    group.add_argument("--file", required=True, metavar="FILE", help="encoder.pt of a 2D pre-training run")
+    group.add_argument(
+        "published", nargs="*", metavar="CHECKPOINT WEIGHT_FILE",
+        help="as published by ConCL: write the encoder of the one to the other, by torchvision's names",
+    )  # fmt: skip
+    group.add_argument(
+        "--file", metavar="FILE", help="encoder.pt or last.pt of a 2D pre-training run, or a published checkpoint"
+    )
     group.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
     group = parser.add_argument_group("tools")
     group.add_argument(
@@ -281,6 +294,11 @@ def get_parser() -> options.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    if bool(args.file) == bool(args.published) or len(args.published) not in (0, 2):
+        raise InputError("give --file FILE, or the two files CHECKPOINT WEIGHT_FILE")
+    if args.published:
+        extract(*map(Path, args.published))
+        return
     if "onnx" in args.to:
         need_onnx()  # before other files are written
     source, folder = Exported(Path(args.file)), Path(args.output)

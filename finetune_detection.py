@@ -14,10 +14,15 @@ Data sets: `glas`, `crag` (layouts: datasets/pathology.py, published files or CO
   tissue2d  --iterations   600 --milestones 450         --sides 128  160 --test-side 160
             --proposals  100 --samples  64 --warmup-iterations 50
 
+`--protocol concl-glas` and `concl-crag` are those of the paper with what its published configuration adds: before it is
+tested, the batch norms' statistics are measured anew (`--precise-bn 200`). There, all training images train:
+`--all-train`.
+
 `--milestones` are iterations here. Nothing is frozen; batch norms share their statistics between GPUs under torchrun.
 The last state is tested: no split chooses one. The validation split, a tenth of the training images, is left out of
-training, and says whose trial's predictions and overlays are kept. Trial k draws the labelled subset, the order and the
-new layers from seed + k, whatever the init, so that inits are compared in pairs.
+training unless `--all-train` is given, and says whose trial's predictions and overlays are kept, else the first's.
+Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
+compared in pairs.
 
 `--output` gets results.json: COCO's average precision ×100 of boxes ("ap_box") and masks ("ap_mask"), by IoU and size;
 predictions/instances.json, what was found, and truth.json in COCO's format; overlays/*.png: image, true and predicted
@@ -38,9 +43,9 @@ from medssl.engine.loop import fit
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.errors import InputError
 from medssl.models.detector import make_detector
-from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
+from medssl.models.encoders import check_arch, default_arch, initialise, make_encoder
 from medssl.tasks import trials
-from medssl.tasks.detection import Detector, evaluate, in_a_line
+from medssl.tasks.detection import Detector, evaluate, in_a_line, measure_statistics
 from medssl.tasks.metrics import mean_of
 from medssl.views.of_images import DetectionViews
 
@@ -54,6 +59,9 @@ PROTOCOLS = {
         "proposals": 100, "samples": 64, "warmup_iterations": 50,
     },
 }  # fmt: skip
+# ConCL's benchmarks/detection/configs: TEST.PRECISE_BN, detectron2's 200 batches.
+PUBLISHED = {f"concl-{name}": PROTOCOLS[name] | {"precise_bn": 200} for name in ("glas", "crag")}
+PROTOCOLS |= PUBLISHED
 LONGEST = 1333  # of an image's longer side, pixels: detectron2's
 
 
@@ -74,11 +82,16 @@ def run_trial(args: argparse.Namespace, splits: dict[str, InstanceImages], devic
         encoder, start["normalization"], 1, sides, args.test_side, LONGEST, args.proposals, args.samples
     )
     views = DetectionViews(**start["normalization"])
-    report = fit(Detector(network), train, views, own, devices, tensorboard=args.tensorboard)
+    method = Detector(network)
+    report = fit(method, train, views, own, devices, tensorboard=args.tensorboard)
+    if args.precise_bn:
+        measure_statistics(method, train, views, own, devices, report["step"])
     values = {}
     if devices.main:
         values = evaluate(network, views, splits["test"], args, devices, write=True)
-        values["val_score"] = evaluate(network, views, splits["val"], args, devices)["ap_box"] or 0.0
+        values["val_score"] = 0.0  # all trials alike where no split chooses
+        if "val" in splits:
+            values["val_score"] = evaluate(network, views, splits["val"], args, devices)["ap_box"] or 0.0
         described = {"task": "detection", "labels": list(splits["train"].mask_labels), "test_side": args.test_side}
         trials.save_network(network, args, info, channels=3, normalization=start["normalization"], **described)
     return {**values, "steps": report["step"], "train_images": len(train), "start": start}
@@ -92,7 +105,14 @@ def get_parser() -> options.Parser:
     options.add_network(parser)
     options.add_runtime(parser)
     options.add_output(parser, default="runs/detection")
+    options.flag(
+        data, "--all-train", False, "train on the validation images too; the first trial's predictions are kept"
+    )
     group = options.add_trials(parser)
+    group.add_argument(
+        "--protocol", choices=("auto", *PROTOCOLS), default="auto", metavar="NAME",
+        help=f"whose values options have that are not given; auto: ours, by the data set; or {', '.join(PROTOCOLS)}",
+    )  # fmt: skip
     group.add_argument("--overlays", type=options.non_negative_int, default=8, help="test images that are drawn")
     by_set = parser.add_argument_group("set by the data set unless given")
     by_set.add_argument("--iterations", type=options.positive_int, help="steps of a trial")
@@ -107,10 +127,14 @@ def get_parser() -> options.Parser:
     )  # fmt: skip
     by_set.add_argument("--samples", type=options.positive_int, help="regions drawn of them in training")
     by_set.add_argument(
+        "--precise-bn", type=options.non_negative_int, metavar="N",
+        help="measure batch norms' statistics on N batches of training before the test; 0, as ever, unless given",
+    )  # fmt: skip
+    by_set.add_argument(
         "--warmup-iterations", type=options.non_negative_int, help="steps of linear rise to the learning rate"
     )
     parser.set_defaults(  # detectron2's, which ConCL uses: SGD, .02 for 16 images
-        arch=DEFAULT_ARCH[2], b=16, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="step",
+        arch=None, b=16, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="step",
         milestones=None, gamma=0.1, dataset=None,
     )  # fmt: skip
     return parser
@@ -123,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if epochs:
         raise InputError(f"{epochs[0]}: schedules of detection are in steps; give --iterations and --warmup-iterations")
     trials.check_start(args)
-    devices = setup(args.gpus, args.device, args.deterministic)
+    devices = setup(args.gpus, args.device, args.deterministic, several=False)
     if len(devices.device_ids) > 1:
         raise InputError(
             "--gpus: images of many sizes are not split between GPUs; start one process a GPU with torchrun"
@@ -131,7 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = open_instances(args)
     info = splits.info
     args.dataset = info.name
-    args = options.complete(args, PROTOCOLS[row_of(info.name).protocols["detection"]])
+    auto = args.protocol == "auto"
+    by_set = PROTOCOLS[row_of(info.name).protocols["detection"] if auto else args.protocol]
+    args = options.complete(args, {"arch": default_arch([args.init], 2), "precise_bn": 0, **by_set})
+    args.protocol = "ours" if auto else args.protocol
     check_arch(args.arch, 2)
     options.check_range("--sides", *args.sides)
     if args.schedule == "step" and args.warmup_iterations >= min(args.milestones):

@@ -31,7 +31,15 @@ the set has one.
   phantom2d                        64 pixels, cross-entropy and Dice
   folder                          256 pixels, cross-entropy and Dice
 
-An epoch is a pass over the training cases, or `--epoch-steps` steps where that is more, so that few labels train
+`--protocol` names a published one instead, whose epochs are passes over the training cases:
+
+  magical-drive       images of 512 pixels, not changed, cross-entropy, Adam 1e-2, constant, batch 32
+  magical-montgomery  the same of 224 pixels in [0, 1]
+  pcrlv2-brats        patches 112 × 128 × 112, mirrored, sigmoid outputs of WT, TC and ET, cross-entropy and Dice, group
+                      norm, Adam 1e-4, ×.5 every 50 epochs, batch 4
+  pcrlv2-lits         windows of 64 slices, Tversky loss with deep supervision, group norm, Adam 1e-4, batch 4
+
+Else an epoch is a pass over the training cases, or `--epoch-steps` steps where that is more, so that few labels train
 as long as many; the one with the best Dice on the validation cases is kept, and 30 without gain stop the run.
 Trial k draws the labelled subset, the order and the new layers from seed + k, whatever the init, so that inits are
 compared in pairs. Validation and test cases never shrink. predictions/cases.csv has a row a trial, case (image) and
@@ -43,7 +51,7 @@ volume's.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,7 +62,7 @@ from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_n
 from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.errors import InputError
-from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise_unet
+from medssl.models.encoders import check_arch, default_arch, initialise_unet
 from medssl.tasks import segmentation2d, trials
 from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
 from medssl.tasks.segmentation2d import ImageSegmentation
@@ -66,17 +74,19 @@ BY_DIMS: dict[int, Segmentation] = {2: ImageSegmentation(), 3: VolumeSegmentatio
 def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devices: Devices) -> dict:
     """Fine-tune once; leaves best.pt, predictions/ and overlays/ in `--output`, and returns the trial's entry, with the
     rows of cases.csv as "cases"."""
-    info, labels = splits["train"].info, splits["train"].mask_labels
+    info = splits["train"].info
     train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
     passes = -(-args.epoch_steps * args.b // len(train))  # of the cases, in an epoch of that many steps
     shown = train.subset([*range(len(train))] * max(1, passes))
 
     torch.manual_seed(args.seed)
     kind = BY_DIMS[info.dims]
-    network = kind.make_network(args, info, len(labels))
+    network = kind.make_network(args, train)
     start = initialise_unet(network, args.arch, args.init, args.load)
+    if args.normalization != "weights":
+        start["normalization"] = kind.inputs(args.normalization)
     views = kind.make_views(args, start["normalization"])
-    method = kind.make_method(args, network, len(labels))
+    method = kind.make_method(args, network, train)
 
     def evaluate() -> dict[str, float]:
         return kind.validate(network, views, splits["val"], args, devices)
@@ -85,7 +95,11 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
     values = {}
     if devices.main:
         values = kind.test(network, views, splits["test"], args, devices)
-        described = {"labels": list(labels), "normalization": start["normalization"], **kind.described(args, info)}
+        described = {
+            "labels": list(train.mask_labels),
+            "normalization": start["normalization"],
+            **kind.described(args, info),
+        }
         trials.save_network(network, args, info, task="segmentation", **described)
     return {**values, **report, "train_images": len(train), "start": start}
 
@@ -115,6 +129,11 @@ def get_parser() -> options.Parser:
     options.add_runtime(parser)
     options.add_output(parser, default="runs/segmentation")
     group = options.add_trials(parser)
+    names = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.protocols)
+    group.add_argument(
+        "--protocol", choices=("auto", *names), default="auto", metavar="NAME",
+        help=f"whose values options have that are not given; auto: ours, by the data set; or {', '.join(names)}",
+    )  # fmt: skip
     group.add_argument("--patience", type=options.non_negative_int, default=30, help="epochs without gain; 0: never")
     group.add_argument("--epoch-steps", type=options.positive_int, default=50, help="fewest steps of an epoch")
     group.add_argument(
@@ -128,7 +147,22 @@ def get_parser() -> options.Parser:
         help="sides of what training cuts out: X Y Z voxels; of images one side, by default the whole",
     )  # fmt: skip
     by_set.add_argument("--image-size", type=options.positive_int, help="side to which images are resized, pixels")
-    by_set.add_argument("--loss", choices=("bce", "dice", "bce+dice"), help="of images")
+    losses = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.losses)
+    by_set.add_argument(
+        "--loss", choices=tuple(losses),
+        help="of images bce, dice or bce+dice; of volumes ce+dice, of labels that exclude each other, unless given, or "
+        "bce+dice or tversky, of regions that may overlap, as PCRLv2 has for BraTS and LiTS",
+    )  # fmt: skip
+    by_set.add_argument(
+        "--augment", choices=("full", "flips", "none"),
+        help="what training changes, of images all or nothing; flips: volumes are mirrored only; full unless given",
+    )  # fmt: skip
+    inputs = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.normalizations)
+    by_set.add_argument(
+        "--normalization", choices=("weights", *inputs),
+        help="what inputs are brought to: what the --init expects, unless given; of images mean and deviation by name, "
+        "of volumes z, zero mean and unit deviation, or unit, [0, 1]",
+    )  # fmt: skip
     by_set.add_argument("--flip", choices=tuple(segmentation2d.FLIPS), help="how images are mirrored in training")
     by_set.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
     by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
@@ -142,31 +176,50 @@ def get_parser() -> options.Parser:
     return parser
 
 
+def protocol_of(args: argparse.Namespace, dataset: str) -> str:
+    """The name of the protocol, by the data set's row where none is asked for."""
+    return row_of(dataset).protocols.get("segmentation", "folder") if args.protocol == "auto" else args.protocol
+
+
 def open_data(args: argparse.Namespace) -> Opened:
     """The splits, images as large as the data set's protocol says unless the user does."""
-    protocol = row_of(segmented_name(args)).protocols.get("segmentation", "folder")
+    protocol = protocol_of(args, segmented_name(args))
     of_images = segmentation2d.PROTOCOLS.get(protocol, segmentation2d.PROTOCOLS["folder"])
     return open_segmented(args, args.image_size or of_images["image_size"])
 
 
-def complete(args: argparse.Namespace, train: ImageDataset) -> argparse.Namespace:
-    """The options with the data set's values where the user gave none.
+def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[str] = ()) -> argparse.Namespace:
+    """The options with the protocol's values where the user gave none.
+
+    Args:
+        given: names of those that were typed.
 
     Raises:
         InputError: for an option that images, or volumes, do not have, and sides that do not fit.
     """
     info = train.info
-    given = {
+    wrong = {
         dims: [f"--{key.replace('_', '-')}" for key in kind.options if getattr(args, key) is not None]
         for dims, kind in BY_DIMS.items()
     }
-    options.refuse_other_dims(info.dims, info.name, given)
-    kind = BY_DIMS[info.dims]
+    options.refuse_other_dims(info.dims, info.name, wrong)
+    kind, protocol = BY_DIMS[info.dims], protocol_of(args, info.name)
+    what = "images" if info.dims == 2 else "volumes"
+    for option, choices in (
+        ("protocol", kind.protocols), ("loss", kind.losses), ("normalization", ("weights", *kind.normalizations)),
+        ("augment", ("full", "none") if info.dims == 2 else ("full", "flips", "none")),
+    ):  # fmt: skip
+        value = protocol if option == "protocol" else getattr(args, option)
+        if value is not None and value not in choices:
+            raise InputError(f"--{option} {value}: not for {what}, as {info.name} has; use one of {', '.join(choices)}")
     if args.patch and len(args.patch) != kind.sides:
         wanted = {1: "one side", 3: "three sides"}[kind.sides]
         raise InputError(f"--patch {' '.join(map(str, args.patch))}: {info.name} wants {wanted}")
-    by_set = kind.protocols[row_of(info.name).protocols.get("segmentation", "folder")]
-    args = options.complete(args, {"arch": DEFAULT_ARCH[info.dims], **kind.options, **by_set})
+    by_set = kind.protocols[protocol]
+    arch = args.arch or default_arch([args.init], info.dims, by_set.get("arch"))
+    always = {"augment": "full", "normalization": "weights", **kind.options}
+    args = options.complete(args, {**always, **by_set, "arch": arch}, given)
+    args.protocol = "ours" if args.protocol == "auto" else protocol
     for option in ("spacing", "window"):  # as the volumes are read
         value = getattr(train, option, None)
         setattr(args, option, None if value is None else list(value))
@@ -176,15 +229,16 @@ def complete(args: argparse.Namespace, train: ImageDataset) -> argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    parser = get_parser()
+    args = parser.parse_args(argv)
     trials.check_start(args)
     devices = setup(args.gpus, args.device, args.deterministic)
     splits = open_data(args)
     info = splits.info
-    args = complete(args, splits["train"])
+    args = complete(args, splits["train"], parser.given(argv))
     kind = BY_DIMS[info.dims]
     entries, best = trials.run_trials(
-        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line
+        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line, kind.since
     )
     if devices.main:
         output, regions = Path(args.output), kind.regions_of(splits["test"])

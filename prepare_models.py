@@ -3,6 +3,10 @@
   python prepare_models.py --name moco-v2 --file moco_v2_800ep_pretrain.pth.tar --output MODELS
   python prepare_models.py --name byol --file pretrain_res50x1.pkl --output MODELS
   python prepare_models.py --name all --file DOWNLOADS --output MODELS
+  python prepare_models.py --output MODELS                                      (downloads thirteen of them)
+
+Without `--name` and `--file`, files are downloaded from where their authors keep them, to MODELS/downloads, and stay
+there. SimCLR's want a conversion from TensorFlow first, and cmc's and supervised's to be downloaded by hand.
 
 `all` takes a folder's files that are named after a model, as `moco-v2.pth` or `moco_v2_800ep.pth.tar` are. Each becomes
 MODELS/NAME.pth, torchvision's key names without the classifier, loaded strictly and run once before it is written.
@@ -40,6 +44,27 @@ PREFIXES = {
     **dict.fromkeys(("infomin", "insdis", "pirl"), "module.encoder."),
     "cmc": "module.encoder1.",
     "moco-v3": "module.base_encoder.",
+}
+# Where the authors of models keep them (MAGICAL's download_and_prepare_models.py).
+META, SALESFORCE = (
+    "https://dl.fbaipublicfiles.com",
+    "https://storage.googleapis.com/sfr-pcl-data-research/PCL_checkpoint",
+)
+INFOMIN = "https://www.dropbox.com/sh/87d24jqsl6ra7t2"
+URLS = {
+    "moco-v1": f"{META}/moco/moco_checkpoints/moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar",
+    "moco-v2": f"{META}/moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
+    "moco-v3": f"{META}/moco-v3/r-50-300ep/r-50-300ep.pth.tar",
+    "byol": "https://storage.googleapis.com/deepmind-byol/checkpoints/pretrain_res50x1.pkl",
+    "swav": f"{META}/deepcluster/swav_800ep_pretrain.pth.tar",
+    "deepcluster-v2": f"{META}/deepcluster/deepclusterv2_800ep_pretrain.pth.tar",
+    "sela-v2": f"{META}/deepcluster/selav2_400ep_pretrain.pth.tar",
+    "infomin": f"{INFOMIN}/AAAzMTynP3Qc8mIE4XWkgILUa/InfoMin_800.pth?dl=1",
+    "insdis": f"{INFOMIN}/AACcsSIt1_Njv7GsmsuzZ6Sta/InsDis.pth?dl=1",
+    "pirl": f"{INFOMIN}/AADN4jKnvTI0U5oT6hTmQZz8a/PIRL.pth?dl=1",
+    "pcl-v1": f"{SALESFORCE}/PCL_v1_epoch200.pth.tar",
+    "pcl-v2": f"{SALESFORCE}/PCL_v2_epoch200.pth.tar",
+    "barlowtwins": f"{META}/barlowtwins/ep1000_bs2048_lrw0.2_lrb0.0048_lambd0.0051/resnet50.pth",
 }
 # What is no part of the encoder: heads, queues, and the networks beside it.
 DROPPED = re.compile(
@@ -303,11 +328,32 @@ def files_of(name: str, given: Path) -> list[tuple[str, Path]]:
     return list(found.items())
 
 
+def download(folder: Path) -> list[tuple[str, Path]]:
+    """Models and their files, downloaded to a folder unless they are there; an InputError where one cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, url in URLS.items():
+        path = folder / f"{name}{Path(url.partition('?')[0]).suffix.replace('.tar', '.pth')}"
+        if not path.exists():
+            print(f"{name}: {url}", flush=True)
+            try:
+                torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+            except OSError as error:
+                raise InputError(
+                    f"{name}: could not be downloaded from {url} ({error}); connect and start again, or download it by "
+                    f"hand and give --name {name} --file FILE"
+                ) from None
+        found.append((name, path))
+    return found
+
+
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
     group = parser.add_argument_group("models")
-    group.add_argument("--name", required=True, help=f"{', '.join(sorted(CONVERTERS))}; or all")
-    group.add_argument("--file", required=True, metavar="FILE", help="the published file; a folder for all")
+    group.add_argument(
+        "--name", help=f"{', '.join(sorted(CONVERTERS))}; or all; with neither, what can be downloaded is"
+    )
+    group.add_argument("--file", metavar="FILE", help="the published file; a folder for all")
     group.add_argument("--output", metavar="DIR", default="models_zoo", help="where NAME.pth goes")
     return parser
 
@@ -315,7 +361,9 @@ def get_parser() -> options.Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     output = Path(args.output)
-    files = files_of(args.name, Path(args.file))
+    if (args.name is None) != (args.file is None):
+        raise InputError("--name and --file belong together; give both, or neither to download")
+    files = files_of(args.name, Path(args.file)) if args.name else download(output / "downloads")
     output.mkdir(parents=True, exist_ok=True)
     failed = []
     for name, path in files:

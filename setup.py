@@ -49,7 +49,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"medssl": "."},
     packages=packages(),
-    package_data={"medssl.study": ["report.html"]},
+    package_data={"medssl.study": ["report.html", "published.csv"]},
     cmdclass={"build_py": BuildModules},
     install_requires=(HERE / "requirements.txt").read_text().split(),
     extras_require={

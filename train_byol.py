@@ -21,7 +21,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import Embedder, norm_mlp
+from medssl.models.heads import Embedder, begin_neck, norm_mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.views.of_images import PairViews
 
@@ -38,9 +38,10 @@ class BYOL(Method):
 
     Batch: "view1", "view2" (B, 3, H, W) normalised.
 
-    Differences from the published code: heads are those of ConCL's baseline, 512 – 512 – 256, of any encoder; views are
-    resized bilinearly; batch statistics under DistributedDataParallel on GPUs are those of all devices; the learning
-    rate changes every step.
+    Differences from the published code: heads are those of ConCL's baseline, 512 – 512 – 256, of any encoder, and begin
+    as they do there; views are resized bilinearly; batch statistics under DistributedDataParallel on GPUs are those of
+    all devices; the learning rate changes every step. It is the paper's, 0.2 for 256 images after ten epochs of
+    warm-up: ConCL's baseline has 0.2 for 1024 after two (`--lr 0.2 --warmup-epochs 2`).
     """
 
     sync_batch_norm = True
@@ -48,8 +49,8 @@ class BYOL(Method):
     def __init__(self, arch: str = "resnet18", momentum: float = 0.996, schedule: str = "cosine") -> None:
         super().__init__()
         encoder = make_encoder(arch)
-        self.student = Embedder(encoder, norm_mlp(encoder.out_channels[-1], HIDDEN, DIM))
-        self.predictor = norm_mlp(DIM, HIDDEN, DIM)
+        self.student = Embedder(encoder, begin_neck(norm_mlp(encoder.out_channels[-1], HIDDEN, DIM)))
+        self.predictor = begin_neck(norm_mlp(DIM, HIDDEN, DIM), std=0.01)
         self.teacher = make_teacher(self.student)
         self.momentum, self.schedule = momentum, schedule
 

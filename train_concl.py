@@ -19,7 +19,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Run, gather, setup
 from medssl.models.concepts import concept_means, cosine_kmeans, random_pixels, view_maps
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
-from medssl.models.heads import DenseEmbedder, mlp
+from medssl.models.heads import DenseEmbedder, begin_neck, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 from medssl.views.of_images import ConceptViews
@@ -66,7 +66,7 @@ class ConCL(Method):
         """`warm_up` is the share of the run in which there is the instance loss alone."""
         super().__init__()
         encoder = make_encoder(arch)
-        self.student = DenseEmbedder(encoder, mlp(encoder.out_channels[-1], HIDDEN, DIM))
+        self.student = DenseEmbedder(encoder, begin_neck(mlp(encoder.out_channels[-1], HIDDEN, DIM)))
         self.teacher = make_teacher(self.student)
         self.contrast = QueueContrast("infonce", temperature, 1, queue, DIM)
         self.concept_contrast = QueueContrast("infonce", temperature, 1, queue, DIM)

@@ -19,7 +19,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import l2_normalize
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import DenseEmbedder, global_average, mlp
+from medssl.models.heads import DenseEmbedder, begin_neck, global_average, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 from medssl.views.of_images import PairViews
@@ -33,7 +33,7 @@ class DenseHead(DenseEmbedder):
     def __init__(self, arch: str) -> None:
         encoder = make_encoder(arch)
         c = encoder.out_channels[-1]
-        super().__init__(encoder, mlp(c, HIDDEN, DIM))
+        super().__init__(encoder, begin_neck(mlp(c, HIDDEN, DIM)))
         self.dense_head = nn.Sequential(nn.Conv2d(c, HIDDEN, 1), nn.ReLU(inplace=True), nn.Conv2d(HIDDEN, DIM, 1))
 
     def forward(self, x: Tensor) -> dict[str, Tensor | list[Tensor]]:

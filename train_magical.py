@@ -93,12 +93,17 @@ class MAGICAL(Method):
     L = NT-Xent(z, z⁺; T) + L1(d(x⁺), x), weights 1:1.
 
     Batch: "image", "changed" (B, 3, H, W) normalised, x and x⁺; "target" (B, C, H, W), x in [0, 1], one channel of grey
-    images, three of colour; "index" (B,) numbers of the images, where the batch may have one twice.
+    images unless three are asked for, three of colour; "index" (B,) numbers of the images, where the batch may have one
+    twice.
 
     Differences from the published code, on purpose:
       * The projector sees the average of the deepest map; there, maps larger than 1 × 1 are reshaped, which scrambles
         them.
       * Targets are in [0, 1], as the sigmoid's output is, for every data set; there, in [−1, 1] for some.
+      * The mask is the paper's cells; the last release of the code has whole rows instead (`--mask stripes`), and
+        leaves the tones as they are.
+      * Images are not mirrored; there, those of DRIVE are, a whole batch alike, and normalised before they are changed,
+        so that black is the mean colour. Here what is black is black, and everything is normalised after it.
       * NT-Xent is not scaled by T / 0.07, and takes its negatives from all devices.
       * x and x⁺ share their batch statistics, in one pass of the encoder, so that its running averages, with which it
         is validated, are those that it was trained with.
@@ -159,7 +164,13 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("MAGICAL")
     group.add_argument("--suffix", type=options.filled, help="of the output folder's name, after an underscore")
     group.add_argument("--image-size", type=options.positive_int, help="side of the views, pixels")
-    group.add_argument("--mask-ratio", type=options.fraction, default=0.25, help="share of the cells blacked out")
+    group.add_argument(
+        "--mask", choices=("cells", "stripes"), default="cells",
+        help="what is blacked out: cells, as in the paper, or rows, as in the last release of its code",
+    )  # fmt: skip
+    group.add_argument(
+        "--mask-ratio", "--mask_ratio", type=options.fraction, default=0.25, help="share of it that is blacked out"
+    )
     group.add_argument(
         "--grid",
         type=options.positive_int,
@@ -172,7 +183,7 @@ def get_parser() -> options.Parser:
     group.add_argument("--patience", type=options.non_negative_int, default=30,
                        help="epochs without gain in the validation's restoration; 0 never stops")  # fmt: skip
     group.add_argument("--nb_class", type=options.positive_int,
-                       help="channels of the restoration, which are the images'; only checked")  # fmt: skip
+                       help="channels of the restoration: those of the images, or 3 of grey ones")  # fmt: skip
     parser.set_defaults(  # the paper and the published scripts; None: the data set decides
         arch="resnet50", optimizer="adam", betas=[0.9, 0.99], weight_decay=0.0, schedule="cosine",
         **dict.fromkeys(DEFAULTS["others"]),
@@ -195,14 +206,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = complete(get_parser().parse_args(argv))
     devices = setup(args.gpus, args.device, args.deterministic)
     train, val = split_for_validation(open_pretraining(args, (2,)))
-    if args.nb_class not in (None, train.info.channels):
-        raise InputError(f"--nb_class {args.nb_class}: images of {train.info.name} have {train.info.channels} channels")
-    args.nb_class = None  # checked, and nothing that a continuation must repeat
+    channels, own = args.nb_class or train.info.channels, train.info.channels
+    if channels not in (own, 3):
+        raise InputError(f"--nb_class {channels}: images of {train.info.name} have {own} channels; leave it out")
+    if channels == own:
+        args.nb_class = None  # nothing that a continuation must repeat
     torch.manual_seed(args.seed)
-    method = MAGICAL(args.arch, train.info.channels, args.temperature)
+    method = MAGICAL(args.arch, channels, args.temperature)
     start = initialise(method.network.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
-    views = MaskedToneViews(**start["normalization"], size=args.image_size, mask_ratio=args.mask_ratio, grid=args.grid)
+    asked = {"size": args.image_size, "mask": args.mask, "mask_ratio": args.mask_ratio, "grid": args.grid}
+    views = MaskedToneViews(**start["normalization"], **asked, channels=channels)
     pretrain(method, train, views, args, devices, lambda: validate(method.network, views, val, args, devices))
 
 

@@ -26,7 +26,7 @@ from medssl.engine.loop import pretrain
 from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import Embedder, mlp
+from medssl.models.heads import Embedder, begin_neck, mlp
 from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 from medssl.views.of_images import MultiCropViews
@@ -66,7 +66,7 @@ class MoCo(Method):
         super().__init__()
         encoder = make_encoder(arch)
         c = encoder.out_channels[-1]
-        self.student = Embedder(encoder, nn.Linear(c, DIM) if version == 1 else mlp(c, c, DIM))
+        self.student = Embedder(encoder, begin_neck(nn.Linear(c, DIM) if version == 1 else mlp(c, c, DIM)))
         self.teacher = make_teacher(self.student)
         self.contrast = QueueContrast(loss, temperature, images, queue, DIM)
         self.momentum, self.schedule = momentum, schedule

@@ -50,7 +50,8 @@ class PCL(Method):
     Batch: "view1", "view2" (B, 3, H, W) normalised; "index" (B,) int64 image numbers.
 
     Differences from the published code: prototypes of all clusters are candidates, not a sample of 16000; k-means is
-    scikit-learn's; the learning rate changes every step.
+    scikit-learn's, from one start instead of five, on whole images, resized, instead of their centres; the learning
+    rate changes every step.
     """
 
     def __init__(

@@ -68,8 +68,8 @@ class PCRL(Method):
         keeps the fraction of Z that is cut there.
       * All three contrasts take their negatives from the queue as it is at the start of the step. There, the second
         and third found the keys of their own images in it.
-      * The 3D target has the view's own flip and affine map; there it is the cube before them, which no network can
-        know. Each view is painted or not by itself.
+      * The target has the view's own rotation and flip, in 3D its flip and affine map; there it is the crop before
+        them, which no network can know. In 3D each view is painted or not by itself.
       * The learning rate follows a cosine over the run's own length, every step.
       * In 2D rotation and crop are one interpolation.
     """
@@ -146,7 +146,7 @@ def get_parser() -> options.Parser:
         help="channels of the input; only checked against the data (2D 3, 3D 1)",
     )
     group.add_argument("--outchannel", type=options.positive_int, help="channels of the restoration; only checked")
-    group.add_argument("--phase", choices=("pretask",), default="pretask", help="of the published command; only this")
+    options.add_phase(group)
     group = parser.add_argument_group("views of images (2D)")
     view_options.add_crops(group)
     view_options.add_rotation(group)

@@ -30,7 +30,7 @@ from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import DEFAULT_ARCH, initialise, make_encoder, width_of
 from medssl.models.heads import ScaleHead, global_average
 from medssl.models.pcrlv2_model_3d import PCRLv23d
-from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d
+from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d, make_output
 from medssl.views.of_images import MultiCropViews, Views
 from medssl.views.of_volumes import CubeViews
 from medssl.views.ops3d import CUBE_SIZE, LOCAL_CUBE_SIZE
@@ -53,7 +53,7 @@ class MultiScaleUNet(nn.Module):
         self.encoder = make_encoder(arch)
         self.decoder = Decoder2d(self.encoder.out_channels)
         self.heads = nn.ModuleList(ScaleHead(c, out_channels) for c in DECODER_CHANNELS)
-        self.output = nn.Conv2d(DECODER_CHANNELS[-1], out_channels, 3, padding=1)
+        self.output = make_output(out_channels)
         self.levels = len(DECODER_CHANNELS)
 
     def forward(self, x: Tensor, levels: Sequence[int], restore: int | None = None) -> dict[str, Tensor]:
@@ -178,6 +178,7 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("PCRLv2")
     size = options.positive_int
     group.add_argument("--local-views", type=options.non_negative_int, default=6, help="local views V per image")
+    options.add_phase(group)
     group = parser.add_argument_group("views of images (2D)")
     group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
@@ -216,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
+    if args.arch == "pcrlv2":  # the published command names the method here
+        args.arch = None
     given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
     options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])

@@ -22,7 +22,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import initialise, make_encoder
-from medssl.models.heads import Embedder, norm_mlp
+from medssl.models.heads import Embedder, begin_neck, norm_mlp
 from medssl.views.of_images import PairViews
 
 HIDDEN, DIM = 512, 128
@@ -46,7 +46,7 @@ class SimCLR(Method):
     def __init__(self, arch: str = "resnet18", temperature: float = 0.1) -> None:
         super().__init__()
         encoder = make_encoder(arch)
-        head = norm_mlp(encoder.out_channels[-1], HIDDEN, DIM)
+        head = begin_neck(norm_mlp(encoder.out_channels[-1], HIDDEN, DIM))
         head.append(nn.BatchNorm1d(DIM))
         self.student = Embedder(encoder, head)
         self.temperature = temperature

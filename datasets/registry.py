@@ -307,7 +307,8 @@ def open_segmented(args: argparse.Namespace, image_size: int) -> Opened:
 
 
 def open_instances(args: argparse.Namespace) -> Opened:
-    """The train, val and test splits of a set with instances, images at their own size; without data, `tissue2d`.
+    """The train, val and test splits of a set with instances, images at their own size; without data, `tissue2d`. With
+    `--all-train` no val: its images train.
 
     Raises:
         InputError: as `open_splits`, for a data set without instances, and for options of decoding, which images at
@@ -320,7 +321,10 @@ def open_instances(args: argparse.Namespace) -> Opened:
         raise InputError(f"--cache {args.cache}: holds images of one size, and detection reads their own; leave it out")
     if args.texture_size and row_of(name).source:
         raise InputError(f"--texture-size {args.texture_size}: detection reads images at their own size; leave it out")
-    opened = open_splits(replace(request_of(args), name=name), SPLITS, args.d)
+    if args.all_train and args.val_list:
+        raise InputError(f"--val-list {args.val_list}: with --all-train no split validates; leave one of them out")
+    splits = [split for split in SPLITS if split != "val" or not args.all_train]
+    opened = open_splits(replace(request_of(args), name=name), splits, args.d)
     for data in opened.values():
         data.detected = True
     opened = known(opened)  # also by their labels, which detection does not use

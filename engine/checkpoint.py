@@ -12,7 +12,15 @@ from torch import Tensor
 from medssl.errors import InputError
 from medssl.files import file_digest, write_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what runs leave
+
+# Encoders whose names begin so ended before their network's last ReLU in files of version 1.
+WITHOUT_LAST_RELU = ("densenet", "xception")
+
+
+def lacks_last_relu(content: dict, arch: str) -> bool:
+    """Whether what a run left, its checkpoint, file or settings, is of an encoder without its network's last ReLU."""
+    return content.get("version", 1) < 2 and arch.startswith(WITHOUT_LAST_RELU)
 
 
 def save_atomic(content: object, path: str | Path) -> None:

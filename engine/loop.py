@@ -48,6 +48,7 @@ def fit(
         InputError: bad options or checkpoint, too many unreadable files, a loss that is not finite.
         SystemExit: after a signal; the state is saved, and the same command continues.
     """
+    devices.narrow(args.b, views.patches, args.compile)
     n, rows = len(data), devices.own_rows(args.b, views.patches)
     total = max(1, round(args.epochs * n / args.b))
     last = min(total, args.steps or total)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from medssl.datasets import medmnist, registry
@@ -20,6 +20,9 @@ MOCO_V2 = {
     "b": 256, "epochs": 200, "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-4, "optimizer": "sgd",
     "schedule": "cosine", "temperature": 0.2, "jitter": [0.4, 0.4, 0.4, 0.1],
 }  # fmt: skip
+
+
+PHASE_HELP = "of the published commands, where one script does both; here only this"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -55,6 +58,13 @@ class Parser(argparse.ArgumentParser):
             args.init = found if several else found[0]
         return args, rest
 
+    def given(self, argv: Sequence[str] | None = None) -> set[str]:
+        """Names, as in the parsed options, of those that were typed: all others may be a protocol's."""
+        nothing = object()
+        blank = argparse.Namespace(**{action.dest: nothing for action in self._actions})
+        typed, _ = super().parse_known_args(argv, blank)
+        return {name for name, value in vars(typed).items() if value is not nothing}
+
     def error(self, message: str) -> None:
         print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(2)
@@ -82,10 +92,14 @@ def decoders(args: argparse.Namespace) -> int:
     return min(args.workers, os.cpu_count() or 1)
 
 
-def complete(args: argparse.Namespace, defaults: Mapping[str, object]) -> argparse.Namespace:
-    """The options, with `defaults` (of a data set, or of its dimension) where the user gave none."""
-    given = {key: value for key, value in vars(args).items() if value is not None or key not in defaults}
-    return argparse.Namespace(**{**defaults, **given})
+def complete(
+    args: argparse.Namespace, defaults: Mapping[str, object], given: Collection[str] | None = None
+) -> argparse.Namespace:  # fmt: skip
+    """The options, with `defaults` (of a data set, its dimension, or a protocol) where the user gave none: none of
+    `given`, or, where that is None, those that have no default of their own."""
+    own = vars(args)
+    kept = {key for key, value in own.items() if (value is not None if given is None else key in given)}
+    return argparse.Namespace(**{**own, **{key: value for key, value in defaults.items() if key not in kept}})
 
 
 def changed(parser: Parser, args: argparse.Namespace, names: Sequence[str]) -> list[str]:
@@ -166,6 +180,15 @@ def filled(text: str) -> str:
     """Parse a path or name, which "" is not: it would mean the default."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; is a shell variable not set?")
+    return text
+
+
+def run_name(text: str) -> int | str:
+    """Parse a run's number, which is added to the seed, or its name, which is not."""
+    if text.isdigit():
+        return int(text)
+    if not re.fullmatch(r"\w[\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a name of letters, digits and _ . + -")
     return text
 
 
@@ -261,6 +284,11 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_phase(group: argparse._ArgumentGroup) -> None:
+    """What the published commands of PCRL and PCRLv2 say of pre-training."""
+    group.add_argument("--phase", choices=("pretask",), default="pretask", help=PHASE_HELP)
+
+
 def add_contrast(parser: Parser) -> argparse._ArgumentGroup:
     """The group of a contrast's options, with its temperature."""
     group = parser.add_argument_group("contrast")
@@ -317,7 +345,7 @@ def add_training(parser: Parser) -> argparse._ArgumentGroup:
     )
     group.add_argument("--epochs", type=positive_int, default=100, help="passes over the training images")
     group.add_argument("--steps", type=positive_int, help="stop after this many steps (a smoke run)")
-    group.add_argument("--lr", "--learning_rate", type=non_negative, default=1e-2, help="peak learning rate")
+    group.add_argument("--lr", "-lr", "--learning_rate", type=non_negative, default=1e-2, help="peak learning rate")
     group.add_argument("--optimizer", choices=("sgd", "lars", "adam", "adamw"), default="sgd", help="optimiser")
     group.add_argument("--momentum", type=fraction, default=0.9, help="momentum of SGD and LARS")
     group.add_argument(
@@ -348,7 +376,9 @@ def add_runtime(parser: Parser) -> argparse._ArgumentGroup:
     """Devices and precision."""
     group = parser.add_argument_group("devices")
     group.add_argument(
-        "--gpus", type=gpu_list, help="GPU numbers such as 0,1,2,3: several in one process use DataParallel"
+        "--gpus",
+        type=gpu_list,
+        help="GPU numbers such as 0,1,2,3: several in one process use DataParallel; all that are visible unless given",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="kind of device")
     group.add_argument("--amp", action="store_true", help="mixed precision")
@@ -385,11 +415,13 @@ def add_network(parser: Parser) -> argparse._ArgumentGroup:
         "--arch",
         "--model",
         default="resnet18",
-        help="encoder: in 2D any name of segmentation-models-pytorch; in 3D unet3d, unet3d_half or unet3d_quarter",
+        help="encoder: in 2D any name of segmentation-models-pytorch; in 3D unet3d, unet3d_half or unet3d_quarter; of "
+        "PCRL and PCRLv2 also their own name, as published, which changes nothing. Fine-tuning takes that of --init",
     )
     group.add_argument(
-        "--init", default="random", metavar="{random,imagenet,FILE,NAME}", help="encoder weights to start from"
-    )
+        "--init", "--weight", default="random", metavar="{random,imagenet,FILE,NAME}",
+        help="encoder weights to start from",
+    )  # fmt: skip
     add_proxy_folder(group)
     return group
 
@@ -438,6 +470,10 @@ def add_trials(parser: Parser) -> argparse._ArgumentGroup:
         help="use this percentage of the labelled training images",
     )
     group.add_argument("--trials", "--trial", "--runs", type=positive_int, default=1, help="repeat with seeds 0, 1, …")
-    group.add_argument("--run", type=non_negative_int, default=0, help="number of a repetition, added to --seed")
+    group.add_argument(
+        "--run", type=run_name, default=0,
+        help="number of a repetition, added to --seed; or a name, added to the output folder's after an underscore",
+    )  # fmt: skip
+    group.add_argument("--phase", choices=("finetune",), default="finetune", help=PHASE_HELP)
     flag(group, "--tensorboard", True, "write TensorBoard events")
     return group

@@ -37,6 +37,7 @@ class Devices:
     rank: int = 0
     world: int = 1
     control: object = None  # gloo group for agreements between processes that must not wait for GPUs
+    asked: bool = True  # whether the user named the GPUs
 
     @property
     def main(self) -> bool:
@@ -52,6 +53,19 @@ class Devices:
     def alone(self) -> bool:
         """Whether there is no other process."""
         return self.world == 1
+
+    def narrow(self, batch_size: int, views: int, compiled: bool) -> None:
+        """Use fewer of GPUs that nobody asked for where a batch cannot be split over all, `views` of each row going
+        through the network together, and one alone where networks are compiled."""
+        if self.asked or len(self.device_ids) < 2:
+            return
+        fits = [n for n in range(1, len(self.device_ids)) if batch_size % n == 0 and batch_size * views > n]
+        whole = batch_size % len(self.device_ids) == 0 and batch_size * views > len(self.device_ids)
+        count = 1 if compiled else len(self.device_ids) if whole else max(fits, default=1)
+        if count < len(self.device_ids):
+            why = "--compile" if compiled else f"--b {batch_size}"
+            print(f"note: {why}: {count} of the {len(self.device_ids)} GPUs {'is' if count == 1 else 'are'} used")
+            self.device_ids = self.device_ids[:count]
 
     def own_rows(self, batch_size: int, views: int = 1) -> slice:
         """This process's rows of a batch over all processes; `views` of each row go through the network together."""
@@ -283,8 +297,11 @@ def count_gpus(wanted: list[int] | None) -> int:
     return available
 
 
-def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
+def setup(gpus: list[int] | None, device: str, deterministic: bool, several: bool = True) -> Devices:
     """Choose devices from `--gpus` and `--device`, and join the other processes under torchrun.
+
+    Args:
+        gpus: None for all that CUDA_VISIBLE_DEVICES leaves visible; the first of them without `several`.
 
     Raises:
         InputError: for GPUs that are not there, or an environment that torchrun did not make.
@@ -306,9 +323,11 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool) -> Devices:
     if world == 1:
         if not use_cuda:
             return Devices(torch.device("cpu"))
-        ids = gpus or [0]
+        ids = gpus or [*range(available if several else 1)]
+        if not gpus and len(ids) > 1:
+            print(f"{len(ids)} GPUs: each batch is split over all of them; --gpus 0 uses one", flush=True)
         torch.cuda.set_device(ids[0])
-        return Devices(torch.device("cuda", ids[0]), ids)
+        return Devices(torch.device("cuda", ids[0]), ids, asked=gpus is not None)
 
     unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if unset:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import medssl
-from medssl.engine.checkpoint import load_safe
+from medssl.engine.checkpoint import FORMAT_VERSION, lacks_last_relu, load_safe
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
 from medssl.files import is_unfinished, write_json
@@ -18,7 +18,7 @@ from medssl.files import is_unfinished, write_json
 # change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
-    "data", "data_digest", "compile", "trials",
+    "data", "data_digest", "compile", "trials", "version", "protocol",  # whose values are options, too
 }  # fmt: skip
 OR_RESUME = "another --output, or --resume never"
 
@@ -72,16 +72,22 @@ def open_output(
 
 
 def settings(args: argparse.Namespace, data_digest: str | None = None) -> dict:
-    """What a run is known by: its options as JSON values, and the digest of its data where there is one."""
+    """What a run is known by: `plain` options, and the digest of its data where there is one."""
     return plain(args) | ({} if data_digest is None else {"data_digest": data_digest})
 
 
 def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUME) -> None:
-    """Raise InputError when an option that changes results, or the data, differ from what a run was started with.
+    """Raise InputError when an option that changes results, the data, or the network that the same options make, differ
+    from what a run was started with.
 
     Args:
         before, now: `settings`. where: is named. instead: says what else than the same can be done.
     """
+    arch = before.get("arch") or ""
+    if lacks_last_relu(before, arch) and not lacks_last_relu(now, arch):
+        raise InputError(
+            f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, {instead}"
+        )
     # Runs without a digest are older than digests.
     if before.get("data_digest") not in (None, now.get("data_digest")):
         raise InputError(
@@ -96,9 +102,19 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
             )
 
 
+def refuse_older(before: dict, since: int, where: Path, instead: str = OR_RESUME) -> None:
+    """Raise InputError for `settings` from before the version `since` which networks begin with the random weights of
+    today: what is trained from now on could not be compared with what was."""
+    if before.get("version", 1) < since:
+        raise InputError(
+            f"{where}: was started by a version whose networks began with other random weights; use that version, "
+            + instead
+        )
+
+
 def plain(args: argparse.Namespace) -> dict:
-    """Options as JSON values."""
-    return json.loads(json.dumps(vars(args), default=str))
+    """Options as JSON values, and the version of what a run leaves."""
+    return {**json.loads(json.dumps(vars(args), default=str)), "version": FORMAT_VERSION}
 
 
 def versions() -> dict[str, str]:

@@ -44,6 +44,42 @@ def binary_dice_cross_entropy(logits: Tensor, target: Tensor, field: Tensor, kin
         return terms
 
 
+def region_dice_cross_entropy(logits: Tensor, target: Tensor, share: float = 0.2) -> dict[str, Tensor]:
+    """PCRLv2's loss of BraTS' regions (published code, utils.py: brats_dice_loss), in float32: for each region one
+    minus soft Dice, and a fifth of binary cross-entropy; the regions' sum.
+
+    There, the cross-entropy takes a sigmoid of what is a probability already. Here it takes the logits.
+
+    Args:
+        logits: (B, R, *S). target: (B, R, *S) 0 or 1. share: weight of the cross-entropy.
+
+    Returns:
+        {"dice", "cross_entropy"}, weighted.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, target = logits.float(), target.float()
+        dice = (1 - soft_dice(logits.sigmoid(), target)).mean(0).sum()
+        errors = F.binary_cross_entropy_with_logits(logits, target) * target.shape[1]
+        return {"dice": dice, "cross_entropy": share * errors}
+
+
+def tversky(logits: Tensor, target: Tensor, alpha: float = 0.3, beta: float = 0.7) -> Tensor:
+    """Tversky loss (arXiv 1706.05721, Eq. 4), as PCRLv2 fine-tunes on LiTS (MICCAI-LITS2017/loss/Tversky.py), in
+    float32: 1 − TP / (TP + α FP + β FN + 1), the sums over the voxels of one image and label, mean over both.
+
+    Args:
+        logits: (B, K, *S), before the sigmoid. target: (B, K, *S) 0 or 1.
+
+    Returns:
+        (), in [0, 1].
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        p, truth = logits.float().sigmoid(), target.float()
+        space = tuple(range(2, p.ndim))
+        both, extra, missed = (product.sum(space) for product in (p * truth, p * (1 - truth), (1 - p) * truth))
+        return (1 - both / (both + alpha * extra + beta * missed + 1)).mean()
+
+
 def dice_cross_entropy(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
     """nnU-Net's loss (arXiv 1809.10486, Eq. 1): one minus the mean Dice over images and labels, and cross-entropy.
 

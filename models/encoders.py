@@ -3,25 +3,40 @@ torchvision's key names; in 3D the U-Net's way down."""
 
 import logging
 import math
+import sys
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.engine.checkpoint import find_state_dict, load_safe
+from medssl.engine.checkpoint import WITHOUT_LAST_RELU, find_state_dict, lacks_last_relu, load_safe
 from medssl.errors import InputError
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
+COMMON = {  # that published files hold, by dimension
+    2: ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121", "densenet169", "densenet201"),
+    3: tuple(WIDTHS),
+}
 METADATA = "medssl"  # under which prepare_models.py keeps what a flat state dict has no place for
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+INPUTS = {  # by the names that MAGICAL's fine-tuning has for them, and "half", MedMNIST's
+    "imagenet": IMAGENET,
+    "chestx-ray": {"mean": [0.5056] * 3, "std": [0.252] * 3},
+    "half": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    "none": {"mean": [0.0] * 3, "std": [1.0] * 3},
+}
 
 # Where published checkpoints keep an encoder, longest first so that `module.` does not win by accident.
 PREFIXES = (
     "module.model.encoder.",
     "module.encoder_q.",
+    "student.encoder.",  # in the last.pt of our runs
+    "network.encoder.",
     "module.encoder.",
     "encoder_q.0.",  # ConCL's
     "densenet121.module.",
@@ -38,7 +53,9 @@ def make_encoder(arch: str, channels: int | None = None, dims: int = 2) -> nn.Mo
     """A randomly initialised encoder.
 
     `encoder(x)` maps x (B, channels, *S) to a list of feature maps, shallow to deep, each half the size
-    of the one before it; `encoder.out_channels` lists their channels. In 2D the first map is x itself.
+    of the one before it; `encoder.out_channels` lists their channels. In 2D the first map is x itself, and the last one
+    is what the published network averages; EfficientNets' alone is the one before their last convolution, to 1280
+    channels or more, which the library leaves out.
 
     Args:
         arch: in 2D a name of segmentation-models-pytorch; in 3D a key of `unet3d.WIDTHS`.
@@ -51,7 +68,73 @@ def make_encoder(arch: str, channels: int | None = None, dims: int = 2) -> nn.Mo
     check_arch(arch, dims)
     if dims == 3:
         return UNet3dEncoder(channels or 1, width_of(arch))
-    return smp.encoders.get_encoder(arch, in_channels=channels or 3, depth=5, weights=None)
+    encoder = smp.encoders.get_encoder(arch, in_channels=channels or 3, depth=5, weights=None)
+    if arch.startswith(WITHOUT_LAST_RELU):  # which the library's ends before
+        encoder.register_forward_hook(_last_relu)
+    return encoder
+
+
+def _last_relu(_encoder: nn.Module, _inputs: tuple, maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps with a ReLU on the last one, as torchvision's DenseNet and timm's Xception have it before they
+    average."""
+    return [*maps[:-1], F.relu(maps[-1])]
+
+
+def arch_of(init: str, dims: int) -> str | None:
+    """The encoder whose weights `--init` names, so that nobody need repeat it.
+
+    Returns:
+        what a checkpoint says, or else the largest of `COMMON` whose every entry it has, in its shape (a ResNet-34 has
+        all of a ResNet-18's); None where it has none of them, is of another dimension, or is no file.
+    """
+    if init in ("random", "imagenet"):
+        return None
+    content = load_safe(init)
+    own = getattr(content, "_metadata", {}).get(METADATA, {})
+    for fields in (own, content if isinstance(content, dict) else {}):
+        if isinstance(fields.get("arch"), str):
+            return fields["arch"] if (fields["arch"] in WIDTHS) == (dims == 3) else None
+    state, sizes = find_state_dict(content, init), {}
+    for arch in COMMON[dims]:
+        with torch.device("meta"):
+            wanted = make_encoder(arch, dims=dims).state_dict()
+        there = _strip(state, wanted)
+        learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
+        if all(key in there and there[key].shape == wanted[key].shape for key in learned[dims == 3 :]):
+            sizes[arch] = len(learned)  # the first kernel of volumes may have another number of channels
+    return max(sizes, key=sizes.get, default=None)
+
+
+def read_encoder(path: str | Path) -> tuple[str, dict[str, Tensor], dict]:
+    """The 2D encoder of a checkpoint of ours, whether exported or not, or of a published one.
+
+    Returns:
+        its name, its state dict with the library's names, and what the file says beside.
+
+    Raises:
+        InputError: for a file that cannot be read, or holds no encoder that is known.
+    """
+    content = load_safe(path)
+    if isinstance(content, dict) and {"method", "config", "optimizer"} <= content.keys():  # a run's last.pt
+        content = {"state_dict": content["method"], **{key: content["config"].get(key) for key in ("arch", "version")}}
+    fields = {**getattr(content, "_metadata", {}).get(METADATA, {}), **(content if isinstance(content, dict) else {})}
+    arch = fields["arch"] if isinstance(fields.get("arch"), str) else arch_of(str(path), 2)
+    if arch in WIDTHS or fields.get("dims") == 3:
+        raise InputError(f"{path}: of volumes, which other tools' networks are not for; leave it as it is")
+    if arch not in smp.encoders.get_encoder_names():
+        raise InputError(f"{path}: holds no encoder that is known; give a run's encoder.pt")
+    wanted = make_encoder(arch).state_dict()
+    state = _strip(find_state_dict(content, path), wanted)
+    for key, value in wanted.items():
+        if not key.endswith("num_batches_tracked") and (key not in state or state[key].shape != value.shape):
+            raise InputError(f"{path}: does not hold a whole {arch} encoder: {key} is missing, or of another shape")
+    return arch, {key: state[key] for key in wanted if key in state}, fields
+
+
+def default_arch(inits: Sequence[str], dims: int, otherwise: str | None = None) -> str:
+    """The encoder of several `--init`: that of the first that says which, or else `otherwise`, or the dimension's."""
+    known = (arch for arch in (arch_of(init, dims) for init in inits) if arch)
+    return next(known, otherwise or DEFAULT_ARCH[dims])
 
 
 def check_arch(arch: str, dims: int) -> None:
@@ -114,6 +197,8 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
             raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
         if isinstance(fields.get("arch"), str) and fields["arch"] != arch:
             raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
+        if lacks_last_relu(fields, arch) and isinstance(fields.get("version"), int):
+            print(f"note: {init}: trained by a version whose {arch} ended before its last ReLU", file=sys.stderr)
         if fields.get("normalization") is not None:
             report["normalization"] = check_normalization(fields["normalization"], dims, init)
         elif dims == 3 and any(key.endswith("aug_fc1.weight") for key in state):
@@ -194,7 +279,7 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
         return start | {"matched": start["matched"] + len(state)}
     body = nn.Module()
     for name, part in network.named_children():
-        if name != "out_tr":
+        if name not in ("out_tr", "deep"):
             body.add_module(name, part)
     try:
         start = initialise(body, arch, init)

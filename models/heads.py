@@ -1,5 +1,6 @@
 """Small heads on top of encoders and decoders."""
 
+from segmentation_models_pytorch.base.initialization import initialize_decoder
 from torch import Tensor, nn
 
 
@@ -48,6 +49,21 @@ class DenseEmbedder(Averaged):
 def mlp(c_in: int, c_hidden: int, c_out: int) -> nn.Sequential:
     """Linear–ReLU–Linear."""
     return nn.Sequential(nn.Linear(c_in, c_hidden), nn.ReLU(inplace=True), nn.Linear(c_hidden, c_out))
+
+
+def begin_neck(neck: nn.Module, std: float | None = None) -> nn.Module:
+    """Give a neck's linear layers the weights that ConCL and its baselines begin with, and return it: from a normal
+    distribution, with the deviation `std` or else He's by the number of inputs; no bias (published code,
+    openselfsup/models/necks.py)."""
+    for layer in neck.modules():
+        if isinstance(layer, nn.Linear):
+            if std is None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            else:
+                nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return neck
 
 
 def norm_mlp(c_in: int, c_hidden: int, c_out: int) -> nn.Sequential:
@@ -99,6 +115,7 @@ class ScaleHead(nn.Module):
         self.restore = nn.Sequential(
             nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True), nn.Conv2d(c, out_channels, 1)
         )
+        initialize_decoder(self)  # as the published decoder, to which these heads belong
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Decoder map (B, C, *S) → p = BN(GAP(x)) and q = predictor(p), both (B, C)."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
 from torch import Tensor, nn
 
 from medssl.models.encoders import make_encoder
@@ -30,7 +31,8 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder2d(nn.Module):
-    """Five up-sampling blocks from the deepest feature map to the input's size.
+    """Five up-sampling blocks from the deepest feature map to the input's size. They begin as the library's and the
+    published decoders: convolutions from He's uniform distribution.
 
     Args:
         encoder_channels: `encoder.out_channels`, shallow to deep.
@@ -46,6 +48,7 @@ class Decoder2d(nn.Module):
         c_in = [encoder_channels[-1], *channels[:-1]]
         c_skip = [c * skips for c in encoder_channels[-2:0:-1]] + [0]
         self.blocks = nn.ModuleList(DecoderBlock(*some) for some in zip(c_in, c_skip, channels))
+        initialize_decoder(self)
 
     def forward(self, features: Sequence[Tensor], depth: int | None = None) -> list[Tensor]:
         """Decode.
@@ -67,6 +70,14 @@ class Decoder2d(nn.Module):
         return levels
 
 
+def make_output(channels: int) -> nn.Conv2d:
+    """The 3×3 convolution from a decoder's last level to the output; it begins as the library's and the published
+    ones: from Glorot's uniform distribution, without bias."""
+    output = nn.Conv2d(DECODER_CHANNELS[-1], channels, 3, padding=1)
+    initialize_head(output)
+    return output
+
+
 class UNet2d(nn.Module):
     """Encoder, decoder with skips, and a 3×3 convolution to the output; all of an image's size.
 
@@ -79,7 +90,7 @@ class UNet2d(nn.Module):
         super().__init__()
         self.encoder = make_encoder(arch)
         self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
-        self.output = nn.Conv2d(DECODER_CHANNELS[-1], outputs, 3, padding=1)
+        self.output = make_output(outputs)
 
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The encoder's maps, shallow to deep, of which the first is the image → (B, outputs, H, W)."""

@@ -212,3 +212,21 @@ class UNet3d(UNet3dEncoder):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_tr(self.decode(self.encode(x))[-1])
+
+
+class DeepUNet3d(UNet3d):
+    """A `UNet3d` with an output for every level of the way up, for deep supervision: in training (B, channels, *S) →
+    logits of the levels, shallow to deep, each up-sampled to (B, labels, *S); else the last one's alone."""
+
+    def __init__(self, labels: int, channels: int = 1, width: int = 64, norm: str = "batch") -> None:
+        super().__init__(labels, True, channels, width, norm)
+        self.deep = nn.ModuleList(nn.Conv3d(c, labels, 1) for c in self.out_channels[1:3])
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        coarse, middle, fine = self.decode(self.encode(x))
+        logits = [self.out_tr(fine)]
+        if not self.training:
+            return logits[0]
+        for layer, level in zip(self.deep, (middle, coarse)):
+            logits.append(F.interpolate(layer(level), size=x.shape[2:], mode="trilinear"))
+        return logits

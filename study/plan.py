@@ -14,10 +14,11 @@ from medssl import evaluate_features, finetune_classification, finetune_detectio
 from medssl.datasets.registry import Opened, open_instances, open_labelled, open_pretraining
 from medssl.engine import options
 from medssl.engine.checkpoint import find_state_dict, load_safe
-from medssl.engine.runs import refuse_changes
+from medssl.engine.parallel import count_gpus
+from medssl.engine.runs import refuse_changes, refuse_older
 from medssl.errors import InputError
 from medssl.files import read_json
-from medssl.models.encoders import DEFAULT_ARCH
+from medssl.models.encoders import DEFAULT_ARCH, arch_of
 from medssl.study.jobs import Job
 from medssl.study.results import Cell
 
@@ -30,6 +31,10 @@ class Task:
     open: Callable[[argparse.Namespace], Opened]
     metric: str
     name: str
+
+    def since(self, dims: int) -> int:
+        """As `Segmentation` has it, of data of so many dimensions."""
+        return self.script.BY_DIMS[dims].since if self.script is finetune_segmentation else 1
 
 
 TASKS = {
@@ -159,6 +164,25 @@ def open_tasks(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Opene
     return opened
 
 
+def with_arch(rest: Sequence[str], inits: Sequence[str], opened: dict[str, OpenedTask]) -> list[str]:
+    """The options of fine-tuning, with the encoder of the files that are compared where it is not the default: that all
+    runs, also those from random weights, have the same.
+
+    Raises:
+        InputError: for files of several encoders.
+    """
+    words = list(rest)
+    for task in opened.values():
+        dims = task.data.info.dims
+        found = {arch_of(init, dims) for init in inits if init not in METHODS} - {None}
+        if task.args.arch is None and found - {DEFAULT_ARCH[dims]}:
+            if len(found) > 1:
+                raise InputError(f"--init: encoders of {' and '.join(sorted(found))}; a study compares one of them")
+            (task.args.arch,) = found
+            words += ["--arch", task.args.arch]
+    return words
+
+
 def held_out(job: Job, opened: dict[str, OpenedTask]) -> Job:
     """A pre-training that sees no image by which a task is judged.
 
@@ -214,7 +238,9 @@ class Draft:
         here = self.args.jobs == 0 and self.args.gpus  # else each run sees its own GPU alone
         if here:
             return ["--gpus", ",".join(map(str, self.args.gpus))]
-        return ["--device", "cuda"] if self.args.gpus else []
+        if self.args.gpus:
+            return ["--device", "cuda"]
+        return ["--gpus", "0"] if count_gpus(None) > 1 else []  # a run has one, also where it could have all
 
     def options_for(self, script: ModuleType, task: str) -> list[str]:
         """What a script takes over from a task's options."""
@@ -317,6 +343,8 @@ def check(study: Study, opened: dict[str, OpenedTask]) -> None:
         entry = cell.results()
         if entry:
             refuse_other_data(entry["config"], task.data.digest, cell.job)
+            since = TASKS[cell.task].since(task.data.info.dims)
+            refuse_older(entry["config"], since, cell.job.folder, "or another --output")
     for job in study.jobs[: -len(study.cells)]:
         if job.finished():
             job.write_lists()  # those that were removed

@@ -17,7 +17,7 @@ from PIL import Image
 
 from medssl.engine.monitor import loss_names
 from medssl.files import read_json, write_text
-from medssl.study import figures
+from medssl.study import figures, published
 from medssl.study.jobs import Job
 from medssl.study.results import MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
 
@@ -28,13 +28,14 @@ OVERLAYS = 2  # pictures of predictions of an init
 
 
 def write_report(
-    path: Path, command: str, tasks: dict[str, str], rows: list[dict], cells: Sequence[Cell], jobs: Sequence[Job]
-) -> None:
+    path: Path, command: str, tasks: dict[str, str], rows: list[dict], cells: Sequence[Cell], jobs: Sequence[Job],
+    theirs: bool = False,
+) -> None:  # fmt: skip
     """Write the page.
 
     Args:
         command: that made the study. tasks: the metric of each in words.
-        rows: what `results.gather` made of `cells`. jobs: all runs.
+        rows: what `results.gather` made of `cells`. jobs: all runs. theirs: show what papers report, too.
     """
     entries = {cell: cell.results() for cell in cells}
     done = [entry for entry in entries.values() if entry]
@@ -46,7 +47,7 @@ def write_report(
         "title": f"Does pre-training help on {data}?",
         "subtitle": f"{', '.join(inits)}; {first['config'].get('arch', '')}, {date.today().isoformat()}",
         "warnings": warnings(rows, entries, jobs),
-        "tasks": [task_section(name, metric, rows, entries) for name, metric in tasks.items()],
+        "tasks": [task_section(name, metric, rows, entries, theirs) for name, metric in tasks.items()],
         "pretrainings": [pretraining_section(job) for job in jobs if job.proof == "encoder.pt" and job.finished()],
         "embeddings": [features_section(job) for job in jobs if job.proof == "features.json" and job.finished()],
         "runs": [run_line(i, job, record) for i, (job, record) in enumerate(records)],
@@ -158,7 +159,9 @@ def run_line(number: int, job: Job, record: dict) -> dict:
 # Sections ------------------------------------------------------------------------------------------
 
 
-def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, dict | None]) -> dict:
+def task_section(
+    name: str, metric: str, rows: list[dict], entries: dict[Cell, dict | None], theirs: bool = False
+) -> dict:  # fmt: skip
     """What the page shows of a task."""
     own = [row for row in rows if row["task"] == name]
     done = {cell: entry for cell, entry in entries.items() if cell.task == name and entry}
@@ -172,9 +175,20 @@ def task_section(name: str, metric: str, rows: list[dict], entries: dict[Cell, d
             for i, row in enumerate(own)
         ],
         "tables": [table for table in (class_table(own), measures_table(own)) if table["columns"]],
+        "protocol": ", ".join(dict.fromkeys(entry.get("protocol") or "ours" for entry in done.values())),
+        "published": published_rows(name, done) if theirs else None,
         "training": training_curves(done, own, metric), "pictures": predictions(done),
         "options": json.dumps(next(iter(done.values()))["config"], indent=1) if done else "no run ended well",
     }  # fmt: skip
+
+
+def published_rows(task: str, done: dict[Cell, dict]) -> list[list[str]]:
+    """What papers report of the task's set: [init, encoder, number, measure, protocol, source]."""
+    sets = dict.fromkeys(entry.get("dataset", "") for entry in done.values())
+    return [
+        [row.init, row.arch, f"{row.value:g}", row.measure.replace("_", " "), row.protocol or "–", row.source]
+        for name in sets for row in published.of(name, task)
+    ]  # fmt: skip
 
 
 def class_table(rows: list[dict]) -> dict:

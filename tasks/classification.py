@@ -103,7 +103,7 @@ def test_classes(
         detection = froc(p[:, 1], targets[:, 1], weights, scans)
     if devices.main:
         columns |= {f"true {name}": column for name, column in zip(data.info.classes, targets.T)}
-        columns |= {f"probability {name}": [f"{q:.6f}" for q in each] for name, each in zip(data.info.classes, p.T)}
+        columns |= {f"probability {name}": [f"{q:.9g}" for q in each] for name, each in zip(data.info.classes, p.T)}
         rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
         write_csv(Path(args.output) / "predictions.csv", rows)
     own = medmnist.evaluate(data.info.name, p, targets)

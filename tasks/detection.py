@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from medssl.datasets.masked_images import InstanceImages
-from medssl.engine.batches import autocast, evaluation_batches
+from medssl.engine.batches import autocast, evaluation_batches, to_device, training_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
@@ -17,6 +17,7 @@ from medssl.files import write_json
 from medssl.tasks.coco import CATEGORY, annotations_of, average_precision, encode
 from medssl.tasks.segmentation2d import file_names, panels, save_png
 from medssl.tasks.trials import empty_folders, said
+from medssl.views.draws import Draws
 from medssl.views.of_images import DetectionViews
 
 INSIDE = 0.5  # probability from which a pixel is of an instance
@@ -52,6 +53,33 @@ class Detector(Method):
             for name, picture in (("view", x), ("true", x * (0.4 + 0.6 * inside))):
                 shown[name].append((picture - mean) / std)
         return {name: torch.stack(pictures) for name, pictures in shown.items()}
+
+
+@torch.no_grad()
+def measure_statistics(
+    method: Detector, data: InstanceImages, views: DetectionViews, args: argparse.Namespace, devices: Devices, step: int
+) -> None:
+    """Replace the running statistics of batch norms by the means over `--precise-bn` batches of training, seen with the
+    weights that are tested (precise BN, arXiv 2105.07576, §3; detectron2's TEST.PRECISE_BN).
+
+    Args:
+        method: trained. step: steps that it was trained for, from which the order of images goes on.
+    """
+    norms = [m for m in method.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean of all batches, each counted alike
+    method.train()
+    views.train()
+    rows = devices.own_rows(args.b)
+    for i, batch in enumerate(training_batches(data, args, devices, rows, step, step + args.precise_bn), step):
+        devices.seed_step(args.seed, i)
+        draws = Draws((args.seed, i), args.b, rows.start, len(batch["index"]))
+        with autocast(args, devices.device):
+            method(views(to_device(batch, devices.device), draws), Run())
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def refuse_not_finite(_network: nn.Module, _inputs: tuple, maps: dict[str, Tensor]) -> None:

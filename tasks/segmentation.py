@@ -35,31 +35,43 @@ class Segmentation(ABC):
     """What fine-tuning asks of segmentation, of images (`segmentation2d`) or of volumes (`segmentation3d`).
 
     Attributes:
-        protocols: options by the name of a data set's protocol, "folder" for those without.
+        protocols: options by the name of a protocol: ours, by what a data set's row says, "folder" for those without;
+            and `published` ones.
+        published: names of those that bear a paper's name.
         options: options that data of this dimension alone have, and their defaults.
+        losses, normalizations: choices of the options that have other ones of the other dimension.
         sides: how many numbers `--patch` has.
         measures: numbers of a case; the first is "dice".
+        since: version of what runs leave, since which networks begin with the random weights of today.
     """
 
     protocols: Mapping[str, Mapping[str, object]]
+    published: tuple[str, ...]
+    losses: tuple[str, ...]
+    normalizations: tuple[str, ...]
     options: Mapping[str, object]
     sides: int
     measures: tuple[str, ...]
+    since: int = 1
 
     @abstractmethod
     def check(self, args: argparse.Namespace) -> None:
         """Raise InputError for sides that do not fit."""
 
     @abstractmethod
-    def make_network(self, args: argparse.Namespace, info: Info, labels: int) -> nn.Module:
-        """The network for so many labels, with random weights."""
+    def make_network(self, args: argparse.Namespace, data: ImageDataset) -> nn.Module:
+        """The network for the labels of the data, with random weights."""
+
+    @abstractmethod
+    def inputs(self, name: str) -> dict:
+        """What a `--normalization` other than "weights" brings inputs to, as `initialise` returns it."""
 
     @abstractmethod
     def make_views(self, args: argparse.Namespace, normalization: dict) -> Views:
         """Random parts in training, whole images or volumes in evaluation."""
 
     @abstractmethod
-    def make_method(self, args: argparse.Namespace, network: nn.Module, labels: int) -> Method:
+    def make_method(self, args: argparse.Namespace, network: nn.Module, data: ImageDataset) -> Method:
         """What trains the network."""
 
     @abstractmethod

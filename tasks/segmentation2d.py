@@ -20,6 +20,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
 from medssl.losses.segmentation import binary_dice_cross_entropy
+from medssl.models.encoders import INPUTS
 from medssl.models.unet2d import UNet2d
 from medssl.tasks.segmentation import (
     Segmentation,
@@ -33,17 +34,27 @@ from medssl.tasks.segmentation import (
 from medssl.tasks.trials import empty_folders, said
 from medssl.views.of_images import SegmentationViews, Views
 
-VESSELS = {"image_size": 512, "b": 4, "loss": "bce", "flip": "both"}  # MAGICAL's DRIVE protocol
-LUNGS = {"image_size": 224, "b": 16, "loss": "bce", "flip": "horizontal"}  # MAGICAL's Montgomery protocol
+VESSELS = {"image_size": 512, "b": 4, "loss": "bce", "flip": "both"}  # size and loss of MAGICAL's DRIVE
+LUNGS = {"image_size": 224, "b": 16, "loss": "bce", "flip": "horizontal"}  # size and loss of MAGICAL's Montgomery
+MAGICAL = {  # its main_segmentation.py, engine.py and dataloader.py: images are resized, and not changed otherwise
+    "arch": "resnet50", "b": 32, "lr": 1e-2, "schedule": "constant", "optimizer": "adam", "epochs": 200, "patience": 30,
+    "epoch_steps": 1, "loss": "bce", "augment": "none", "flip": "none", "rotation": 0.0,
+}  # fmt: skip
 PROTOCOLS = {  # by the name that a data set's row has
     "vessels": VESSELS,
     "lungs": LUNGS,
     "lits": {"image_size": 512, "b": 4, "loss": "bce+dice", "flip": "none"},
     "phantom2d": {"image_size": 64, "b": 16, "loss": "bce+dice", "flip": "horizontal"},
     "folder": {"image_size": 256, "b": 8, "loss": "bce+dice", "flip": "horizontal"},
+    # The rate's schedule is made there, and never stepped (segmentation_engine). Adam's averages are torch's defaults.
+    "magical-drive": MAGICAL | {"image_size": 512, "betas": [0.9, 0.999], "normalization": "imagenet"},
+    # segmentation_engine_0506, in [0, 1].
+    "magical-montgomery": MAGICAL | {"image_size": 224, "betas": [0.9, 0.99], "normalization": "none"},
 }
+PUBLISHED = ("magical-drive", "magical-montgomery")
+LOSSES = ("bce", "dice", "bce+dice")
 FLIPS = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}
-OPTIONS = {"image_size": None, "loss": None, "flip": None, "rotation": 10.0}  # of images alone, and their defaults
+OPTIONS = {"image_size": None, "flip": None, "rotation": 10.0}  # of images alone, and their defaults
 SIDES = 1  # numbers of --patch
 THRESHOLD = 0.5
 MEASURES = ("dice", "auroc", "sensitivity", "specificity", "cldice", "hd95")
@@ -207,25 +218,33 @@ def save_png(path: Path, pixels: np.ndarray) -> None:
 class ImageSegmentation(Segmentation):
     """Segmentation of images."""
 
-    protocols, options, sides, measures = PROTOCOLS, OPTIONS, SIDES, MEASURES
+    protocols, published, losses, normalizations = PROTOCOLS, PUBLISHED, LOSSES, tuple(INPUTS)
+    options, sides, measures = OPTIONS, SIDES, MEASURES
+    since = 2  # decoders began with torch's defaults, whose deviation is 2.45 times smaller
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise InputError for patches that are larger than the image."""
         if args.patch and args.patch[0] > args.image_size:
             raise InputError(f"--patch {args.patch[0]}: larger than --image-size {args.image_size}")
+        if args.patch and args.augment == "none":
+            raise InputError("--augment none: shows whole images; leave --patch out")
 
-    def make_network(self, args: argparse.Namespace, info: Info, labels: int) -> UNet2d:
+    def make_network(self, args: argparse.Namespace, data: MaskedImages) -> UNet2d:
         """The network, with random weights."""
-        return UNet2d(args.arch, labels)
+        return UNet2d(args.arch, len(data.mask_labels))
+
+    def inputs(self, name: str) -> dict:
+        """What a `--normalization` other than "weights" brings inputs to, as `initialise` returns it."""
+        return INPUTS[name]
 
     def make_views(self, args: argparse.Namespace, normalization: dict) -> SegmentationViews:
         """Random parts in training, whole images in evaluation."""
         return SegmentationViews(
             **normalization, size=args.image_size, patch=args.patch[0] if args.patch else None,
-            degrees=args.rotation, flips=FLIPS[args.flip],
+            degrees=args.rotation, flips=FLIPS[args.flip], augment=args.augment == "full",
         )  # fmt: skip
 
-    def make_method(self, args: argparse.Namespace, network: nn.Module, labels: int) -> Method:
+    def make_method(self, args: argparse.Namespace, network: nn.Module, data: MaskedImages) -> Method:
         """What trains the network."""
         return ImageSegmenter(network, args.loss)
 

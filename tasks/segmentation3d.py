@@ -20,9 +20,9 @@ from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
-from medssl.losses.segmentation import dice_cross_entropy
+from medssl.losses.segmentation import dice_cross_entropy, region_dice_cross_entropy, tversky
 from medssl.models.encoders import width_of
-from medssl.models.unet3d import UNet3d
+from medssl.models.unet3d import DeepUNet3d, UNet3d
 from medssl.reading.geometry import AXES
 from medssl.tasks.segmentation import (
     Segmentation,
@@ -43,10 +43,36 @@ PROTOCOLS = {
     "brats": {"patch": [96, 96, 96], "b": 2, "patches": 2, "largest_component": False},
     "phantom3d": {"patch": [48, 48, 32], "b": 4, "patches": 1, "largest_component": False},
     "folder": {"patch": [64, 64, 32], "b": 2, "patches": 4, "largest_component": False},
+    # PCRLv2's finetune.py, utils.py and datasets/bratsDataset.py. There, the way up sees no maps of the way down, the
+    # middle of each validation volume chooses the epoch by its loss, and the epochs are the user's.
+    "pcrlv2-brats": {
+        "patch": [112, 128, 112], "b": 4, "patches": 1, "foreground": 0.0, "largest_component": False,
+        "norm": "group", "loss": "bce+dice", "augment": "flips", "normalization": "unit", "optimizer": "adam",
+        "lr": 1e-4, "schedule": "step", "milestones": [50, 100, 150, 200, 250, 300, 350], "gamma": 0.5,
+        "epoch_steps": 1,
+    },
+    # PCRLv2's MICCAI-LITS2017 (parameter.py, train_ds.py). There, a window is a whole slice at half its size, which a
+    # first convolution halves again, with dropout, and only 20 slices beside the liver train.
+    "pcrlv2-lits": {
+        "patch": [128, 128, 64], "b": 4, "patches": 1, "foreground": 0.0, "largest_component": True,
+        "norm": "group", "loss": "tversky", "augment": "none", "normalization": "unit", "optimizer": "adam",
+        "lr": 1e-4, "schedule": "constant", "epochs": 500, "epoch_steps": 1,
+    },
+}  # fmt: skip
+PUBLISHED = ("pcrlv2-brats", "pcrlv2-lits")
+LOSSES = ("ce+dice", "bce+dice", "tversky")  # the first unless given, which runs have without a name
+OF_REGIONS = LOSSES[1:]  # an output for each region; else for each label
+NORMALIZATIONS = ("z", "unit")
+CHANGES = {  # what training changes of patches, by `--augment`
+    "full": {},
+    "flips": {"scale": 0, "degrees": 0, "blur": 0, "noise": 0, "log_gamma": 0, "contrast": 0},
 }
+CHANGES["none"] = CHANGES["flips"] | {"flips": ()}
 OPTIONS = {"patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch"}  # of volumes alone
+DEEP, DECAY, DECAY_EPOCHS = 0.33, 0.8, 40  # weight of deep supervision, and its decay (PCRLv2's train_ds.py)
 SIDES = 3  # numbers of --patch
 MEASURES = ("dice", "hd95")
+THRESHOLD = 0.5
 
 
 class VolumeSegmenter(Method):
@@ -68,6 +94,54 @@ class VolumeSegmenter(Method):
         return {"view": batch["view"][:, :1]} | {k: v[:, None] / (self.labels - 1) for k, v in shades.items()}
 
 
+class RegionSegmenter(Method):
+    """A 3D U-Net with an output for each region, which may overlap, trained as PCRLv2 fine-tunes: with Dice and binary
+    cross-entropy, or with the Tversky loss, at every level of the way up, where the network gives several.
+
+    L = tversky(fine) + α Σ tversky(coarser), α = 0.33, times 0.8 every 40 epochs.
+
+    Batch: "view" (B, C, *S) normalised, and "target" (B, *S) int64 label numbers.
+    """
+
+    def __init__(self, network: nn.Module, regions: Sequence[Sequence[int]], labels: int, loss: str, epochs: float):
+        super().__init__()
+        self.network, self.loss, self.epochs, self.labels = network, loss, epochs, labels
+        table = torch.zeros(labels, len(regions))
+        for number, region in enumerate(regions):
+            table[list(region), number] = 1
+        self.register_buffer("table", table)
+        self.register_buffer("alpha", torch.tensor(DEEP))
+
+    def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        target = self.table[batch["target"]].movedim(-1, 1)  # (B, R, *S)
+        logits = run(self.network, batch["view"])
+        if self.loss == "bce+dice":
+            return region_dice_cross_entropy(logits, target)
+        fine, *coarser = logits
+        return {"tversky": tversky(fine, target), "deep": self.alpha * sum(tversky(y, target) for y in coarser)}
+
+    def after_step(self, progress: float) -> None:
+        self.alpha.fill_(DEEP * DECAY ** int(progress * self.epochs / DECAY_EPOCHS))
+
+    def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        predicted = self.network(batch["view"]).sigmoid().amax(1)
+        true = (batch["target"] > 0).float()
+        return {"view": batch["view"][:, :1], "true": true[:, None], "predicted": predicted[:, None]}
+
+
+def labels_of(found: np.ndarray, regions: Sequence[Sequence[int]]) -> np.ndarray:
+    """Label numbers from masks of regions, of which some may lie in others: (R, *S) bool → (*S) uint8.
+
+    A voxel is of the innermost region that has it, and gets the label that no region further in has.
+    """
+    labels = np.zeros(found.shape[1:], np.uint8)
+    for number in sorted(range(len(regions)), key=lambda r: -len(regions[r])):
+        own = set(regions[number])
+        inner = [set(other) for other in regions if set(other) < own]
+        labels[found[number]] = min(own.difference(*inner) or own)
+    return labels
+
+
 # Evaluation ----------------------------------------------------------------------------------------
 
 
@@ -83,15 +157,20 @@ def predict(
     network.eval()
     views.eval()
     run = Run(devices.device_ids)
+    exclusive = args.loss not in OF_REGIONS
 
     def probabilities(windows: Tensor) -> Tensor:
         with autocast(args, devices.device):
-            return all_finite(run(network, views.normalise(windows)).float()).softmax(1)
+            logits = all_finite(run(network, views.normalise(windows)).float())
+            return logits.softmax(1) if exclusive else logits.sigmoid()
 
     for batch in evaluation_batches(data, 1, args, devices):
         volume = views(batch)["view"][0]
-        labels = sliding_window(probabilities, volume, views.patch, args.overlap, args.eval_b).argmax(0)
-        labels = labels.to(torch.uint8).cpu().numpy()
+        found = sliding_window(probabilities, volume, views.patch, args.overlap, args.eval_b)
+        if exclusive:
+            labels = found.argmax(0).to(torch.uint8).cpu().numpy()
+        else:
+            labels = labels_of((found >= THRESHOLD).cpu().numpy(), list(regions_of(data).values()))
         yield int(batch["index"]), batch, largest_component(labels) if args.largest_component else labels
 
 
@@ -102,6 +181,12 @@ def largest_component(labels: np.ndarray) -> np.ndarray:
         return labels
     largest = 1 + np.bincount(parts.ravel())[1:].argmax()
     return np.where(parts == largest, labels, 0).astype(labels.dtype)
+
+
+def regions_of(data: ImageDataset) -> dict[str, tuple[int, ...]]:
+    """What is judged: name → labels. Sets that say nothing else have each label but the background."""
+    alone = {name: (i,) for i, name in enumerate(data.mask_labels) if i > 0}
+    return getattr(data, "regions", alone)
 
 
 def region_mask(labels: np.ndarray, region: Sequence[int]) -> np.ndarray:
@@ -191,7 +276,8 @@ def _colour(label: int) -> tuple[float, float, float, float]:
 class VolumeSegmentation(Segmentation):
     """Segmentation of volumes."""
 
-    protocols, options, sides, measures = PROTOCOLS, OPTIONS, SIDES, MEASURES
+    protocols, published, losses, normalizations = PROTOCOLS, PUBLISHED, LOSSES, NORMALIZATIONS
+    options, sides, measures = OPTIONS, SIDES, MEASURES
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise InputError for patches that the network cannot take."""
@@ -201,27 +287,38 @@ class VolumeSegmentation(Segmentation):
                 "--norm instance: one voxel is left of this --patch in the deepest level; make a side 16 or more"
             )
 
-    def make_network(self, args: argparse.Namespace, info: Info, labels: int) -> UNet3d:
-        """The network, with random weights."""
-        return UNet3d(labels, channels=info.channels, width=width_of(args.arch), norm=args.norm)
+    def make_network(self, args: argparse.Namespace, data: ImageDataset) -> UNet3d:
+        """The network, with random weights: an output for each label, or for each region where these may overlap."""
+        shape = {"channels": data.info.channels, "width": width_of(args.arch), "norm": args.norm}
+        if args.loss not in OF_REGIONS:
+            return UNet3d(len(data.mask_labels), **shape)
+        outputs = len(self.regions_of(data))
+        return DeepUNet3d(outputs, **shape) if args.loss == "tversky" else UNet3d(outputs, **shape)
+
+    def inputs(self, name: str) -> dict:
+        """What a `--normalization` other than "weights" brings inputs to, as `initialise` returns it."""
+        return {"kind": name}
 
     def make_views(self, args: argparse.Namespace, normalization: dict) -> VolumeSegmentationViews:
         """Random patches in training, whole volumes in evaluation."""
-        return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **normalization)
+        changes = CHANGES[args.augment]
+        return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **changes, **normalization)
 
-    def make_method(self, args: argparse.Namespace, network: nn.Module, labels: int) -> Method:
+    def make_method(self, args: argparse.Namespace, network: nn.Module, data: ImageDataset) -> Method:
         """What trains the network."""
-        return VolumeSegmenter(network, labels)
+        if args.loss not in OF_REGIONS:
+            return VolumeSegmenter(network, len(data.mask_labels))
+        regions = list(self.regions_of(data).values())
+        return RegionSegmenter(network, regions, len(data.mask_labels), args.loss, args.epochs)
 
     def described(self, args: argparse.Namespace, info: Info) -> dict:
         """What a network's file says of its input, beside what it always says."""
-        own = ("norm", "patch", "spacing", "window")
+        own = ("norm", "patch", "spacing", "window", "loss")
         return {"channels": info.channels, **{key: getattr(args, key) for key in own}}
 
     def regions_of(self, data: ImageDataset) -> dict[str, tuple[int, ...]]:
-        """What is judged: name → labels. Sets that say nothing else have each label but the background."""
-        alone = {name: (i,) for i, name in enumerate(data.mask_labels) if i > 0}
-        return getattr(data, "regions", alone)
+        """What is judged, as `regions_of` says."""
+        return regions_of(data)
 
     def validate(
         self, network: nn.Module, views: Views, data: ImageDataset, args: argparse.Namespace, devices: Devices

@@ -17,7 +17,7 @@ from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic, weights_digest
 from medssl.engine.loop import fit
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices
-from medssl.engine.runs import describe, refuse_changes, settings, versions
+from medssl.engine.runs import describe, refuse_changes, refuse_older, settings, versions
 from medssl.errors import InputError
 from medssl.files import write_json
 from medssl.tasks.metrics import mean_of
@@ -34,11 +34,14 @@ PICTURES = ("predictions", "overlays")  # folders of a trial
 
 
 def check_start(args: argparse.Namespace) -> None:
-    """Look at `--resume` and `--init` before any data are read; notes the weights' digest in `args.init_digest`.
+    """Look at `--run`, `--resume` and `--init` before any data are read; notes the weights' digest in
+    `args.init_digest`.
 
     Raises:
         InputError: for a `--resume` that names a file, or an `--init` that is not there.
     """
+    if isinstance(args.run, str):
+        args.output, args.run = f"{args.output}_{args.run}", 0
     if args.resume not in ("auto", "never"):
         raise InputError(f"--resume {args.resume}: fine-tuning continues what is in --output; use auto or never")
     if args.init not in ("random", "imagenet"):
@@ -92,6 +95,7 @@ def run_trials(
     devices: Devices,
     run_trial: Callable[[argparse.Namespace], dict],
     say: Callable[[dict], str],
+    since: int = 1,
 ) -> tuple[list[dict], int]:
     """Run `--trials` trials, less those that are finished in `--output`.
 
@@ -100,6 +104,7 @@ def run_trials(
         run_trial: fine-tunes with the options of trial k, whose `output` is the folder `trial_k` and whose `seed`
             is `--seed` + `--run` + k, and returns its entry of results.json, with the validation's "val_score".
         say: a line about a finished trial.
+        since: as `Segmentation` has it.
 
     Returns:
         the entries, and the number of the trial with the highest "val_score".
@@ -116,7 +121,9 @@ def run_trials(
             for name in RESULTS:  # which, beside a new config.json, would pass for its results if it fails
                 shutil.rmtree(output / name) if (output / name).is_dir() else (output / name).unlink(missing_ok=True)
         elif any(output.glob("trial_*/config.json")):  # a command that was refused before has begun nothing
-            refuse_changes(json.loads((output / "config.json").read_text()), settings(args, data_digest), output)
+            before = json.loads((output / "config.json").read_text())
+            refuse_changes(before, settings(args, data_digest), output)
+            refuse_older(before, since, output)
         write_json(output / "config.json", {**settings(args, data_digest), "versions": versions()})
     devices.wait()
     entries = []
@@ -192,7 +199,7 @@ def summarise_trials(
     """results.json: every trial, and the mean and standard deviation (n − 1) of the metric over those that have it."""
     values = [entry[metric] for entry in entries if entry[metric] is not None]
     return {
-        "metric": metric, "dataset": data.info.name, "init": args.init, "arch": args.arch,
+        "metric": metric, "dataset": data.info.name, "protocol": args.protocol, "init": args.init, "arch": args.arch,
         "annotation_percent": args.annotation_percent,
         "mean": mean_of(values), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "matched_keys": entries[0]["start"]["matched"], "trials": entries,

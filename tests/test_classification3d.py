@@ -351,7 +351,7 @@ def test_medmnist_volumes(tmp_path):
     assert (results["task"], results["dataset"], results["config"]["protocol"]) == (
         "multi-class",
         "fracturemnist3d",
-        "volumes",
+        "ours",
     )
     assert "cpm" not in results
     assert not (tmp_path / "o" / "froc.png").exists()

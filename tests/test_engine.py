@@ -31,6 +31,7 @@ from medssl.engine.order import Order, learning_rate, make_optimizer
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError, UnreadableImage
 from medssl.models.encoders import IMAGENET
+from medssl.study import plan
 from medssl.views.of_images import ClassificationViews
 
 ROOT = Path(__file__).parents[1]
@@ -340,6 +341,51 @@ def test_empty_and_missing_folders(tmp_path, capsys):
 def test_ratio_and_dimension(images, tmp_path, capsys):
     assert "--ratio 0.01: leaves none of 10 images" in refused(capsys, images, tmp_path / "run", "--ratio", 0.01)
     assert "no volumes in this folder" in refused(capsys, images, tmp_path / "run", "--d", 3)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    """A stand-in: torch counts four, and nothing is put on them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+
+
+def test_all_visible_gpus_are_used(four_gpus, capsys):
+    devices = parallel.setup(None, "auto", False)
+    assert (devices.device, devices.device_ids, devices.parts) == (torch.device("cuda", 0), [0, 1, 2, 3], 4)
+    assert capsys.readouterr().out.startswith("4 GPUs: each batch is split over all of them; --gpus 0 uses one")
+    assert parallel.setup([0], "auto", False).device_ids == [0]
+    assert parallel.setup([1, 3], "auto", False).device_ids == [1, 3]
+    assert parallel.setup(None, "auto", False, several=False).device_ids == [0]
+    assert parallel.setup(None, "cpu", False).device_ids == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("b", "views", "compiled", "count"),
+    [(8, 1, False, 4), (12, 1, False, 4), (6, 1, False, 3), (4, 1, False, 2), (4, 4, False, 4), (7, 1, False, 1),
+     (2, 1, False, 1), (64, 1, True, 1)],
+)  # fmt: skip
+def test_a_batch_is_split_over_as_many_as_it_can(four_gpus, capsys, b, views, compiled, count):
+    devices = parallel.setup(None, "auto", False)
+    capsys.readouterr()
+    devices.narrow(b, views, compiled)
+    assert devices.device_ids == list(range(count))
+    assert (f"{count} of the 4 GPUs" in capsys.readouterr().out) == (count < 4)
+    if not compiled:
+        devices.own_rows(b, views)  # which refuses what cannot be split
+    asked = parallel.setup([0, 1, 2, 3], "auto", False)
+    asked.narrow(b, views, compiled)
+    assert asked.device_ids == [0, 1, 2, 3]
+
+
+def test_runs_of_a_study_keep_one_gpu_each(four_gpus):
+    args = argparse.Namespace(gpus=None, jobs=1, extra=[])
+    assert plan.Draft(args, [], {}).devices == ["--gpus", "0"]
+    args.gpus = [0, 1]
+    assert plan.Draft(args, [], {}).devices == ["--device", "cuda"]  # of the one that it sees
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

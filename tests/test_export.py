@@ -14,7 +14,7 @@ from safetensors import safe_open
 from medssl.errors import InputError
 from medssl.export_encoder import TO, Exported, detectron2_name, main, torchvision_name
 from medssl.files import writing
-from medssl.models.encoders import make_encoder
+from medssl.models.encoders import initialise, make_encoder
 from medssl.models.unet2d import UNet2d
 
 
@@ -140,22 +140,59 @@ def test_files_that_fail_their_check_are_not_left(tmp_path):
 def test_bad_input(tmp_path):
     path, _ = export(tmp_path)
     for content, message in (
-        ({"weights": torch.zeros(1)}, "not an encoder.pt of a pre-training run"),
+        ({"weights": torch.zeros(1)}, "holds no encoder that is known; give a run's encoder.pt"),
         ({**torch.load(path, weights_only=True), "dims": 3}, "of volumes"),
     ):
         torch.save(content, tmp_path / "bad.pt")
         with pytest.raises(InputError, match=message):
             main(["--file", str(tmp_path / "bad.pt"), "--output", str(tmp_path / "out")])
     whole = torch.load(path, weights_only=True)
-    for damaged in (
-        {**whole, "state_dict": [1]}, {**whole, "arch": "resnet17"},
-        {**whole, "state_dict": {f"encoder.{key}": value for key, value in whole["state_dict"].items()}},
-    ):  # fmt: skip
+    short = dict(list(whole["state_dict"].items())[:-3])
+    for damaged, message in (
+        ({**whole, "state_dict": [1]}, "no state dict in this file"),
+        ({**whole, "arch": "resnet17"}, "holds no encoder that is known"),
+        ({**whole, "state_dict": short}, "does not hold a whole resnet18 encoder: layer4.1.bn2"),
+    ):
         torch.save(damaged, tmp_path / "bad.pt")
-        with pytest.raises(InputError, match="bad.pt: does not hold a whole resnet1. encoder"):
+        with pytest.raises(InputError, match=f"bad.pt: {message}"):
             main(["--file", str(tmp_path / "bad.pt"), "--output", str(tmp_path / "out")])
     with pytest.raises(InputError, match="no such checkpoint file"):
         main(["--file", str(tmp_path / "gone.pt")])
     export(tmp_path, "mit_b0")
     with pytest.raises(InputError, match="--to torchvision: it has no mit_b0"):
         main(["--file", str(tmp_path / "encoder.pt"), "--output", str(tmp_path / "out")])
+
+
+# As published -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["encoder.pt", "last.pt", "published"])
+def test_an_encoder_is_extracted_from_any_checkpoint(tmp_path, kind):
+    """`CHECKPOINT WEIGHT_FILE`, whose result every `--init` and the other tools' exports read."""
+    torch.manual_seed(0)
+    state = make_encoder("resnet50").state_dict()
+    content = {
+        "encoder.pt": {"state_dict": state, "arch": "resnet50", "dims": 2, "method": "X", "version": 2},
+        "last.pt": {
+            "method": {f"student.encoder.{key}": value for key, value in state.items()} | {"queue": torch.zeros(3)},
+            "optimizer": {}, "config": {"arch": "resnet50"}, "version": 2,
+        },
+        "published": {"state_dict": {f"encoder_q.0.{key}": value for key, value in state.items()}
+                      | {"encoder_q.1.mlp.0.weight": torch.zeros(2)}, "meta": {}},
+    }[kind]  # fmt: skip
+    torch.save(content, tmp_path / kind)
+    main([str(tmp_path / kind), str(tmp_path / "new" / "weights.pth")])
+    found = torch.load(tmp_path / "new" / "weights.pth", weights_only=True)
+    assert found["arch"] == "resnet50"
+    assert found["state_dict"].keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in found["state_dict"].items())
+    assert initialise(make_encoder("resnet50"), "resnet50", str(tmp_path / "new" / "weights.pth"))["missing"] == 0
+    torch.save({"state_dict": found["state_dict"]}, tmp_path / "flat.pth")  # as their own tool leaves it
+    main(["--file", str(tmp_path / "flat.pth"), "--to", "detectron2", "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "encoder_detectron2.pkl").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["a.pt"], ["a.pt", "b.pth", "c.pth"], ["--file", "a.pt", "b.pt", "c.pth"]])
+def test_one_form_or_the_other(words):
+    with pytest.raises(InputError, match="give --file FILE, or the two files CHECKPOINT WEIGHT_FILE"):
+        main(words)

@@ -205,11 +205,12 @@ def test_renames_stand_in_one_file():
 
 
 def texts_with(word):
-    """Paths of the modules in whose text a word stands, in code, comment or docstring."""
+    """Paths of the modules in whose text a word stands, in code, comment or docstring; not as a part of a protocol's
+    name."""
     return {
         str(place)
         for _, place in MODULES.values()
-        if re.search(rf"\b{word}\b", (ROOT / place).read_text(encoding="utf-8"))
+        if re.search(rf"(?<!magical-)(?<!pcrlv2-)\b{word}\b", (ROOT / place).read_text(encoding="utf-8"))
     }
 
 

@@ -20,7 +20,7 @@ from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.train_magical import MAGICAL, complete, get_parser, main
 from medssl.views.draws import Columns, Draws
 from medssl.views.of_images import MaskedToneViews
-from medssl.views.ops2d import change_tones, mask_cells
+from medssl.views.ops2d import change_tones, mask_cells, mask_stripes
 
 # The loss ------------------------------------------------------------------------------------------
 
@@ -96,6 +96,26 @@ def test_exactly_the_ratio_of_cells_is_black(size, ratio):
     assert torch.equal(black[:, :1].expand_as(black), black)  # channels alike
     assert torch.equal(y[y != 0], x[y != 0])
     assert ratio in (0, 1) or not torch.equal(black[0], black[1])
+
+
+@pytest.mark.parametrize(("size", "ratio", "rows"), [(28, 0.25, 7), (50, 0.5, 25), (32, 0.0, 0)])
+def test_stripes_are_whole_rows(size, ratio, rows):
+    x = torch.rand(5, 3, size, size) * 0.5 + 0.5
+    y = mask_stripes(x, Columns(Draws((1,), 5).uniform(0, size)), ratio)
+    black = (y == 0).all(3)  # (N, C, H)
+    assert black.sum(2).eq(rows).all()
+    assert torch.equal(y[y != 0], x[y != 0])
+    assert (y != 0).sum() == 5 * 3 * size * (size - rows)
+    assert rows == 0 or not torch.equal(black[0], black[1])
+
+
+def test_views_with_stripes_of_grey_images_as_three_channels():
+    batch = {"image": torch.randint(1, 256, (4, 1, 32, 32), dtype=torch.uint8), "size": torch.full((4, 2), 32.0)}
+    out = MaskedToneViews(**IMAGENET, size=32, mask="stripes", mask_ratio=0.5, channels=3)(batch, Draws((0, 1), 4))
+    assert out["target"].shape == (4, 3, 32, 32)
+    assert torch.equal(out["target"][:, 0], out["target"][:, 2])
+    zero = (out["changed"] == MaskedToneViews(**IMAGENET).normalise(torch.zeros(1, 3, 1, 1))).all(1)
+    assert zero.all(2).sum(1).ge(16).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -257,8 +277,10 @@ def test_published_options(tmp_path):
     published = ["--suffix", "x", "--nb_class", "1", "--steps", "1", "--output", str(tmp_path / "o")]
     main([*SMALL, *published])
     assert load_safe(tmp_path / "o_x" / "last.pt")["method"]["network.output.weight"].shape[0] == 1
-    with pytest.raises(InputError, match="--nb_class 3: images of phantom2d have 1 channels"):
-        main([*SMALL, "--nb_class", "3", "--output", str(tmp_path / "p")])
+    main([*SMALL, "--nb_class", "3", "--steps", "1", "--mask", "stripes", "--output", str(tmp_path / "three")])
+    assert load_safe(tmp_path / "three" / "last.pt")["method"]["network.output.weight"].shape[0] == 3
+    with pytest.raises(InputError, match="--nb_class 2: images of phantom2d have 1 channels"):
+        main([*SMALL, "--nb_class", "2", "--output", str(tmp_path / "p")])
     with pytest.raises(InputError, match="--grid 257: at most 256 cells"):
         main([*SMALL, "--grid", "257", "--output", str(tmp_path / "p")])
     with pytest.raises(InputError, match="--dataset nothing: unknown"):

@@ -146,7 +146,7 @@ CASES = {
         keys=THREE,
         fall=0.15,  # it starts near the least that 60 random negatives allow
     ),
-    "simclr": Case(SimCLR, {}, pair_batch, plain_share, lr=0.05),
+    "simclr": Case(SimCLR, {}, pair_batch, plain_share, lr=0.02),
     "byol": Case(BYOL, {}, pair_batch, plain_share, lr=0.05),
     "densecl": Case(
         DenseCL,

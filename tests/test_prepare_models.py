@@ -5,6 +5,7 @@ import io
 import pickle
 import sys
 import types
+import urllib.error
 
 import numpy as np
 import pytest
@@ -295,3 +296,28 @@ def test_bad_input(state, tmp_path):
             convert(name, path)
     torch.save({key: value.half() if value.is_floating_point() else value for key, value in state.items()}, path)
     assert convert("supervised", path)["conv1.weight"].dtype == torch.float32
+
+
+# Downloads -----------------------------------------------------------------------------------------
+
+
+def test_without_a_name_what_can_be_downloaded_is(state, tmp_path, monkeypatch):
+    """Once: what is there stays, also after a failure, which names what to do."""
+    asked, names = [], ("moco-v1", "moco-v2", "swav")
+
+    def fetch(url, path, progress):
+        asked.append(url)
+        if "moco_v2" in url and len(asked) < 3:
+            raise urllib.error.URLError("no route to host")
+        torch.save(PUBLISHED[next(name for name in names if prepare_models.URLS[name] == url)](state), path)
+
+    monkeypatch.setattr(prepare_models, "URLS", {name: prepare_models.URLS[name] for name in names})
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(InputError, match="moco-v2: could not be downloaded from https://dl.* give --name moco-v2"):
+        main(["--output", str(tmp_path)])
+    main(["--output", str(tmp_path)])
+    assert len(asked) == 4  # the first once, the second twice, the third
+    assert {path.stem for path in tmp_path.glob("*.pth")} == set(names)
+    for words in (["--name", "byol"], ["--file", "x.pth"]):
+        with pytest.raises(InputError, match="--name and --file belong together"):
+            main(words)

@@ -68,7 +68,7 @@ def write_pairs(root, count=5, shapes=((16, 16, 16),), value=1, **geometry):
 
 
 def opened(root, dataset="folder", d=None, **more):
-    options = {"image_size": None, **more}
+    options = {"image_size": None, "protocol": "auto", **more}
     return finetune_segmentation.open_data(argparse.Namespace(dataset=dataset, data=str(root), d=d, **options))
 
 

@@ -98,7 +98,7 @@ def make(root, name, count=10):
 
 
 def opened(root, dataset, **more):
-    options = {"d": None, "image_size": 32, "texture_size": 0, **more}
+    options = {"d": None, "image_size": 32, "texture_size": 0, "protocol": "auto", **more}
     return finetune_segmentation.open_data(argparse.Namespace(dataset=dataset, data=str(root), **options))
 
 
@@ -158,7 +158,7 @@ def test_radiographs_are_fine_tuned(tmp_path):
         [*run, "--workers", "0", "--device", "cpu", "--no-tensorboard", "--output", str(tmp_path / "out")]
     )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["config"]["protocol"], results["config"]["select"]) == ("chest", "loss")
+    assert (results["config"]["protocol"], results["config"]["select"]) == ("ours", "loss")
     assert list(results["per_class"]) == ["normal", "tuberculosis"]
 
 
@@ -282,7 +282,7 @@ def test_masks_beside_cached_images(tmp_path, name):
     cache_images.main(
         ["--dataset", name, *data, "--texture-size", "32", "--workers", "0", "--output", str(tmp_path / "c")]
     )
-    options = {"dataset": name, "data": root, "d": None, "image_size": 32, "texture_size": 0}
+    options = {"dataset": name, "data": root, "d": None, "image_size": 32, "texture_size": 0, "protocol": "auto"}
     plain, cached = (finetune_segmentation.open_data(argparse.Namespace(**options, cache=cache))
                      for cache in (None, str(tmp_path / "c")))  # fmt: skip
     for split, own in plain.items():
@@ -355,7 +355,7 @@ def test_phantoms_have_masks():
 
 
 def opened_phantom(name):
-    options = argparse.Namespace(dataset=name, data=None, d=None, image_size=32, texture_size=0)
+    options = argparse.Namespace(dataset=name, data=None, d=None, image_size=32, texture_size=0, protocol="auto")
     return finetune_segmentation.open_data(options)["train"]
 
 
@@ -569,7 +569,7 @@ def test_bad_options(tmp_path):
             script(root, tmp_path / "out", *more)
     args = finetune_segmentation.get_parser().parse_args(["--loss", "bce"])
     volumes = ImageDataset(Info("phantom3d", 3), None, ["a"])
-    with pytest.raises(InputError, match="--loss: is for images, and phantom3d has 3 dimensions"):
+    with pytest.raises(InputError, match="--loss bce: not for volumes, as phantom3d has; use one of ce.dice, bce"):
         finetune_segmentation.complete(args, volumes)
 
 

@@ -16,6 +16,7 @@ from medssl.views.ops2d import (
     color_jitter,
     cutout,
     mask_cells,
+    mask_stripes,
     normalise,
     pyramid_levels,
     random_blur,
@@ -236,32 +237,46 @@ class ConceptViews(PairViews):
 
 
 class MaskedToneViews(Views):
-    """MAGICAL's views: the whole image, and the same with its tones changed and cells blacked out.
+    """MAGICAL's views: the whole image, and the same with its tones changed and parts blacked out.
 
     Args:
         size: side of the views in pixels; no image is cropped.
-        mask_ratio: share of the cells blacked out. grid: cells along a side.
+        mask: what is blacked out, "cells" or "stripes", which are rows. mask_ratio: share of it. grid: cells along a
+            side.
+        channels: of the target; those of the images by default, three equal ones of grey images if asked.
 
     Returns, from `forward`:
         {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the image in [0, 1]; "index" (B,)
         image numbers}.
 
-    Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells.
+    Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells, or size for the
+    stripes.
     """
 
     def __init__(
-        self, mean: Sequence[float], std: Sequence[float], size: int = 224, mask_ratio: float = 0.25, grid: int = 32
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 224,
+        mask_ratio: float = 0.25,
+        grid: int = 32,
+        mask: str = "cells",
+        channels: int | None = None,
     ) -> None:
         super().__init__(mean, std)
-        self.size, self.mask_ratio, self.grid = size, mask_ratio, grid
+        self.size, self.mask, self.mask_ratio, self.grid, self.channels = size, mask, mask_ratio, grid, channels
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         b = len(batch["image"])
         whole = torch.eye(2, 3).expand(b, 1, 2, 3)
         x = sample(batch["image"], whole, self.size).clamp_(0, 1)
         changed = change_tones(x, Columns(draws.uniform(0, 2)))
-        changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
-        out = {"image": self.normalise(x), "changed": self.normalise(changed), "target": x}
+        if self.mask == "stripes":
+            changed = mask_stripes(changed, Columns(draws.uniform(1, self.size)), self.mask_ratio)
+        else:
+            changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
+        target = x.expand(-1, self.channels or -1, -1, -1)
+        out = {"image": self.normalise(x), "changed": self.normalise(changed), "target": target}
         return out | ({"index": batch["index"]} if "index" in batch else {})
 
 
@@ -274,6 +289,7 @@ class SegmentationViews(Views):
         zoom: range of the part's side over `patch` pixels; of a part that would be larger than the image, the image.
         degrees: largest rotation. flips: mirrored left–right, upside down, each with chance ½.
         jitter: strengths of brightness and contrast.
+        augment: False for the view of evaluation, the whole image, in training too.
 
     `forward` takes the items of `MaskedImages` and gives "view" (B, 3, P, P), normalised, "target" (B, K, P, P) and
     "field" (B, 1, P, P), float 0 or 1: random in training mode, the whole image (P = size) in evaluation mode.
@@ -290,9 +306,10 @@ class SegmentationViews(Views):
         degrees: float = 10.0,
         flips: tuple[bool, bool] = (True, False),
         jitter: tuple[float, float] = (0.2, 0.2),
+        augment: bool = True,
     ) -> None:
         super().__init__(mean, std)
-        self.size, self.patch, self.zoom = size, patch or size, zoom
+        self.size, self.patch, self.zoom, self.augment = size, patch or size, zoom, augment
         self.degrees, self.flips, self.jitter = degrees, flips, jitter
 
     def random_parts(self, count: int, draws: Columns) -> Tensor:
@@ -307,13 +324,14 @@ class SegmentationViews(Views):
 
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
         b = len(batch["image"])
-        if self.training:
+        change = self.training and self.augment
+        if change:
             theta = self.random_parts(b, Columns(draws.uniform(0, 6)))[:, None]
             side = self.patch
         else:
             theta, side = torch.eye(2, 3).expand(b, 1, 2, 3), self.size
         x = sample(batch["image"], theta, side, black_outside=True)
-        if self.training:
+        if change:
             x = color_jitter(x, Columns(draws.uniform(1, 9)), *self.jitter, 0, 0)
         masks = torch.cat([batch["mask"], batch["field"]], 1)
         inside = (sample(masks, theta, side, black_outside=True) > 0.5).float()
@@ -356,6 +374,7 @@ class ClassificationViews(Views):
         scale: area share of the random crop, degrees: largest rotation, flip: left–right, chance ½.
         margin: evaluation takes the centre square of this share of the shorter side (224/256 in the published
             protocol).
+        augment: False for the view of evaluation in training too.
 
     `forward` adds "view" (B, 3, size, size), normalised, to the batch: random in training mode, centred in
     evaluation mode. `ten_crops` gives the four corners and the centre, and their mirror images.
@@ -369,12 +388,13 @@ class ClassificationViews(Views):
         scale: tuple[float, float] = (0.08, 1.0),
         degrees: float = 10.0,
         margin: float = 224 / 256,
+        augment: bool = True,
     ) -> None:
         super().__init__(mean, std)
-        self.size, self.scale, self.degrees, self.margin = size, scale, degrees, margin
+        self.size, self.scale, self.degrees, self.margin, self.augment = size, scale, degrees, margin, augment
 
     def forward(self, batch: dict, draws: Draws | None = None) -> dict[str, Tensor]:
-        if self.training:
+        if self.training and self.augment:
             columns = Columns(draws.uniform(0, 24))
             theta = self.random_crops(batch["size"], columns, 1, self.scale, self.degrees)
             view = sample(batch["image"], theta, self.size, black_outside=self.degrees > 0)

@@ -398,3 +398,18 @@ def mask_cells(x: Tensor, draws: Columns, ratio: float, grid: int) -> Tensor:
     hidden = draws.take(grid * grid).argsort(1)[:, : round(ratio * grid * grid)]
     kept = torch.ones(len(x), grid * grid).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
     return x * F.interpolate(kept.view(-1, 1, grid, grid), size=x.shape[2:], mode="nearest")
+
+
+def mask_stripes(x: Tensor, draws: Columns, ratio: float) -> Tensor:
+    """Black out round(ratio · H) whole rows of each image, in all channels (MAGICAL's published code, func.py).
+
+    Takes H columns.
+
+    Args:
+        x: (N, C, H, W).
+        ratio: share of the rows.
+    """
+    side = x.shape[2]
+    hidden = draws.take(side).argsort(1)[:, : round(ratio * side)]
+    kept = torch.ones(len(x), side).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
+    return x * kept.view(-1, 1, side, 1)

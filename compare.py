@@ -39,7 +39,7 @@ from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
-from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan, with_arch
+from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan, with_network
 from medssl.study.report import write_report
 from medssl.study.results import write_tables
 from medssl.study.slurm import slurm_script
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         if not args.tables_only:  # which are written where the data need not be
             raise
         opened = {}
-    rest = with_arch(rest, args.init, opened)
+    rest = with_network(rest, args, opened)
     study = plan(args, rest, opened)
     if args.slurm:
         check(study, opened)

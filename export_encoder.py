@@ -42,6 +42,7 @@ from medssl.models.heads import Averaged
 
 SIDE = 64  # pixels of the images on which features are compared
 TOLERANCE = 1e-5  # of the largest feature
+FACTS = ("dims", "channels", "method", "normalization", "version")  # that our files say of an encoder
 HEADS = ("fc", "classifier", "head", "heads")  # last layers in torchvision's models
 
 
@@ -60,7 +61,7 @@ class Exported:
         encoder = make_encoder(self.arch)
         nn.Module.load_state_dict(encoder, self.state, strict=False)
         self.network = Averaged(encoder).eval()
-        if isinstance(self.content.get("version"), int) and lacks_last_relu(self.content, self.arch):
+        if lacks_last_relu(self.content.get("version"), self.arch):
             print(
                 f"note: {path}: trained by a version whose {self.arch} ended before its last ReLU; with it, its "
                 "features are others than in training",
@@ -207,7 +208,7 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     """safetensors, with the run's facts as metadata."""
     from safetensors.torch import load_file, save_file
 
-    facts = {key: value for key, value in source.content.items() if not key.endswith("state_dict")}
+    facts = {"arch": source.arch, **{key: source.content[key] for key in FACTS if key in source.content}}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
     path = folder / "encoder.safetensors"
     with writing(path) as part:  # checked before it becomes the file
@@ -259,7 +260,7 @@ def extract(checkpoint: Path, weights: Path) -> None:
     """Write a checkpoint's encoder under `state_dict`, with torchvision's names, and what is known of it beside: what
     every `--init` and tools that expect such a file read (ConCL's tools/extract_backbone_weights.py)."""
     arch, state, fields = read_encoder(checkpoint)
-    known = {key: fields[key] for key in ("method", "normalization", "version") if fields.get(key) is not None}
+    known = {key: fields[key] for key in FACTS if fields.get(key) is not None and key != "dims"}
     weights.parent.mkdir(parents=True, exist_ok=True)
     save_atomic({"state_dict": state, "arch": arch, "dims": 2, **known}, weights)
     print(f"{arch}: {len(state)} entries in {weights}", flush=True)
@@ -297,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bool(args.file) == bool(args.published) or len(args.published) not in (0, 2):
         raise InputError("give --file FILE, or the two files CHECKPOINT WEIGHT_FILE")
     if args.published:
+        wrong = options.changed(get_parser(), args, ("to", "output", "image_size"))
+        if wrong:
+            raise InputError(f"{wrong[0]}: goes with --file; leave it out, or give --file CHECKPOINT")
         extract(*map(Path, args.published))
         return
     if "onnx" in args.to:

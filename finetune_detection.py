@@ -30,12 +30,13 @@ instances.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from medssl import errors
+from medssl.datasets.base import Info
 from medssl.datasets.masked_images import InstanceImages
 from medssl.datasets.registry import open_instances, row_of
 from medssl.engine import options
@@ -43,7 +44,7 @@ from medssl.engine.loop import fit
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.errors import InputError
 from medssl.models.detector import make_detector
-from medssl.models.encoders import check_arch, default_arch, initialise, make_encoder
+from medssl.models.encoders import DEFAULT_ARCH, check_arch, default_arch, initialise, make_encoder
 from medssl.tasks import trials
 from medssl.tasks.detection import Detector, evaluate, in_a_line, measure_statistics
 from medssl.tasks.metrics import mean_of
@@ -128,16 +129,25 @@ def get_parser() -> options.Parser:
     by_set.add_argument("--samples", type=options.positive_int, help="regions drawn of them in training")
     by_set.add_argument(
         "--precise-bn", type=options.non_negative_int, metavar="N",
-        help="measure batch norms' statistics on N batches of training before the test; 0, as ever, unless given",
+        help="measure batch norms' statistics on N batches of training before the test; 0 unless the protocol has it",
     )  # fmt: skip
     by_set.add_argument(
         "--warmup-iterations", type=options.non_negative_int, help="steps of linear rise to the learning rate"
     )
     parser.set_defaults(  # detectron2's, which ConCL uses: SGD, .02 for 16 images
-        arch=None, b=16, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="step",
+        arch=DEFAULT_ARCH[2], b=16, optimizer="sgd", lr=0.02, momentum=0.9, weight_decay=1e-4, schedule="step",
         milestones=None, gamma=0.1, dataset=None,
     )  # fmt: skip
     return parser
+
+
+def complete(args: argparse.Namespace, info: Info, given: Collection[str] = ()) -> argparse.Namespace:
+    """The options with the protocol's values where the user gave none; `given`: names of those that were typed."""
+    auto = args.protocol == "auto"
+    by_set = PROTOCOLS[row_of(info.name).protocols["detection"] if auto else args.protocol]
+    args = options.complete(args, {"arch": default_arch([args.init], 2), "precise_bn": 0, **by_set}, given)
+    args.protocol = "ours" if auto else args.protocol
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,10 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = open_instances(args)
     info = splits.info
     args.dataset = info.name
-    auto = args.protocol == "auto"
-    by_set = PROTOCOLS[row_of(info.name).protocols["detection"] if auto else args.protocol]
-    args = options.complete(args, {"arch": default_arch([args.init], 2), "precise_bn": 0, **by_set})
-    args.protocol = "ours" if auto else args.protocol
+    args = complete(args, info, parser.given(argv))
     check_arch(args.arch, 2)
     options.check_range("--sides", *args.sides)
     if args.schedule == "step" and args.warmup_iterations >= min(args.milestones):

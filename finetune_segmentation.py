@@ -100,6 +100,7 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
             "normalization": start["normalization"],
             **kind.described(args, info),
         }
+        described |= kind.outputs(args, train)
         trials.save_network(network, args, info, task="segmentation", **described)
     return {**values, **report, "train_images": len(train), "start": start}
 

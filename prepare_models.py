@@ -10,7 +10,8 @@ there. SimCLR's want a conversion from TensorFlow first, and cmc's and supervise
 
 `all` takes a folder's files that are named after a model, as `moco-v2.pth` or `moco_v2_800ep.pth.tar` are. Each becomes
 MODELS/NAME.pth, torchvision's key names without the classifier, loaded strictly and run once before it is written.
-Then `--init NAME --proxy_dir MODELS`, with `--arch resnet50`, starts from it in every script.
+Then `--init NAME --proxy_dir MODELS` starts from it: fine-tuning takes its network, a pre-training wants
+`--arch resnet50`.
 
 SimCLR's networks were trained on images in [0, 1] that are not normalised, all others on ImageNet's mean and deviation.
 The files say so in their state dict's metadata, and scripts that start from them do the same.
@@ -23,6 +24,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -328,23 +330,24 @@ def files_of(name: str, given: Path) -> list[tuple[str, Path]]:
     return list(found.items())
 
 
-def download(folder: Path) -> list[tuple[str, Path]]:
-    """Models and their files, downloaded to a folder unless they are there; an InputError where one cannot be."""
+def download(folder: Path) -> tuple[list[tuple[str, Path]], list[str]]:
+    """Models and their files, downloaded to a folder unless they are there; and the names of those that cannot be,
+    which it says."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    found, failed = [], []
     for name, url in URLS.items():
         path = folder / f"{name}{Path(url.partition('?')[0]).suffix.replace('.tar', '.pth')}"
         if not path.exists():
             print(f"{name}: {url}", flush=True)
             try:
                 torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-            except OSError as error:
-                raise InputError(
-                    f"{name}: could not be downloaded from {url} ({error}); connect and start again, or download it by "
-                    f"hand and give --name {name} --file FILE"
-                ) from None
+            except (OSError, HTTPException, RuntimeError) as error:
+                hint = f"connect and start again, or download it by hand and give --name {name} --file FILE"
+                print(f"error: {name}: could not be downloaded from {url} ({error}); {hint}", file=sys.stderr)
+                failed.append(name)
+                continue
         found.append((name, path))
-    return found
+    return found, failed
 
 
 def get_parser() -> options.Parser:
@@ -363,14 +366,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     if (args.name is None) != (args.file is None):
         raise InputError("--name and --file belong together; give both, or neither to download")
-    files = files_of(args.name, Path(args.file)) if args.name else download(output / "downloads")
+    files, failed = (files_of(args.name, Path(args.file)), []) if args.name else download(output / "downloads")
     output.mkdir(parents=True, exist_ok=True)
-    failed = []
+    wanted = len(files) + len(failed)
     for name, path in files:
         try:
             state = convert(name, path)
         except InputError as error:
-            if len(files) == 1:
+            if wanted == 1:
                 raise
             failed.append(path.name)
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -378,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_atomic(state, output / f"{name}.pth")
         print(f"{path.name}: {output / f'{name}.pth'}", flush=True)
     if failed:
-        raise InputError(f"{len(failed)} of {len(files)} files could not be used: {', '.join(failed)}")
+        raise InputError(f"{len(failed)} of {wanted} files could not be used: {', '.join(failed)}")
 
 
 def cli() -> None:

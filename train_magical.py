@@ -19,6 +19,7 @@ With the data set come these values where none is given; the first six rows are 
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -195,10 +196,12 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     """The options with the data set's values where the user gave none."""
     row = row_of(resolve(args.dataset, args.data, args.d))
     args = options.complete(args, DEFAULTS[row.protocols.get("magical", "others")])
+    if args.mask == "stripes" and args.grid != get_parser().get_default("grid"):
+        raise InputError(f"--grid {args.grid}: is of cells, and --mask stripes has rows; leave it out")
     if args.grid > GREATEST_GRID:
         raise InputError(f"--grid {args.grid}: at most {GREATEST_GRID} cells along a side")
     if args.suffix:
-        args.output, args.suffix = f"{args.output}_{args.suffix}", None
+        args.output, args.suffix = f"{Path(args.output)}_{args.suffix}", None
     return args
 
 

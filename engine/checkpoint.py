@@ -18,9 +18,10 @@ FORMAT_VERSION = 2  # of what runs leave
 WITHOUT_LAST_RELU = ("densenet", "xception")
 
 
-def lacks_last_relu(content: dict, arch: str) -> bool:
-    """Whether what a run left, its checkpoint, file or settings, is of an encoder without its network's last ReLU."""
-    return content.get("version", 1) < 2 and arch.startswith(WITHOUT_LAST_RELU)
+def lacks_last_relu(version: object, arch: str) -> bool:
+    """Whether what a run of a version left is of an encoder without its network's last ReLU; of no version, which files
+    of others have: no."""
+    return isinstance(version, int) and version < 2 and arch.startswith(WITHOUT_LAST_RELU)
 
 
 def save_atomic(content: object, path: str | Path) -> None:

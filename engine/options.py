@@ -185,7 +185,7 @@ def filled(text: str) -> str:
 
 def run_name(text: str) -> int | str:
     """Parse a run's number, which is added to the seed, or its name, which is not."""
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     if not re.fullmatch(r"\w[\w.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a name of letters, digits and _ . + -")
@@ -195,7 +195,7 @@ def run_name(text: str) -> int | str:
 def gpu_list(text: str) -> list[int]:
     """Parse `0,1,2`, a list of GPU numbers."""
     try:
-        return [int(part) for part in text.split(",") if part != ""]
+        return [int(part) for part in filled(text).split(",") if part != ""]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of GPU numbers such as 0,1") from None
 

@@ -18,8 +18,10 @@ from medssl.files import is_unfinished, write_json
 # change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
-    "data", "data_digest", "compile", "trials", "version", "protocol",  # whose values are options, too
+    "data", "data_digest", "compile", "trials", "format", "protocol",  # whose values are options, too
 }  # fmt: skip
+# Options that are newer than some runs, and the value by which these were made.
+AS_EVER = {"augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells"}
 OR_RESUME = "another --output, or --resume never"
 
 
@@ -84,7 +86,7 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
         before, now: `settings`. where: is named. instead: says what else than the same can be done.
     """
     arch = before.get("arch") or ""
-    if lacks_last_relu(before, arch) and not lacks_last_relu(now, arch):
+    if lacks_last_relu(before.get("format", 1), arch) and not lacks_last_relu(now.get("format", 1), arch):
         raise InputError(
             f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, {instead}"
         )
@@ -95,17 +97,16 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
             "earlier version split them otherwise; use the same data, " + instead
         )
     for key, value in now.items():
-        # An option that the run did not know is newer than it.
-        if key in before and key not in FREE_OPTIONS and before[key] != value:
-            raise InputError(
-                f"{where}: was started with {key} {before.get(key)}, now {value}; use the same value, {instead}"
-            )
+        # An option that the run did not know is newer than it; None was not given.
+        was = before.get(key, value if value is None else AS_EVER.get(key, value))
+        if key not in FREE_OPTIONS and was != value:
+            raise InputError(f"{where}: was started with {key} {was}, now {value}; use the same value, {instead}")
 
 
 def refuse_older(before: dict, since: int, where: Path, instead: str = OR_RESUME) -> None:
     """Raise InputError for `settings` from before the version `since` which networks begin with the random weights of
     today: what is trained from now on could not be compared with what was."""
-    if before.get("version", 1) < since:
+    if before.get("format", 1) < since:
         raise InputError(
             f"{where}: was started by a version whose networks began with other random weights; use that version, "
             + instead
@@ -113,8 +114,8 @@ def refuse_older(before: dict, since: int, where: Path, instead: str = OR_RESUME
 
 
 def plain(args: argparse.Namespace) -> dict:
-    """Options as JSON values, and the version of what a run leaves."""
-    return {**json.loads(json.dumps(vars(args), default=str)), "version": FORMAT_VERSION}
+    """Options as JSON values, and the format (version) of what a run leaves."""
+    return {**json.loads(json.dumps(vars(args), default=str)), "format": FORMAT_VERSION}
 
 
 def versions() -> dict[str, str]:

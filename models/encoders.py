@@ -92,7 +92,7 @@ def arch_of(init: str, dims: int) -> str | None:
     content = load_safe(init)
     own = getattr(content, "_metadata", {}).get(METADATA, {})
     for fields in (own, content if isinstance(content, dict) else {}):
-        if isinstance(fields.get("arch"), str):
+        if fields.get("arch") in (*WIDTHS, *smp.encoders.get_encoder_names()):  # others' names may mean other things
             return fields["arch"] if (fields["arch"] in WIDTHS) == (dims == 3) else None
     state, sizes = find_state_dict(content, init), {}
     for arch in COMMON[dims]:
@@ -116,7 +116,12 @@ def read_encoder(path: str | Path) -> tuple[str, dict[str, Tensor], dict]:
     """
     content = load_safe(path)
     if isinstance(content, dict) and {"method", "config", "optimizer"} <= content.keys():  # a run's last.pt
-        content = {"state_dict": content["method"], **{key: content["config"].get(key) for key in ("arch", "version")}}
+        beside = Path(path).with_name("encoder.pt")  # which knows what inputs were
+        known = load_safe(beside).get("normalization") if beside.is_file() else None
+        content = {
+            "state_dict": content["method"], "arch": content["config"].get("arch"), "version": content.get("version"),
+            "normalization": known,
+        }  # fmt: skip
     fields = {**getattr(content, "_metadata", {}).get(METADATA, {}), **(content if isinstance(content, dict) else {})}
     arch = fields["arch"] if isinstance(fields.get("arch"), str) else arch_of(str(path), 2)
     if arch in WIDTHS or fields.get("dims") == 3:
@@ -195,9 +200,10 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         found = fields["dims"] if isinstance(fields.get("dims"), int) else _dims_of(state)
         if found not in (None, dims):
             raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
-        if isinstance(fields.get("arch"), str) and fields["arch"] != arch:
+        known = (*WIDTHS, *smp.encoders.get_encoder_names())
+        if fields.get("arch") in known and fields["arch"] != arch:
             raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
-        if lacks_last_relu(fields, arch) and isinstance(fields.get("version"), int):
+        if lacks_last_relu(fields.get("version"), arch):
             print(f"note: {init}: trained by a version whose {arch} ended before its last ReLU", file=sys.stderr)
         if fields.get("normalization") is not None:
             report["normalization"] = check_normalization(fields["normalization"], dims, init)

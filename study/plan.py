@@ -164,22 +164,34 @@ def open_tasks(args: argparse.Namespace, rest: Sequence[str]) -> dict[str, Opene
     return opened
 
 
-def with_arch(rest: Sequence[str], inits: Sequence[str], opened: dict[str, OpenedTask]) -> list[str]:
-    """The options of fine-tuning, with the encoder of the files that are compared where it is not the default: that all
-    runs, also those from random weights, have the same.
+def with_network(rest: Sequence[str], args: argparse.Namespace, opened: dict[str, OpenedTask]) -> list[str]:
+    """The options of fine-tuning, with the encoder of the files that are compared, or of the protocol, and with the
+    protocol's size of images, where these are not the defaults: that all runs, also pre-trainings and those from random
+    weights, have the same.
+
+    Args:
+        args: the study's.
 
     Raises:
         InputError: for files of several encoders.
     """
-    words = list(rest)
-    for task in opened.values():
+    words, extra = list(rest), extra_options(args)
+    for name, task in opened.items():
+        typed = TASKS[name].script.get_parser().given([*rest, *extra.get(name, [])])
+        plain = argparse.Namespace(**{**vars(task.args), "init": "random"})
+        data = task.data["train"] if name == "segmentation" else task.data.info
+        own = TASKS[name].script.complete(plain, data, typed)
         dims = task.data.info.dims
-        found = {arch_of(init, dims) for init in inits if init not in METHODS} - {None}
-        if task.args.arch is None and found - {DEFAULT_ARCH[dims]}:
-            if len(found) > 1:
-                raise InputError(f"--init: encoders of {' and '.join(sorted(found))}; a study compares one of them")
-            (task.args.arch,) = found
-            words += ["--arch", task.args.arch]
+        found = {arch_of(init, dims) for init in args.init if init not in METHODS} - {None}
+        if len(found) > 1 and "arch" not in typed:
+            raise InputError(f"--init: encoders of {' and '.join(sorted(found))}; a study compares one of them")
+        arch = next(iter(found), own.arch)
+        if "arch" not in typed and {arch, own.arch} != {DEFAULT_ARCH[dims]}:
+            task.args.arch = arch
+            words += ["--arch", arch]
+        side = getattr(own, "image_size", None)
+        if own.protocol != "ours" and "image_size" not in typed and side != getattr(task.args, "image_size", None):
+            words += ["--image-size", str(side)]
     return words
 
 

@@ -48,12 +48,14 @@ class Cell:
     job: Job
 
     def results(self) -> dict | None:
-        """The only entry of its results.json's trials, with "device", "versions" and "config"; None before it ended."""
+        """The only entry of its results.json's trials, with "device", "versions" and "config", "dataset" and, of newer
+        runs, "protocol"; None before it ended."""
         if not self.job.finished():
             return None
         path = self.job.folder / "results.json"
         results = read_once(path, path.stat().st_mtime_ns)
-        return {**results["trials"][0], **{key: results[key] for key in ("device", "versions", "config")}}
+        more = ("device", "versions", "config", "dataset", "protocol")
+        return {**results["trials"][0], **{key: results[key] for key in more if key in results}}
 
     def reason(self) -> str | None:
         """Why there is no value, or None."""

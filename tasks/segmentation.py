@@ -78,6 +78,10 @@ class Segmentation(ABC):
     def described(self, args: argparse.Namespace, info: Info) -> dict:
         """What a network's file says of its input, beside what it always says."""
 
+    def outputs(self, args: argparse.Namespace, data: ImageDataset) -> dict:
+        """What a network's file says of its outputs, where these are not its labels."""
+        return {}
+
     @abstractmethod
     def regions_of(self, data: ImageDataset) -> Collection[str]:
         """Names of what is judged."""

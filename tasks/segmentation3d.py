@@ -129,16 +129,20 @@ class RegionSegmenter(Method):
         return {"view": batch["view"][:, :1], "true": true[:, None], "predicted": predicted[:, None]}
 
 
-def labels_of(found: np.ndarray, regions: Sequence[Sequence[int]]) -> np.ndarray:
-    """Label numbers from masks of regions, of which some may lie in others: (R, *S) bool → (*S) uint8.
+def labels_of(probabilities: np.ndarray, regions: Sequence[Sequence[int]]) -> np.ndarray:
+    """Label numbers from probabilities of regions, (R, *S) → (*S) uint8.
 
-    A voxel is of the innermost region that has it, and gets the label that no region further in has.
+    Where regions lie in each other, a voxel is of the innermost that has it, and so of all around it, and gets the
+    label that no region further in has; where they exclude each other, it is of the most probable.
     """
-    labels = np.zeros(found.shape[1:], np.uint8)
+    labels, surest = (np.zeros(probabilities.shape[1:], kind) for kind in (np.uint8, np.float32))
     for number in sorted(range(len(regions)), key=lambda r: -len(regions[r])):
         own = set(regions[number])
         inner = [set(other) for other in regions if set(other) < own]
-        labels[found[number]] = min(own.difference(*inner) or own)
+        rivals = not inner and not any(own < set(other) for other in regions)
+        found = (probabilities[number] >= THRESHOLD) & (probabilities[number] > surest * rivals)
+        labels[found] = min(own.difference(*inner) or own)
+        surest[found] = probabilities[number][found]
     return labels
 
 
@@ -170,7 +174,7 @@ def predict(
         if exclusive:
             labels = found.argmax(0).to(torch.uint8).cpu().numpy()
         else:
-            labels = labels_of((found >= THRESHOLD).cpu().numpy(), list(regions_of(data).values()))
+            labels = labels_of(found.cpu().numpy(), list(regions_of(data).values()))
         yield int(batch["index"]), batch, largest_component(labels) if args.largest_component else labels
 
 
@@ -315,6 +319,12 @@ class VolumeSegmentation(Segmentation):
         """What a network's file says of its input, beside what it always says."""
         own = ("norm", "patch", "spacing", "window", "loss")
         return {"channels": info.channels, **{key: getattr(args, key) for key in own}}
+
+    def outputs(self, args: argparse.Namespace, data: ImageDataset) -> dict:
+        """Which outputs a network has, where these are not its labels: regions, name → labels, each a sigmoid."""
+        if args.loss not in OF_REGIONS:
+            return {}
+        return {"regions": {name: list(labels) for name, labels in self.regions_of(data).items()}}
 
     def regions_of(self, data: ImageDataset) -> dict[str, tuple[int, ...]]:
         """What is judged, as `regions_of` says."""

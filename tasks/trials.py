@@ -41,7 +41,7 @@ def check_start(args: argparse.Namespace) -> None:
         InputError: for a `--resume` that names a file, or an `--init` that is not there.
     """
     if isinstance(args.run, str):
-        args.output, args.run = f"{args.output}_{args.run}", 0
+        args.output, args.run = f"{Path(args.output)}_{args.run}", 0
     if args.resume not in ("auto", "never"):
         raise InputError(f"--resume {args.resume}: fine-tuning continues what is in --output; use auto or never")
     if args.init not in ("random", "imagenet"):
@@ -82,8 +82,10 @@ def oversample(train: ImageDataset, share: float) -> ImageDataset:
 
 
 def batch_size(wanted: int, count: int, devices: Devices) -> int:
-    """Images per step: as many as wanted; where there are only `count`, about so many, at least 2 on each device."""
-    return wanted if count >= wanted else max(2, count // devices.parts) * devices.parts
+    """Images per step: as many as wanted; where there are only `count`, about so many, at least 2 on each device, or on
+    one alone where nobody asked for several."""
+    parts = devices.parts if devices.asked or count >= 2 * devices.parts else 1
+    return wanted if count >= wanted else max(2, count // parts) * parts
 
 
 # Running -------------------------------------------------------------------------------------------
@@ -113,6 +115,8 @@ def run_trials(
         InputError: when `--output` holds trials with other options.
     """
     output = Path(args.output)
+    if args.compile:
+        devices.narrow(args.b, 1, compiled=True)  # before a trial counts the devices
     if devices.main:
         output.mkdir(parents=True, exist_ok=True)
         if args.resume == "never":
@@ -132,10 +136,10 @@ def run_trials(
         folder = output / f"trial_{k}"
         finished = folder / "result.json"
         if not devices.broadcast(finished.exists()):
-            since = time.perf_counter()
+            began = time.perf_counter()
             entry = run_trial(argparse.Namespace(**{**vars(args), "output": str(folder), "seed": seed, "run": 0}))
             if devices.main:
-                seconds = round(time.perf_counter() - since, 1)
+                seconds = round(time.perf_counter() - began, 1)
                 write_json(finished, {"trial": k, "seed": seed, **entry, "seconds": seconds, "limit": args.steps})
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()

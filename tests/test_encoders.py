@@ -1,6 +1,7 @@
 """Encoders of every family end where their network does; what runs of earlier versions left is told apart."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,16 +11,16 @@ import torch
 import torchvision
 from torch import nn
 
-from medssl import finetune_classification, finetune_segmentation, train_simclr
+from medssl import finetune_classification, finetune_detection, finetune_segmentation, train_moco, train_simclr
 from medssl.datasets.base import Info
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.runs import refuse_older
+from medssl.engine.runs import plain, refuse_changes, refuse_older
 from medssl.errors import InputError
 from medssl.models.context_unet import ContextUNet2d
-from medssl.models.encoders import arch_of, default_arch, initialise, make_encoder
+from medssl.models.encoders import arch_of, default_arch, initialise, make_encoder, read_encoder
 from medssl.models.heads import Averaged, EncoderClassifier, ScaleHead
 from medssl.models.unet2d import UNet2d
-from medssl.study.plan import TASKS, OpenedTask, with_arch
+from medssl.study.plan import TASKS, OpenedTask, with_network
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import DenseCL
@@ -29,6 +30,7 @@ from medssl.train_pcrlv2 import MultiScaleUNet
 from medssl.train_simclr import SimCLR
 
 SIDE = 96
+GREY = Info("phantom2d", task="binary", classes=("a", "b"), channels=1)
 
 
 def randomised(encoder, seed=0):
@@ -158,18 +160,32 @@ def test_a_densenets_run_from_before_is_not_continued(tmp_path):
     run = ["--ratio", "0.002", *SMALL, "--epochs", "2", "--output", str(tmp_path)]
     train_simclr.main([*run, "--steps", "1"])
     saved = load_safe(tmp_path / "last.pt")
-    old = {key: value for key, value in saved["config"].items() if key != "version"}
+    old = {key: value for key, value in saved["config"].items() if key != "format"}
     torch.save({**saved, "config": old, "version": 1}, tmp_path / "last.pt")
     with pytest.raises(InputError, match="by a version whose densenet121 ended before its last ReLU; use that version, "
                        "another --output, or --resume never"):  # fmt: skip
         train_simclr.main([*run, "--steps", "2"])
 
 
+def test_a_densenets_run_of_mocos_second_version_is_not_continued(tmp_path):
+    """Whose `--version` is another one than that of files."""
+    run = ["--ratio", "0.002", *SMALL, "--queue", "8", "--epochs", "2", "--output", str(tmp_path)]
+    train_moco.main([*run, "--steps", "1"])
+    saved = load_safe(tmp_path / "last.pt")
+    assert (saved["config"]["version"], saved["config"]["format"], saved["version"]) == (2, 2, 2)
+    old = {key: value for key, value in saved["config"].items() if key != "format"}
+    torch.save({**saved, "config": old, "version": 1}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="densenet121 ended before its last ReLU"):
+        train_moco.main([*run, "--steps", "2"])
+    assert read_encoder(tmp_path / "last.pt")[2]["version"] == 1
+    assert read_encoder(tmp_path / "last.pt")[2]["normalization"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+
+
 def test_a_densenets_trials_from_before_are_not_continued(tmp_path):
     run = ["--annotation-percent", "0.2", *SMALL, "--steps", "1", "--output", str(tmp_path)]
     finetune_classification.main(run)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["version"]
+    del config["format"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="densenet121 ended before its last ReLU"):
         finetune_classification.main([*run, "--trials", "2"])
@@ -184,7 +200,8 @@ def test_weights_of_a_densenet_from_before_are_used_with_a_note(tmp_path, capsys
     assert capsys.readouterr().err.count("before its last ReLU") == 1
     torch.save({**content, "version": 2}, tmp_path / "new.pt")
     torch.save({"state_dict": state}, tmp_path / "foreign.pt")
-    for name in ("new.pt", "foreign.pt"):
+    torch.save({"state_dict": state, "version": "1.2", "arch": "DN121"}, tmp_path / "odd.pt")
+    for name in ("new.pt", "foreign.pt", "odd.pt"):
         initialise(network.encoder, "densenet121", str(tmp_path / name))
     assert capsys.readouterr().err == ""
 
@@ -244,7 +261,7 @@ def test_trials_of_other_starting_weights_are_not_mixed(tmp_path):
     run += ["--device", "cpu", "--b", "2", "--steps", "1", "--epoch-steps", "1", "--output", str(tmp_path)]
     finetune_segmentation.main(run)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "version": 1}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format": 1}))
     with pytest.raises(InputError, match="by a version whose networks began with other random weights; use that"):
         finetune_segmentation.main([*run, "--trials", "2"])
 
@@ -270,29 +287,50 @@ def test_a_files_encoder_is_known(arch, dims, tmp_path):
     assert (default_arch(["random"], 2), default_arch(["random"], 2, "resnet50")) == ("resnet18", "resnet50")
 
 
-def test_a_study_has_the_encoder_of_its_files(tmp_path):
+def test_a_study_has_one_network(tmp_path):
+    """That of its files, or of its protocol, also in pre-trainings and from random weights."""
     for arch in ("resnet18", "resnet34", "resnet50"):
         torch.save(make_encoder(arch).state_dict(), tmp_path / f"{arch}.pth")
     files = {arch: str(tmp_path / f"{arch}.pth") for arch in ("resnet18", "resnet34", "resnet50")}
 
-    def task(*words):
-        args = finetune_classification.get_parser().parse_args([*words])
-        return {"classification": OpenedTask(args, SimpleNamespace(info=Info("phantom2d")))}
+    def network(*words, inits=("random",)):
+        rest = list(words)
+        args = finetune_classification.get_parser().parse_args(rest)
+        opened = {"classification": OpenedTask(args, SimpleNamespace(info=GREY))}
+        return with_network(rest, Namespace(init=[*inits], task=["classification"], extra=[], features=True), opened)
 
-    opened = task()
-    assert with_arch(["--b", "8"], ["random", files["resnet50"]], opened) == ["--b", "8", "--arch", "resnet50"]
-    assert opened["classification"].args.arch == "resnet50"
-    assert with_arch([], ["random", "pcrlv2", files["resnet18"]], task()) == []
-    assert with_arch(["--arch", "resnet34"], [files["resnet34"]], task("--arch", "resnet34")) == ["--arch", "resnet34"]
-    with pytest.raises(InputError, match="--init: encoders of resnet34 and resnet50; a study compares one of them"):
-        with_arch([], [files["resnet34"], files["resnet50"]], task())
+    assert network("--b", "8", inits=("random", files["resnet50"])) == ["--b", "8", "--arch", "resnet50"]
+    assert network(inits=("random", "pcrlv2", files["resnet18"])) == []
+    assert network("--arch", "resnet34", inits=(files["resnet34"],)) == ["--arch", "resnet34"]
+    with pytest.raises(InputError, match="--init: encoders of resnet.. and resnet..; a study compares one of them"):
+        network(inits=(files["resnet34"], files["resnet50"]))
+    paper = ["--protocol", "magical-medmnist"]
+    assert network(*paper, inits=("random", "magical")) == [*paper, "--arch", "resnet50", "--image-size", "28"]
+    own = [*paper, "--image-size", "64"]
+    assert network(*own, inits=("random", files["resnet18"])) == [*own, "--arch", "resnet18"]
+
+
+@pytest.mark.parametrize("script", [finetune_classification, finetune_segmentation, finetune_detection])
+def test_options_of_a_study_from_before_are_as_they_were(script):
+    """Those that runs of before do not know, and defaults, are no change; what is typed is."""
+    now = plain(script.get_parser().parse_args([]))
+    newer = ("augment", "normalization", "precise_bn", "all_train", "protocol", "phase", "format")
+    before = {key: value for key, value in now.items() if key not in newer}
+    refuse_changes(before, now, Path("x"))
+    if script is not finetune_detection:
+        words = ["--augment", "none"]
+    else:
+        assert before["arch"] == "resnet18"
+        words = ["--precise-bn", "200"]
+    with pytest.raises(InputError, match="x: was started with (augment full, now none|precise_bn 0, now 200)"):
+        refuse_changes(before, plain(script.get_parser().parse_args(words)), Path("x"))
 
 
 def test_results_of_other_starting_weights_are_not_in_a_study():
     """Of images alone: the 3D U-Net begins as ever."""
     assert [TASKS["segmentation"].since(dims) for dims in (2, 3)] == [2, 1]
     assert TASKS["classification"].since(2) == TASKS["detection"].since(2) == 1
-    refuse_older({"version": 2}, 2, Path("x"))
+    refuse_older({"format": 2}, 2, Path("x"))
     refuse_older({}, 1, Path("x"))
     with pytest.raises(InputError, match="x: was started by a version whose networks began with other random weights"):
         refuse_older({}, 2, Path("x"))

@@ -44,8 +44,8 @@ from medssl.engine.loop import fit
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.errors import InputError
 from medssl.models.detector import make_detector
-from medssl.models.encoders import DEFAULT_ARCH, check_arch, default_arch, initialise, make_encoder
-from medssl.tasks import trials
+from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
+from medssl.tasks import protocols, trials
 from medssl.tasks.detection import Detector, evaluate, in_a_line, measure_statistics
 from medssl.tasks.metrics import mean_of
 from medssl.views.of_images import DetectionViews
@@ -110,10 +110,7 @@ def get_parser() -> options.Parser:
         data, "--all-train", False, "train on the validation images too; the first trial's predictions are kept"
     )
     group = options.add_trials(parser)
-    group.add_argument(
-        "--protocol", choices=("auto", *PROTOCOLS), default="auto", metavar="NAME",
-        help=f"whose values options have that are not given; auto: ours, by the data set; or {', '.join(PROTOCOLS)}",
-    )  # fmt: skip
+    protocols.add_protocol(group, PROTOCOLS)
     group.add_argument("--overlays", type=options.non_negative_int, default=8, help="test images that are drawn")
     by_set = parser.add_argument_group("set by the data set unless given")
     by_set.add_argument("--iterations", type=options.positive_int, help="steps of a trial")
@@ -143,11 +140,8 @@ def get_parser() -> options.Parser:
 
 def complete(args: argparse.Namespace, info: Info, given: Collection[str] = ()) -> argparse.Namespace:
     """The options with the protocol's values where the user gave none; `given`: names of those that were typed."""
-    auto = args.protocol == "auto"
-    by_set = PROTOCOLS[row_of(info.name).protocols["detection"] if auto else args.protocol]
-    args = options.complete(args, {"arch": default_arch([args.init], 2), "precise_bn": 0, **by_set}, given)
-    args.protocol = "ours" if auto else args.protocol
-    return args
+    ours = row_of(info.name).protocols["detection"]
+    return protocols.complete(args, PROTOCOLS, ours, 2, given, {"precise_bn": 0})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

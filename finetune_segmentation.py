@@ -62,8 +62,8 @@ from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_n
 from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.errors import InputError
-from medssl.models.encoders import check_arch, default_arch, initialise_unet
-from medssl.tasks import segmentation2d, trials
+from medssl.models.encoders import check_arch, initialise_unet
+from medssl.tasks import protocols, segmentation2d, trials
 from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
 from medssl.tasks.segmentation2d import ImageSegmentation
 from medssl.tasks.segmentation3d import VolumeSegmentation
@@ -130,11 +130,7 @@ def get_parser() -> options.Parser:
     options.add_runtime(parser)
     options.add_output(parser, default="runs/segmentation")
     group = options.add_trials(parser)
-    names = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.protocols)
-    group.add_argument(
-        "--protocol", choices=("auto", *names), default="auto", metavar="NAME",
-        help=f"whose values options have that are not given; auto: ours, by the data set; or {', '.join(names)}",
-    )  # fmt: skip
+    protocols.add_protocol(group, (name for kind in BY_DIMS.values() for name in kind.protocols))
     group.add_argument("--patience", type=options.non_negative_int, default=30, help="epochs without gain; 0: never")
     group.add_argument("--epoch-steps", type=options.positive_int, default=50, help="fewest steps of an epoch")
     group.add_argument(
@@ -177,14 +173,14 @@ def get_parser() -> options.Parser:
     return parser
 
 
-def protocol_of(args: argparse.Namespace, dataset: str) -> str:
-    """The name of the protocol, by the data set's row where none is asked for."""
-    return row_of(dataset).protocols.get("segmentation", "folder") if args.protocol == "auto" else args.protocol
+def ours(dataset: str) -> str:
+    """The name of a data set's own protocol."""
+    return row_of(dataset).protocols.get("segmentation", "folder")
 
 
 def open_data(args: argparse.Namespace) -> Opened:
     """The splits, images as large as the data set's protocol says unless the user does."""
-    protocol = protocol_of(args, segmented_name(args))
+    protocol = protocols.protocol_of(args, ours(segmented_name(args)))
     of_images = segmentation2d.PROTOCOLS.get(protocol, segmentation2d.PROTOCOLS["folder"])
     return open_segmented(args, args.image_size or of_images["image_size"])
 
@@ -204,7 +200,7 @@ def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[st
         for dims, kind in BY_DIMS.items()
     }
     options.refuse_other_dims(info.dims, info.name, wrong)
-    kind, protocol = BY_DIMS[info.dims], protocol_of(args, info.name)
+    kind, protocol = BY_DIMS[info.dims], protocols.protocol_of(args, ours(info.name))
     what = "images" if info.dims == 2 else "volumes"
     for option, choices in (
         ("protocol", kind.protocols), ("loss", kind.losses), ("normalization", ("weights", *kind.normalizations)),
@@ -216,11 +212,8 @@ def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[st
     if args.patch and len(args.patch) != kind.sides:
         wanted = {1: "one side", 3: "three sides"}[kind.sides]
         raise InputError(f"--patch {' '.join(map(str, args.patch))}: {info.name} wants {wanted}")
-    by_set = kind.protocols[protocol]
-    arch = args.arch or default_arch([args.init], info.dims, by_set.get("arch"))
     always = {"augment": "full", "normalization": "weights", **kind.options}
-    args = options.complete(args, {**always, **by_set, "arch": arch}, given)
-    args.protocol = "ours" if args.protocol == "auto" else protocol
+    args = protocols.complete(args, kind.protocols, ours(info.name), info.dims, given, always)
     for option in ("spacing", "window"):  # as the volumes are read
         value = getattr(train, option, None)
         setattr(args, option, None if value is None else list(value))

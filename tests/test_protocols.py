@@ -20,6 +20,7 @@ from medssl.errors import InputError
 from medssl.losses.segmentation import region_dice_cross_entropy, tversky
 from medssl.models.unet3d import DeepUNet3d
 from medssl.study import published
+from medssl.tasks import classification
 from medssl.tasks.detection import Detector, measure_statistics
 from medssl.tasks.segmentation3d import RegionSegmenter, VolumeSegmentation, labels_of
 from medssl.views.of_images import ClassificationViews, DetectionViews, SegmentationViews
@@ -225,7 +226,7 @@ def to_batch(item):
 FEW = ["--steps", "2", "--workers", "0", "--device", "cpu", "--no-tensorboard"]
 
 
-@pytest.mark.parametrize("name", [*finetune_classification.PUBLISHED])
+@pytest.mark.parametrize("name", [*classification.PUBLISHED])
 def test_two_steps_of_classification(name, tmp_path):
     words = ["--dataset", "phantom2d", "--image-size", "32", "--texture-size", "32", "--arch", "resnet18", "--b", "8"]
     words += ["--annotation-percent", "1", "--protocol", name, "--output", str(tmp_path)]
@@ -291,7 +292,7 @@ def test_the_page_of_published_results_is_the_table():
         (row.dataset, row.task, row.measure, row.init, row.arch, f"{row.value:g}") for row in published.rows()
     ]
     named = {row.protocol for row in published.rows()} - {""}
-    known = [*finetune_classification.PUBLISHED, *finetune_segmentation.BY_DIMS[2].published]
+    known = [*classification.PUBLISHED, *finetune_segmentation.BY_DIMS[2].published]
     assert named <= {*known, *finetune_detection.PUBLISHED}
     assert [row.value for row in published.of("pneumoniamnist", "classification")] == [0.944]
     assert not published.of("pneumoniamnist_224", "classification")

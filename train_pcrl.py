@@ -146,7 +146,7 @@ def get_parser() -> options.Parser:
         help="channels of the input; only checked against the data (2D 3, 3D 1)",
     )
     group.add_argument("--outchannel", type=options.positive_int, help="channels of the restoration; only checked")
-    options.add_phase(group)
+    options.add_published(parser, "pcrl")
     group = parser.add_argument_group("views of images (2D)")
     view_options.add_crops(group)
     view_options.add_rotation(group)
@@ -192,8 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(
                 f"--{option} {given}: data set {data.info.name} has {dims} dimensions, which take {needed}"
             )
-    if args.arch == "pcrl":  # the published command names the method here
-        args.arch = None
     given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
     options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])

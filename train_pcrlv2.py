@@ -175,10 +175,10 @@ def agreement(a: dict[str, Tensor], b: dict[str, Tensor], level: int) -> Tensor:
 
 def get_parser() -> options.Parser:
     parser = options.pretraining_parser(__doc__, output="runs/pcrlv2")
+    options.add_published(parser, "pcrlv2")
     group = parser.add_argument_group("PCRLv2")
     size = options.positive_int
     group.add_argument("--local-views", type=options.non_negative_int, default=6, help="local views V per image")
-    options.add_phase(group)
     group = parser.add_argument_group("views of images (2D)")
     group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
@@ -217,8 +217,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    if args.arch == "pcrlv2":  # the published command names the method here
-        args.arch = None
     given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
     options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])

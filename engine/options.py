@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser without abbreviations, whose errors are one line and exit code 2."""
 
     own_inits: tuple[str, ...] = ("random", "imagenet")  # values of --init that are no file and no model's name
+    method: str | None = None  # which published commands name by --model, and which changes no encoder
 
     def __init__(self, description: str) -> None:
         text, examples = arrange(description)
@@ -47,6 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, *given: object, **named: object) -> tuple[argparse.Namespace, list[str]]:
         args, rest = super().parse_known_args(*given, **named)
+        if self.method and args.arch == self.method:
+            args.arch = self.get_default("arch")
         if getattr(args, "proxy_dir", None):
             several = isinstance(args.init, list)
             inits = args.init if several else [args.init]
@@ -284,8 +287,10 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_phase(group: argparse._ArgumentGroup) -> None:
-    """What the published commands of PCRL and PCRLv2 say of pre-training."""
+def add_published(parser: Parser, method: str) -> None:
+    """What the published commands of PCRL and PCRLv2 say of pre-training: `--phase`, and `--model` with their name."""
+    parser.method = method
+    group = parser.add_argument_group("of the published command")
     group.add_argument("--phase", choices=("pretask",), default="pretask", help=PHASE_HELP)
 
 

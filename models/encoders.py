@@ -80,6 +80,11 @@ def _last_relu(_encoder: nn.Module, _inputs: tuple, maps: Sequence[Tensor]) -> l
     return [*maps[:-1], F.relu(maps[-1])]
 
 
+def is_encoder(name: object) -> bool:
+    """Whether a name is one of ours, of either dimension."""
+    return name in WIDTHS or name in smp.encoders.get_encoder_names()
+
+
 def arch_of(init: str, dims: int) -> str | None:
     """The encoder whose weights `--init` names, so that nobody need repeat it.
 
@@ -92,7 +97,7 @@ def arch_of(init: str, dims: int) -> str | None:
     content = load_safe(init)
     own = getattr(content, "_metadata", {}).get(METADATA, {})
     for fields in (own, content if isinstance(content, dict) else {}):
-        if fields.get("arch") in (*WIDTHS, *smp.encoders.get_encoder_names()):  # others' names may mean other things
+        if is_encoder(fields.get("arch")):  # others' names may mean other things
             return fields["arch"] if (fields["arch"] in WIDTHS) == (dims == 3) else None
     state, sizes = find_state_dict(content, init), {}
     for arch in COMMON[dims]:
@@ -200,8 +205,7 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         found = fields["dims"] if isinstance(fields.get("dims"), int) else _dims_of(state)
         if found not in (None, dims):
             raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
-        known = (*WIDTHS, *smp.encoders.get_encoder_names())
-        if fields.get("arch") in known and fields["arch"] != arch:
+        if is_encoder(fields.get("arch")) and fields["arch"] != arch:
             raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
         if lacks_last_relu(fields.get("version"), arch):
             print(f"note: {init}: trained by a version whose {arch} ended before its last ReLU", file=sys.stderr)

@@ -49,7 +49,9 @@ MAGICAL = {  # its main_classification.py, engine.py and models.py: a ResNet-50 
 HALVED = {"lr": 2e-4, "schedule": "step", "milestones": [*range(50, 1000, 50)], "gamma": 0.5, "epochs": 1000}
 PLAIN = {"augment": "none", "margin": 1.0, "crop_scale": [1.0, 1.0], "rotation": 0.0}  # images are only resized
 PUBLISHED = {
-    # The benchmark's own (Scientific Data 10, 2023, "Methods"; code MedMNIST/experiments).
+    # The benchmark's own (MedMNIST/experiments, MedMNIST2D/train_and_eval_pytorch.py). There, images of 28 pixels have
+    # a ResNet of its own, without a stride in its stem, and the weights that are tested are the last ones: what is
+    # kept as the best model is the model that goes on training.
     "medmnist": PLAIN | {
         "arch": "resnet18", "dropout": 0.0, "optimizer": "adam", "betas": [0.9, 0.999], "b": 128, "epochs": 100,
         "lr": 1e-3, "schedule": "step", "milestones": [50, 75], "gamma": 0.1, "patience": 0, "select": "auroc",

@@ -20,7 +20,7 @@ from medssl.models.encoders import IMAGENET, initialise, make_encoder
 from medssl.train_magical import MAGICAL, complete, get_parser, main
 from medssl.views.draws import Columns, Draws
 from medssl.views.of_images import MaskedToneViews
-from medssl.views.ops2d import change_tones, mask_cells, mask_stripes
+from medssl.views.ops2d import change_tones, mask_cells
 
 # The loss ------------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ def test_every_image_has_its_own_curve():
 @pytest.mark.parametrize(("size", "ratio"), [(64, 0.25), (224, 0.25), (512, 0.75), (32, 0.0)])
 def test_exactly_the_ratio_of_cells_is_black(size, ratio):
     x = torch.rand(5, 3, size, size) * 0.5 + 0.5
-    y = mask_cells(x, Columns(Draws((1,), 5).uniform(0, 1024)), ratio, 32)
+    y = mask_cells(x, Columns(Draws((1,), 5).uniform(0, 1024)), ratio, 32, 32)
     cells = y.unflatten(3, (32, -1)).unflatten(2, (32, -1))  # (N, C, 32, s, 32, s)
     black = (cells == 0).all(3).all(4)
     assert black.sum((2, 3)).eq(round(ratio * 1024)).all()
@@ -101,7 +101,7 @@ def test_exactly_the_ratio_of_cells_is_black(size, ratio):
 @pytest.mark.parametrize(("size", "ratio", "rows"), [(28, 0.25, 7), (50, 0.5, 25), (32, 0.0, 0)])
 def test_stripes_are_whole_rows(size, ratio, rows):
     x = torch.rand(5, 3, size, size) * 0.5 + 0.5
-    y = mask_stripes(x, Columns(Draws((1,), 5).uniform(0, size)), ratio)
+    y = mask_cells(x, Columns(Draws((1,), 5).uniform(0, size)), ratio, size, 1)
     black = (y == 0).all(3)  # (N, C, H)
     assert black.sum(2).eq(rows).all()
     assert torch.equal(y[y != 0], x[y != 0])
@@ -127,7 +127,7 @@ def test_views(channels):
     assert torch.allclose(out["target"], image / 255, atol=1e-5)
     assert torch.allclose(out["image"], views.normalise(image / 255), atol=1e-4)
     changed = mask_cells(
-        change_tones(image / 255, Columns(draws.uniform(0, 2))), Columns(draws.uniform(1, 1024)), 0.25, 32
+        change_tones(image / 255, Columns(draws.uniform(0, 2))), Columns(draws.uniform(1, 1024)), 0.25, 32, 32
     )
     assert torch.allclose(out["changed"], views.normalise(changed), atol=5e-2)
     part = views({key: value[1:3] for key, value in batch.items()}, Draws((0, 1), 8, 3, 2))  # another process

@@ -266,7 +266,7 @@ PUBLISHED_2D = (
 
 def test_published_commands_parse():
     args = get_parser().parse_args(PUBLISHED_2D.split())
-    assert (args.arch, args.b, args.lr, args.gpus, args.dataset) == ("pcrl", 64, 1e-3, [0, 1, 2, 3], "chest")
+    assert (args.arch, args.b, args.lr, args.gpus, args.dataset) == (None, 64, 1e-3, [0, 1, 2, 3], "chest")
     volumes = PUBLISHED_2D.replace("--n chest --d 2", "--n luna --d 3").replace("channel 3", "channel 1")
     assert get_parser().parse_args(volumes.split()).inchannel == 1
     defaults = get_parser().parse_args([])

@@ -16,7 +16,6 @@ from medssl.views.ops2d import (
     color_jitter,
     cutout,
     mask_cells,
-    mask_stripes,
     normalise,
     pyramid_levels,
     random_blur,
@@ -271,10 +270,8 @@ class MaskedToneViews(Views):
         whole = torch.eye(2, 3).expand(b, 1, 2, 3)
         x = sample(batch["image"], whole, self.size).clamp_(0, 1)
         changed = change_tones(x, Columns(draws.uniform(0, 2)))
-        if self.mask == "stripes":
-            changed = mask_stripes(changed, Columns(draws.uniform(1, self.size)), self.mask_ratio)
-        else:
-            changed = mask_cells(changed, Columns(draws.uniform(1, self.grid**2)), self.mask_ratio, self.grid)
+        rows, columns = (self.size, 1) if self.mask == "stripes" else (self.grid, self.grid)
+        changed = mask_cells(changed, Columns(draws.uniform(1, rows * columns)), self.mask_ratio, rows, columns)
         target = x.expand(-1, self.channels or -1, -1, -1)
         out = {"image": self.normalise(x), "changed": self.normalise(changed), "target": target}
         return out | ({"index": batch["index"]} if "index" in batch else {})

@@ -385,31 +385,17 @@ def change_tones(x: Tensor, draws: Columns) -> Tensor:
     return torch.lerp(table.gather(1, left), table.gather(1, left + 1), place - left).view_as(x)
 
 
-def mask_cells(x: Tensor, draws: Columns, ratio: float, grid: int) -> Tensor:
-    """Black out exactly round(ratio · grid²) of each image's cells, in all channels (MAGICAL's M).
+def mask_cells(x: Tensor, draws: Columns, ratio: float, rows: int, columns: int) -> Tensor:
+    """Black out exactly round(ratio · rows · columns) of each image's cells, in all channels (MAGICAL's M; with one
+    column of as many rows as pixels, the stripes of its published code, func.py).
 
-    Takes grid² columns.
+    Takes rows · columns columns.
 
     Args:
         x: (N, C, H, W).
         ratio: share of the cells.
-        grid: cells along each side. Where pixels are fewer, some cells have none.
+        rows, columns: cells along each side. Where pixels are fewer, some cells have none.
     """
-    hidden = draws.take(grid * grid).argsort(1)[:, : round(ratio * grid * grid)]
-    kept = torch.ones(len(x), grid * grid).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
-    return x * F.interpolate(kept.view(-1, 1, grid, grid), size=x.shape[2:], mode="nearest")
-
-
-def mask_stripes(x: Tensor, draws: Columns, ratio: float) -> Tensor:
-    """Black out round(ratio · H) whole rows of each image, in all channels (MAGICAL's published code, func.py).
-
-    Takes H columns.
-
-    Args:
-        x: (N, C, H, W).
-        ratio: share of the rows.
-    """
-    side = x.shape[2]
-    hidden = draws.take(side).argsort(1)[:, : round(ratio * side)]
-    kept = torch.ones(len(x), side).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
-    return x * kept.view(-1, 1, side, 1)
+    hidden = draws.take(rows * columns).argsort(1)[:, : round(ratio * rows * columns)]
+    kept = torch.ones(len(x), rows * columns).scatter_(1, hidden, 0.0).to(x.device, non_blocking=True)
+    return x * F.interpolate(kept.view(-1, 1, rows, columns), size=x.shape[2:], mode="nearest")

@@ -1,5 +1,6 @@
 """A method and a data set cost what docs/extending.md says: both are added from that page, to a copy."""
 
+import json
 import os
 import re
 import shutil
@@ -115,7 +116,8 @@ def test_a_data_set(tmp_path):
         "    print(script.get_parser().format_help())\n"
         "print(hooks.data_sets())"
     )
-    assert '"protocol": "chest"' in (tmp_path / "task" / "config.json").read_text()
+    config = json.loads((tmp_path / "task" / "config.json").read_text())
+    assert (config["protocol"], config["select"], config["lr"]) == ("ours", "loss", 1e-4)  # those of its row, chest's
     assert " ".join(told.split()).count("phantom3d, mine, or a MedMNIST name") == 3
     copy.test("tests/test_house.py")
     row = "| `mine` | chest radiographs, healthy or ill | 2 | classification | [CC BY 4.0](https://example.org) |"

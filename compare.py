@@ -37,6 +37,7 @@ from medssl import errors
 from medssl.engine import options
 from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
+from medssl.files import own_folder
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
 from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan, with_network
@@ -57,11 +58,12 @@ def run(study: Study, args: argparse.Namespace) -> None:
         tidy(study, job, args)
         write_tables(study.cells, study.metrics, Path(args.output))
 
-    if args.jobs:
-        run_beside(jobs, places(args), say)
-    else:
-        for job in jobs:
-            say(job, run_here(job))
+    with own_folder(args.output):
+        if args.jobs:
+            run_beside(jobs, places(args), say)
+        else:
+            for job in jobs:
+                say(job, run_here(job))
 
 
 def outcome(study: Study, job: Job, reason: str | None) -> str:

@@ -47,6 +47,7 @@ from medssl.datasets.registry import open_labelled, row_of
 from medssl.engine import options
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run, finish, setup
+from medssl.engine.runs import alone_in
 from medssl.errors import InputError
 from medssl.losses.classification import classification_loss
 from medssl.models.encoders import INPUTS, initialise, make_encoder
@@ -225,14 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     splits = open_labelled(args)
     info = splits.info
     args = complete(args, info, parser.given(argv))
-    entries, best = trials.run_trials(
-        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
-    )
-    if devices.main:
-        output = Path(args.output)
-        summary = trials.summarise_trials(entries, "auroc", args, splits, devices)
-        join_trials(output, args.trials, best, info)
-        trials.write_results(output, {**summary, **summarise_classes(entries, info)}, "AUROC")
+    with alone_in(args.output, devices):
+        entries, best = trials.run_trials(
+            args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
+        )
+        if devices.main:
+            output = Path(args.output)
+            summary = trials.summarise_trials(entries, "auroc", args, splits, devices)
+            join_trials(output, args.trials, best, info)
+            trials.write_results(output, {**summary, **summarise_classes(entries, info)}, "AUROC")
     devices.wait()
     finish()
 

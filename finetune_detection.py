@@ -42,6 +42,7 @@ from medssl.datasets.registry import open_instances, row_of
 from medssl.engine import options
 from medssl.engine.loop import fit
 from medssl.engine.parallel import Devices, finish, setup
+from medssl.engine.runs import alone_in
 from medssl.errors import InputError
 from medssl.models.detector import make_detector
 from medssl.models.encoders import DEFAULT_ARCH, check_arch, initialise, make_encoder
@@ -167,17 +168,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--warmup-iterations {args.warmup_iterations}: the rate falls at {min(args.milestones):g} "
             "(--milestones); give less"
         )
-    entries, best = trials.run_trials(
-        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
-    )
-    if devices.main:
-        output = Path(args.output)
-        summary = trials.summarise_trials(entries, "ap_box", args, splits, devices)
-        keys = list(entries[0]["box"])
-        for kind in ("box", "mask"):
-            summary[kind] = {key: mean_of(entry[kind][key] for entry in entries) for key in keys}
-        trials.keep_chosen(output, best)
-        trials.write_results(output, {**summary, "task": "detection"}, "AP of boxes")
+    with alone_in(args.output, devices):
+        entries, best = trials.run_trials(
+            args, splits.digest, devices, lambda own: run_trial(own, splits, devices), in_a_line
+        )
+        if devices.main:
+            output = Path(args.output)
+            summary = trials.summarise_trials(entries, "ap_box", args, splits, devices)
+            keys = list(entries[0]["box"])
+            for kind in ("box", "mask"):
+                summary[kind] = {key: mean_of(entry[kind][key] for entry in entries) for key in keys}
+            trials.keep_chosen(output, best)
+            trials.write_results(output, {**summary, "task": "detection"}, "AP of boxes")
     devices.wait()
     finish()
 

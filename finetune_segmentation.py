@@ -61,6 +61,7 @@ from medssl.datasets.base import ImageDataset
 from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_name
 from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
+from medssl.engine.runs import alone_in
 from medssl.errors import InputError
 from medssl.models.encoders import check_arch, initialise_unet
 from medssl.tasks import protocols, segmentation2d, trials
@@ -231,16 +232,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     info = splits.info
     args = complete(args, splits["train"], parser.given(argv))
     kind = BY_DIMS[info.dims]
-    entries, best = trials.run_trials(
-        args, splits.digest, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line, kind.since
-    )
-    if devices.main:
-        output, regions = Path(args.output), kind.regions_of(splits["test"])
-        summary = trials.summarise_trials(entries, "dice", args, splits, devices)
-        summary |= average_trials(entries, regions, kind.measures)
-        trials.keep_chosen(output, best)
-        write_cases(output, [entry.pop("cases") for entry in entries])  # which results.json is too small for
-        trials.write_results(output, {**summary, "load": args.load}, "Dice")
+    with alone_in(args.output, devices):
+        entries, best = trials.run_trials(
+            args, splits.digest, devices, lambda own: run_trial(own, splits, devices), kind.in_a_line, kind.since
+        )
+        if devices.main:
+            output, regions = Path(args.output), kind.regions_of(splits["test"])
+            summary = trials.summarise_trials(entries, "dice", args, splits, devices)
+            summary |= average_trials(entries, regions, kind.measures)
+            trials.keep_chosen(output, best)
+            write_cases(output, [entry.pop("cases") for entry in entries])  # which results.json is too small for
+            trials.write_results(output, {**summary, "load": args.load}, "Dice")
     devices.wait()
     finish()
 

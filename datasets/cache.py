@@ -215,7 +215,7 @@ def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep other builds out of a folder until this one ends, however it ends."""
-    lock = lock_folder(folder, wait=False)
+    lock = lock_folder(folder, wait=0)
     if lock is None:
         raise InputError(f"{folder}: another process is making this cache; wait for it")
     with lock:

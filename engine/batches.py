@@ -60,14 +60,14 @@ def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, dev
     which images of the split a batch has.
 
     Raises:
-        InputError: when more than `--max-bad` of the reads fail.
+        InputError: when more than `--max-bad` of the files cannot be read.
     """
     loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=ignore_signals)
-    bad = BadFiles(Path(args.output), args.max_bad, len(data))
+    bad = BadFiles(Path(args.output), args.max_bad, len(set(data.ids)))
     asked = 0
     for batch in loader:
         count = len(batch["index"])
-        bad.note(batch["bad"], count)
+        bad.note(batch["bad"])
         own = torch.nonzero(batch["index"] == torch.arange(asked, asked + count))[:, 0]
         asked += count
         if len(own) < count:

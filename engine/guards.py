@@ -18,29 +18,35 @@ LONGEST_UNSAVED = 300
 
 
 class BadFiles:
-    """Counts unreadable files, names them in bad_files.txt, and stops a run that has too many.
+    """Names unreadable files in bad_files.txt, and stops a run that meets too many.
+
+    Files are judged, not reads: each counts once, against all files of the set, so that the same set is refused or not
+    whatever part of a pass was read, and how often. Processes of one run tell each other through bad_files.txt.
 
     Args:
-        limit: largest share of failed reads. count: images in the set; nothing is judged before one epoch or
-            1000 reads.
+        limit: largest share of files that may be unreadable. count: files in the set.
     """
 
     def __init__(self, folder: Path, limit: float, count: int) -> None:
-        self.path, self.limit, self.enough = folder / "bad_files.txt", limit, min(count, 1000)
-        self.reads = self.failed = 0
-        self.known = set(self.path.read_text().splitlines()) if self.path.exists() else set()
+        self.path, self.limit, self.count = folder / "bad_files.txt", limit, count
+        self.before = len(self._lines())  # of earlier runs: they may have been mended since
+        self.met: set[str] = set()
 
-    def note(self, bad: list[str], reads: int) -> None:
-        """Add one batch's reads; raises InputError above the limit."""
-        self.reads, self.failed = self.reads + reads + len(bad), self.failed + len(bad)
-        new = sorted(set(bad) - self.known)
-        if new:
-            self.known.update(new)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in new)
-        if self.reads >= self.enough and self.failed > self.limit * self.reads:
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+
+    def note(self, bad: list[str]) -> None:
+        """Add the unreadable files of one batch, as lines; raises InputError above the limit."""
+        if self.met.issuperset(bad):
+            return
+        lines = self._lines()
+        new = sorted(set(bad) - set(lines))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in new)
+        self.met |= {*bad, *lines[self.before :]}
+        if len(self.met) / self.count > self.limit:  # exactly the limit is allowed
             raise InputError(
-                f"{self.failed} of {self.reads} reads failed, more than --max-bad {self.limit:g} allows; "
+                f"{len(self.met)} of {self.count} files cannot be read, more than --max-bad {self.limit:g} allows; "
                 f"see {self.path}, and preprocess/check_data.py"
             )
 

@@ -13,12 +13,12 @@ from medssl.datasets.base import ImageDataset
 from medssl.engine import state as states
 from medssl.engine.batches import CHANNELS_LAST, autocast, to_device, training_batches
 from medssl.engine.export import export_encoder, save_views
-from medssl.engine.guards import Clock, FiniteCheck, Stop
+from medssl.engine.guards import BadFiles, Clock, FiniteCheck, Stop
 from medssl.engine.method import Method
 from medssl.engine.monitor import Monitor
 from medssl.engine.order import set_learning_rate
 from medssl.engine.parallel import Devices, Run, finish, wrap
-from medssl.engine.runs import describe, open_output
+from medssl.engine.runs import alone_in, describe, open_output
 from medssl.errors import InputError
 from medssl.views.draws import Draws
 from medssl.views.of_images import Views
@@ -61,13 +61,14 @@ def fit(
     monitor = Monitor(folder, last, state.step, args.log_every, state.name, tensorboard) if devices.main else None
     batches = iter(training_batches(data, args, devices, rows, state.step, last))
     finite, clock = FiniteCheck(folder, data.ids, devices), Clock()
+    bad = BadFiles(folder, args.max_bad, len(set(data.ids)))
     with Stop() as stop, contextlib.closing(monitor) if monitor else contextlib.nullcontext():
         while state.step < last and not state.over:
             # data
             if before_epoch and state.starts_epoch():
                 before_epoch(state.step)
             batch = clock.next_of(batches)
-            state.bad.note(batch["bad"], len(batch["index"]))
+            bad.note(batch["bad"])
 
             set_learning_rate(state.optimizer, args, state.epoch)
 
@@ -198,11 +199,13 @@ def pretrain(
     data.labels = None  # a pre-training run cannot see them, not even by mistake
     if devices.main:
         print(f"{type(method).__name__}: {len(data)} images of {data.info.name} on {describe(devices)}", flush=True)
-    report = fit(method, data, views, args, devices, evaluate, before_epoch=before_epoch)
-    if report["best"]:
-        method.load_state_dict(report["best"]["state"])
+    with alone_in(args.output, devices):
+        report = fit(method, data, views, args, devices, evaluate, before_epoch=before_epoch)
+        if report["best"]:
+            method.load_state_dict(report["best"]["state"])
+        if devices.main:
+            export_encoder(method, views, args, data.info, Path(args.output))
     if devices.main:
-        export_encoder(method, views, args, data.info, Path(args.output))
         speed = f", {report['seconds']:.0f} s" if report["seconds"] else " (was complete)"
         print(f"done: {report['step']} steps{speed}; encoder in {args.output}/encoder.pt", flush=True)
     finish()

@@ -249,7 +249,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         help="decoded images made by preprocess/cache_images.py; volumes of files are kept there as they are read",
     )
     group.add_argument(
-        "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the reads fail"
+        "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the files cannot be read"
     )
     return group
 

@@ -1,6 +1,7 @@
 """A run's folder: what it was started with, whether it can continue, and what it notes about itself."""
 
 import argparse
+import contextlib
 import json
 import platform
 import shutil
@@ -12,7 +13,7 @@ import medssl
 from medssl.engine.checkpoint import FORMAT_VERSION, lacks_last_relu, load_safe
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
-from medssl.files import is_unfinished, write_json
+from medssl.files import own_folder, write_json
 
 # Options that may differ between a run and its continuation: none of them changes a result. Data may move, but not
 # change, which their digest tells, with a message of its own.
@@ -23,6 +24,11 @@ FREE_OPTIONS = {
 # Options that are newer than some runs, and the value by which these were made.
 AS_EVER = {"augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells"}
 OR_RESUME = "another --output, or --resume never"
+
+
+def alone_in(output: str, devices: Devices) -> contextlib.AbstractContextManager:
+    """Keep other runs out of `--output` while a block runs; the main process does it for all."""
+    return own_folder(output) if devices.main else contextlib.nullcontext()
 
 
 def open_output(
@@ -42,8 +48,6 @@ def open_output(
         probe = folder / ".write_test"
         probe.touch()
         probe.unlink()
-        for left in filter(is_unfinished, folder.iterdir()):  # by a kill in the middle of a write
-            left.unlink(missing_ok=True)
     devices.wait()
     source = folder / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None

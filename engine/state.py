@@ -10,7 +10,6 @@ import torch
 
 from medssl.datasets.base import ImageDataset
 from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic
-from medssl.engine.guards import BadFiles
 from medssl.engine.method import Method
 from medssl.engine.order import make_optimizer
 from medssl.engine.parallel import Devices
@@ -24,7 +23,6 @@ class State:
 
     Attributes:
         method, optimizer, scaler: by their state dicts.
-        bad: of which the counts of reads are held.
         images: of the training set, N.
         config: all options, with the data's digest.
         step: steps done.
@@ -36,7 +34,6 @@ class State:
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    bad: BadFiles
     images: int
     config: dict
     step: int = 0
@@ -88,7 +85,7 @@ class State:
         content = {
             "name": self.name, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(), "step": self.step, "best": self.best, "since_best": self.since_best,
-            "over": self.over, "reads": self.bad.reads, "failed": self.bad.failed, "images": self.images,
+            "over": self.over, "images": self.images,
             "config": self.config, "version": FORMAT_VERSION,
         }  # fmt: skip
         save_atomic(content, path)
@@ -107,7 +104,6 @@ class State:
         self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best, self.since_best = saved["step"], saved["best"], saved["since_best"]
         self.over = saved["over"]
-        self.bad.reads, self.bad.failed = saved["reads"], saved["failed"]
         if saved["images"] != self.images:
             raise InputError(
                 f"{folder}: the data set had {saved['images']} images, now {self.images}; use another --output"
@@ -125,8 +121,7 @@ def start(
     """
     groups = parameters or [{"params": [p for p in method.parameters() if p.requires_grad]}]
     scaler = torch.amp.GradScaler(devices.device.type, enabled=args.amp and args.amp_dtype == "fp16")
-    bad = BadFiles(folder, args.max_bad, len(data))
-    state = State(method, make_optimizer(groups, args), scaler, bad, len(data), settings(args, data.digest))
+    state = State(method, make_optimizer(groups, args), scaler, len(data), settings(args, data.digest))
     if saved is not None:
         state.restore(saved, folder)
     return state

@@ -26,7 +26,7 @@ from pathlib import Path
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError
-from medssl.files import lock_folder, write_json, write_text
+from medssl.files import hand_over, take_folder, write_json, write_text
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -190,16 +190,16 @@ def run_here(job: Job) -> str | None:
 
 
 def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
-    """Start a job in a process of its own, which prints to log.txt."""
+    """Start a job in a process of its own, which prints to log.txt; an InputError where its folder is another's."""
     job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
     job.write_lists()
     call = f"from medssl import {job.module} as script; script.cli()"
     # A run that outlived a killed study holds the lock, until it has saved its state.
-    with lock_folder(job.folder) as lock, open(job.folder / "log.txt", "w", encoding="utf-8") as log:
+    with take_folder(job.folder) as lock, open(job.folder / "log.txt", "w", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-c", call, *job.words], pass_fds=[lock.fileno()],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place},
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place, **hand_over(lock)},
             start_new_session=True,  # Ctrl-C reaches it once, through its parent: a second signal ends without saving
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
@@ -247,9 +247,12 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
                     break
                 waiting.remove(job)
                 if reason is None:
-                    place = free.pop(0)
-                    running[start(job, place)] = job, place, time.time()
-                else:
+                    try:
+                        process = start(job, free[0])
+                        running[process] = job, free.pop(0), time.time()
+                    except InputError as error:
+                        reason = str(error)
+                if reason is not None:
                     job.folder.mkdir(parents=True, exist_ok=True)
                     note(job, "failed", time.time(), reason)
                     say(job, reason)

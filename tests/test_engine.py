@@ -24,7 +24,7 @@ from medssl.datasets.base import ImageDataset, Info, to_texture
 from medssl.datasets.identity import data_digest
 from medssl.datasets.phantoms.radiograph import radiographs
 from medssl.engine import checkpoint, options, parallel
-from medssl.engine.guards import Stop
+from medssl.engine.guards import BadFiles, Stop
 from medssl.engine.loop import fit
 from medssl.engine.method import Method
 from medssl.engine.order import Order, learning_rate, make_optimizer
@@ -519,12 +519,40 @@ def test_bad_files_are_named_and_replaced(tmp_path):
 
 
 def test_too_many_bad_files_stop(tmp_path):
-    with pytest.raises(InputError, match=r"of 1\d reads failed, more than --max-bad 0.01 allows; see .*bad_files.txt"):
+    with pytest.raises(
+        InputError, match=r"1 of 10 files cannot be read, more than --max-bad 0.01 allows; see .*bad_fi"
+    ):
         fit_tiny(tmp_path, tiny_data(broken={3}))
     assert (tmp_path / "bad_files.txt").read_text() == "image3: cut short\n"
     fine = tmp_path / "fine"
     _, report = fit_tiny(fine, tiny_data(broken={3}), max_bad=0.15)
     assert report["step"] == 25
+
+
+@pytest.mark.parametrize(("limit", "count", "allowed"), [(0.01, 200, 2), (0.29, 100, 29), (0.07, 100, 7), (0, 50, 0)])
+def test_exactly_max_bad_is_allowed(limit, count, allowed, tmp_path):
+    """Of all files, however often and in whatever part of a pass they are read."""
+    bad = BadFiles(tmp_path, limit, count)
+    lines = [f"image{i}: cut short" for i in range(allowed + 1)]
+    for _ in range(30):
+        for line in lines[:allowed]:
+            bad.note([line])
+            bad.note([])
+    with pytest.raises(InputError, match=f"{allowed + 1} of {count} files"):
+        bad.note([lines[allowed], lines[allowed]])
+    assert (tmp_path / "bad_files.txt").read_text().splitlines() == lines
+
+
+def test_processes_of_a_run_count_bad_files_together_and_mended_ones_no_more(tmp_path):
+    first, second = BadFiles(tmp_path, 0.01, 200), BadFiles(tmp_path, 0.01, 200)
+    first.note(["a: cut"])
+    second.note(["b: cut", "a: cut"])
+    with pytest.raises(InputError, match="3 of 200"):
+        first.note(["c: cut"])
+    later = BadFiles(tmp_path, 0.01, 200)  # the user mended b
+    later.note(["a: cut"])
+    later.note(["c: cut"])
+    assert (tmp_path / "bad_files.txt").read_text().splitlines() == ["a: cut", "b: cut", "c: cut"]
 
 
 def test_all_files_bad(tmp_path):

@@ -1,0 +1,55 @@
+"""Look for what breaks runs: kills, damaged and hostile files, and environments that fail.
+
+  python benchmarks/endurance.py --minutes 60 --output runs/endurance            (or: make endurance MINUTES=60)
+
+Half of the time goes to kills (`endure_kills.py`), two fifths to files (`endure_files.py`), the rest to environments
+(`endure_faults.py`). Counts of several runs with one `--output` add up in its endurance.json; each run takes the next seed,
+unless `--seed` says which. Every failing case is kept, and named at the end.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from medssl.benchmarks import endure_faults, endure_files, endure_kills
+from medssl.benchmarks.machine import describe_machine
+from medssl.files import read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = {"kills": (endure_kills.run, 0.5), "files": (endure_files.run, 0.4), "faults": (endure_faults.run, 0.1)}
+
+
+def add(before: object, more: object) -> object:
+    """Counts of two runs together: numbers add up, lists follow each other, dictionaries by their keys."""
+    if isinstance(before, dict) and isinstance(more, dict):
+        return {key: add(before.get(key), more.get(key)) for key in {**before, **more}}
+    if before is None or more is None:
+        return more if before is None else before
+    return before + more
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60, help="of all parts together")
+    parser.add_argument("--seed", type=int, help="of the cases; the next that was not used, unless given")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance", help="where cases are kept")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
+    args = parser.parse_args()
+    path, whole = args.output / "endurance.json", sum(PARTS[part][1] for part in args.parts)
+    for part in args.parts:
+        found = read_json(path)
+        seed = len(found.get("runs", [])) if args.seed is None else args.seed
+        since, (run, share) = time.monotonic(), PARTS[part]
+        more = run(args.minutes * share / whole, seed, args.output)
+        minutes = round((time.monotonic() - since) / 60, 1)
+        note = {"part": part, "seed": seed, "minutes": minutes, "machine": describe_machine()}
+        write_json(path, {**found, part: add(found.get(part), more), "runs": [*found.get("runs", []), note]})
+    found = read_json(path)
+    faults = [fault for part in PARTS for fault in found.get(part, {}).get("faults", [])]
+    print(json.dumps({part: found[part] for part in PARTS if part in found}, indent=1))
+    raise SystemExit(f"{len(faults)} faults" if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

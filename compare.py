@@ -28,7 +28,6 @@ On a cluster: `--slurm` prints a script that submits the study as arrays of jobs
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from medssl.engine import options
 from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
 from medssl.files import own_folder
+from medssl.markup import one_line, shell_words
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
 from medssl.study.plan import METHODS, TASKS, Study, check, open_tasks, plan, with_network
@@ -69,7 +69,7 @@ def run(study: Study, args: argparse.Namespace) -> None:
 def outcome(study: Study, job: Job, reason: str | None) -> str:
     """How a run ended, in a line."""
     if reason:
-        return f"failed: {reason}"
+        return f"failed: {one_line(reason)}"
     cell = next((cell for cell in study.cells if cell.job is job), None)
     value = cell.results()[cell.metric] if cell else None
     number = f"{TASKS[cell.task].name} {value:.4f}, " if value is not None else ""
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
         run(study, args)
     rows = write_tables(study.cells, study.metrics, output)
     figures.label_efficiency(rows, study.metrics, output / "comparison.png")
-    command = shlex.join(["python", "compare.py", *(word for word in argv if word != "--tables-only")])
+    command = shell_words(["python", "compare.py", *(word for word in argv if word != "--tables-only")])
     write_report(output / "report.html", command, study.metrics, rows, study.cells, study.jobs, args.published)
     print(f"\n{(output / 'comparison.md').read_text(encoding='utf-8')}")
     print(f"written: {output}/report.html, results.csv, comparison.md, .tex, .json and .png", flush=True)
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     if len(failed) == len(study.jobs) and len(set(failed.values())) == 1:
         raise InputError(next(iter(failed.values())))
     for job, reason in failed.items():
-        print(f"failed: {job.name}: {reason}", file=sys.stderr)
+        print(f"failed: {job.name}: {one_line(reason)}", file=sys.stderr)
     if failed:
         raise SystemExit(1)
     return rows

@@ -1,7 +1,11 @@
 """What bad input raises, and how a script ends for it."""
 
+import io
+import os
 import sys
 from collections.abc import Callable
+
+from medssl.markup import one_line
 
 
 class InputError(Exception):
@@ -14,6 +18,7 @@ class UnreadableImage(Exception):
 
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main`, turning bad input into one line on standard error and exit code 2."""
+    open_streams()
     try:
         main()
     except InputError as error:
@@ -28,5 +33,20 @@ def run_script(main: Callable[[], object]) -> None:
         sys.exit(130)
     else:
         return
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def open_streams() -> None:
+    """Make printing safe: a service has no standard streams, and encodings lack letters that names of files have."""
+    for number in range(3):  # ascending: a file is opened under the lowest number that is free
+        try:
+            os.fstat(number)
+        except OSError:  # else the next file has this number, a checkpoint perhaps, and libraries print into it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, to the process's end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

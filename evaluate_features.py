@@ -35,6 +35,7 @@ from medssl.engine.parallel import Devices, Run, setup
 from medssl.engine.runs import describe, settings, versions
 from medssl.errors import InputError
 from medssl.files import write_json
+from medssl.markup import figure_text, one_line
 from medssl.models.encoders import default_arch, initialise, make_encoder
 from medssl.models.heads import Averaged
 from medssl.tasks.metrics import score, targets_of
@@ -183,8 +184,10 @@ def draw_embedding(
         points, way = embed(features, limit, seed)
         for i, name in enumerate(legend):
             chosen = points[names == name]
-            axes.scatter(*chosen.T, s=8, linewidths=0, alpha=0.7, color=colours[i % len(colours)], label=name)
-        axes.set(title=title, xlabel=way, xticks=[], yticks=[])
+            axes.scatter(
+                *chosen.T, s=8, linewidths=0, alpha=0.7, color=colours[i % len(colours)], label=figure_text(name)
+            )
+        axes.set(title=figure_text(title), xlabel=way, xticks=[], yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, markerscale=2)
     figure.savefig(path, dpi=150)
 
@@ -284,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         linear = linear_probe(features, targets, info)
         results.append({"init": init, "matched_keys": report["matched"], "knn": near, "probe": linear})
         row = [math.nan if s[m] is None else s[m] for s in (near, linear) for m in ("accuracy", "auroc")]
-        print("{:40} {:8.4f} {:7.4f} {:10.4f} {:7.4f}".format(shorten(init, args.init)[-40:], *row), flush=True)
+        name = one_line(shorten(init, args.init))[-40:]
+        print("{:40} {:8.4f} {:7.4f} {:10.4f} {:7.4f}".format(name, *row), flush=True)
 
     content = {
         "dataset": info.name,

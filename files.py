@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from medssl.errors import InputError
+from medssl.markup import csv_cell, csv_value
 
 LOCK = ".lock"  # the name of a folder's lock
 PARENTS_LOCK = "MEDSSL_LOCK"  # names, in the environment, the open file of a lock that the parent has taken for a child
@@ -157,12 +158,13 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
-    """`write_atomic` rows that share their keys."""
+    """`write_atomic` rows that share their keys, of which no cell is a formula. Names that are not UTF-8 keep their
+    bytes."""
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, lines.getvalue())
+    writer.writerow({key: csv_cell(key) for key in rows[0]})
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
+    write_bytes(path, lines.getvalue().encode(errors="surrogateescape"))
 
 
 # Reading -------------------------------------------------------------------------------------------
@@ -171,6 +173,20 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
 def read_json(path: Path) -> dict:
     """A JSON file's content; {} where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote, as text.
+
+    Raises:
+        InputError: for a file that was damaged since.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            header, *lines = csv.reader(file)
+        return [dict(zip(map(csv_value, header), map(csv_value, line), strict=True)) for line in lines]
+    except (csv.Error, ValueError):
+        raise InputError(f"{path}: not a whole table; remove {path.parent} and run the same command again") from None
 
 
 # Folders -------------------------------------------------------------------------------------------

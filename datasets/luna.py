@@ -25,6 +25,7 @@ from torch import Tensor
 from medssl.datasets.base import ImageDataset, Info, Request, volume_item
 from medssl.datasets.splits import Patients
 from medssl.errors import InputError, UnreadableImage
+from medssl.markup import csv_value
 from medssl.reading.tables import read_list
 
 FOLDS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}
@@ -211,7 +212,7 @@ def read_nodules(path: Path) -> list[dict]:
     rows = []
     for line in lines:
         try:
-            row = {"uid": line["uid"], "class": int(line["class"]), "fold": int(line["fold"])}
+            row = {"uid": csv_value(line["uid"] or ""), "class": int(line["class"]), "fold": int(line["fold"])}
             row |= {"weight": float(line["weight"]), "file": line["file"]}
         except (TypeError, ValueError):
             raise InputError(f"{path}, line {lines.line_num}: class, fold and weight must be numbers") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
 from medssl.files import write_json
+from medssl.markup import one_line
 
 # Seconds after which a checkpoint is written even when --save-every is far.
 LONGEST_UNSAVED = 300
@@ -37,6 +38,7 @@ class BadFiles:
 
     def note(self, bad: list[str]) -> None:
         """Add the unreadable files of one batch, as lines; raises InputError above the limit."""
+        bad = [one_line(line) for line in bad]
         if self.met.issuperset(bad):
             return
         lines = self._lines()

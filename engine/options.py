@@ -14,6 +14,7 @@ from pathlib import Path
 from medssl.datasets import medmnist, registry
 from medssl.engine.helptext import arrange
 from medssl.errors import InputError
+from medssl.markup import one_line
 
 # MoCo's second version (arXiv 2003.04297, §3, and its published code), which ConCL, DenseCL and PCL take over.
 MOCO_V2 = {
@@ -69,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return {name for name, value in vars(typed).items() if value is not nothing}
 
     def error(self, message: str) -> None:
-        print(f"error: {message} (see --help)", file=sys.stderr)
+        print(f"error: {one_line(message)} (see --help)", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -27,6 +27,7 @@ from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import write_text
+from medssl.markup import one_line
 from medssl.reading.find import VOLUME_EXTENSIONS, without_extension
 from medssl.reading.intensities import CT_BELOW
 from medssl.reading.pictures import describe, read_image
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the report; leave with exit code 1 where it has problems."""
     args = get_parser().parse_args(argv)
     report = check(Path(args.folder), args.list, args.workers)
-    print("\n".join(table(report)))
+    print("\n".join(map(one_line, table(report))))
     if args.json:
         write_text(args.json, json.dumps(report, indent=1) + "\n")
     if any(report[part] for part in ("unreadable", "duplicates", "missing", "overlaps")):

@@ -54,6 +54,7 @@ from medssl.engine.guards import Stop, ignore_signals
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import file_digest, write_atomic, write_csv, write_text
+from medssl.markup import csv_cell
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
 from medssl.reading.intensities import CT_BELOW, LOWEST_HU, scale, unit_range
@@ -593,7 +594,7 @@ def summarise(save: Path, made: Pairs | Nodules) -> dict:
     name = "luna" if isinstance(made, Pairs) else "nodules"
     if isinstance(made, Nodules):
         lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows((INDEX_COLUMNS, *index))
+        csv.writer(lines, lineterminator="\n").writerows([map(csv_cell, row) for row in (INDEX_COLUMNS, *index)])
         write_text(save / "nodules.csv", lines.getvalue())
     write_text(save / f"{name}.json", json.dumps(summary, indent=1) + "\n")
     return summary

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from medssl.errors import InputError
 from medssl.files import write_text
+from medssl.markup import csv_value
 from medssl.reading.find import IMAGE_EXTENSIONS, VOLUME_EXTENSIONS, without_extension
 
 
@@ -196,7 +197,7 @@ def read_patients(folder: Path) -> dict[str, str]:
             if column not in (lines.fieldnames or ()):
                 raise InputError(f"{path}, line 1: no column {column!r}; its first line must be: file,patient")
         for row in lines:
-            written, patient = ((row[column] or "").strip() for column in ("file", "patient"))
+            written, patient = (csv_value(row[column] or "").strip() for column in ("file", "patient"))
             if not written or not patient:
                 raise InputError(f"{path}, line {lines.line_num}: has no file or no patient")
             name = plain_name(written)

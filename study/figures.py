@@ -6,6 +6,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from medssl.markup import figure_text
+
 
 def label_efficiency(rows: list[dict], names: dict[str, str], path: Path) -> None:
     """A study's metric over the share of labels, a panel a task: a point a trial, a line through the means, and the
@@ -40,7 +42,7 @@ def draw_label_efficiency(axes: Axes, rows: list[dict]) -> None:
             known = [value for value in row["values"] if value is not None]
             axes.plot([row["percent"] * shift] * len(known), known, ".", color=colour_of(i), alpha=0.4)
         at = [row["percent"] * shift for row in own]
-        axes.plot(at, [row["mean"] for row in own], "o-", color=colour_of(i), label=init)
+        axes.plot(at, [row["mean"] for row in own], "o-", color=colour_of(i), label=figure_text(init))
         bands = [(x, *row["interval"]) for x, row in zip(at, own) if row["interval"]]
         if bands:
             axes.fill_between(*zip(*bands), color=colour_of(i), alpha=0.12, linewidth=0)

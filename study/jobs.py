@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError
 from medssl.files import hand_over, take_folder, write_json, write_text
+from medssl.markup import shell_words
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -72,7 +72,7 @@ class Job:
     @property
     def command(self) -> str:
         """As a person types it in the checkout."""
-        return shlex.join(["python", f"{self.module}.py", *self.words])
+        return shell_words(["python", f"{self.module}.py", *self.words])
 
     def options(self) -> argparse.Namespace:
         """What the script reads from `argv`, and the digest of the weights where they are there.

@@ -4,9 +4,10 @@ Values are the papers' own, in the unit of the measure. Protocols, splits and le
 says what must be the same before a number may be compared.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
+
+from medssl.files import read_csv
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Published:
 
 def rows() -> list[Published]:
     """All of published.csv."""
-    with open(Path(__file__).with_suffix(".csv"), newline="", encoding="utf-8") as file:
-        return [Published(**{**row, "value": float(row["value"])}) for row in csv.DictReader(file)]
+    table = read_csv(Path(__file__).with_suffix(".csv"))
+    return [Published(**{**row, "value": float(row["value"])}) for row in table]
 
 
 def of(dataset: str, task: str) -> list[Published]:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
 from medssl.engine.monitor import loss_names
 from medssl.files import read_json, write_text
+from medssl.markup import figure_text, printable
 from medssl.study import figures, published
 from medssl.study.jobs import Job
 from medssl.study.results import MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
@@ -57,9 +58,14 @@ def write_report(
         "devices": ", ".join(dict.fromkeys(entry["device"] for entry in done)) or first["device"],
         "command": command, "commands": "\n".join(job.command for job in jobs),
     }  # fmt: skip
-    environment = jinja2.Environment(autoescape=True, trim_blocks=False, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=visible)
     page = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8")).render(context)
     write_text(path, page)
+
+
+def visible(value: object) -> object:
+    """A value of the page, before it is escaped."""
+    return value if isinstance(value, Markup) else printable(str(value))
 
 
 # Words ---------------------------------------------------------------------------------------------
@@ -307,7 +313,8 @@ def training_curves(done: dict[Cell, dict], rows: Sequence[dict], metric: str) -
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation score")
     names = [init for init in inits if init in shown]  # which need not be in every panel
-    figure.legend([shown[name] for name in names], names, fontsize=8, loc="outside lower center", ncols=5)
+    labels = [figure_text(name) for name in names]
+    figure.legend([shown[name] for name in names], labels, fontsize=8, loc="outside lower center", ncols=5)
     return svg(figure, f"validation scores of {metric} over epochs")
 
 
@@ -322,7 +329,7 @@ def loss_curves(lines: list[dict]) -> Markup | None:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         known = [(line["epoch"], line[name]) for line in lines if line.get(name) is not None]
         axes.plot(*zip(*known), linewidth=1)
-        axes.set(title=name, xlabel="epoch")
+        axes.set(title=figure_text(name), xlabel="epoch")
         axes.grid(alpha=0.3)
     return svg(figure, f"{', '.join(names)} over epochs")
 
@@ -336,13 +343,18 @@ def svg(figure: Figure, title: str) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     own = re.sub(r"\W", "-", title)  # ids of one page are unlike each other
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", text)
-    text = text.replace("#000000", "currentColor").replace("#b0b0b0", "currentColor")
+    text = re.sub("<[^>]*>", lambda tag: on_page(tag[0], own), text)  # names between tags stay as they are
     # Texts without a colour are black, whatever the page's.
-    text = text.replace("<svg ", f'<svg fill="currentColor" role="img" aria-label="{title}" ', 1)
+    label = escape(printable(title))
+    return Markup(text.replace("<svg ", f'<svg fill="currentColor" role="img" aria-label="{label}" ', 1))
+
+
+def on_page(tag: str, own: str) -> str:
+    """A tag of a figure with the page's ink, and `own` before its ids."""
+    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", tag)
+    tag = tag.replace("#000000", "currentColor").replace("#b0b0b0", "currentColor")
     # Legends have a white ground, on which light ink would not be seen.
-    text = text.replace("fill: #ffffff; opacity: 0.8", "fill: none").replace("stroke: #cccccc", "stroke: none")
-    return Markup(text)
+    return tag.replace("fill: #ffffff; opacity: 0.8", "fill: none").replace("stroke: #cccccc", "stroke: none")
 
 
 def picture(path: Path, alt: str, caption: str) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from medssl.files import write_csv, write_json, write_text
+from medssl.markup import latex_text, markdown_text
 from medssl.study.jobs import Job
 from medssl.tasks.metrics import mean_of
 
@@ -233,30 +233,22 @@ def header_of(row: dict, metric: str) -> list[str]:
 
 def markdown(rows: Sequence[dict], metric: str) -> str:
     """The table of one task; `metric` in words."""
-    cells = [[text.replace("|", "\\|") for text in cells_of(row)] for row in rows]
-    lines = [header_of(rows[0], metric), ["---"] * len(HEADER), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    texts = [header_of(rows[0], metric), *map(cells_of, rows)]
+    header, *lines = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in texts]
+    return "\n".join([header, "| " + " | ".join(["---"] * len(HEADER)) + " |", *lines])
 
 
 def latex(rows: Sequence[dict], metric: str) -> str:
     """The table of one task for booktabs, the best mean of each share of labels in bold."""
-
-    def escaped(text: str) -> str:
-        text = re.sub(r"[&%$#_{}]", r"\\\g<0>", text.replace("\\", "\0"))
-        for sign, name in (("\0", "textbackslash"), ("~", "textasciitilde"), ("^", "textasciicircum")):
-            text = text.replace(sign, rf"\{name}{{}}")
-        return text.replace("±", r"$\pm$").replace("–", "--").replace("< 0.001", "$<$ 0.001")
-
     lines = []
     for i, row in enumerate(rows):
         if i and row["percent"] != rows[i - 1]["percent"]:
             lines.append(r"\midrule")
-        texts = [escaped(text) for text in cells_of(row, minus="−")]
-        texts = [text.replace("−", "$-$") for text in texts]
+        texts = [latex_text(text) for text in cells_of(row, minus="−")]
         if best_of(rows, row):
             texts[3] = rf"\textbf{{{texts[3]}}}"
         lines.append(" & ".join(texts) + r" \\")
-    header = " & ".join(escaped(text) for text in header_of(rows[0], metric)) + r" \\"
+    header = " & ".join(map(latex_text, header_of(rows[0], metric))) + r" \\"
     start = [r"% needs \usepackage{booktabs}", r"\begin{tabular}{rrlllrr}", r"\toprule", header, r"\midrule"]
     return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}"])
 

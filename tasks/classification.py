@@ -1,7 +1,6 @@
 """Classification: whole splits through a network in evaluation mode, and what is written of the predictions."""
 
 import argparse
-import csv
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from medssl.datasets.base import ImageDataset, Info
 from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
-from medssl.files import write_csv
+from medssl.files import read_csv, write_csv
 from medssl.losses.classification import classification_loss, probabilities
 from medssl.tasks import plots
 from medssl.tasks.metrics import froc, mean_of, score, score_with_intervals, targets_of
@@ -193,8 +192,7 @@ def join_trials(output: Path, trials: int, chosen: int, info: Info) -> None:
     """Bring the trials together: predictions.csv, plots, and the chosen trial's best.pt."""
     rows = []
     for k in range(trials):
-        with open(output / f"trial_{k}" / "predictions.csv", newline="", encoding="utf-8") as file:
-            rows += [{"trial": k, **row} for row in csv.DictReader(file)]
+        rows += [{"trial": k, **row} for row in read_csv(output / f"trial_{k}" / "predictions.csv")]
     write_csv(output / "predictions.csv", rows)
     shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
     plots.roc(rows, info, output / "roc.png")

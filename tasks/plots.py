@@ -8,6 +8,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from medssl.datasets.base import Info
+from medssl.markup import figure_text
 from medssl.tasks.metrics import RATES, froc_curve
 
 
@@ -39,7 +40,7 @@ def roc(rows: list[dict], info: Info, path: Path) -> None:
         areas = [roc_auc_score(t, p) for t, p in pairs]
         for trial, (t, p) in enumerate(pairs):
             x, y, _ = roc_curve(t, p)
-            label = f"{name} {np.mean(areas):.3f}" if trial == 0 else None
+            label = f"{figure_text(name)} {np.mean(areas):.3f}" if trial == 0 else None
             axes.plot(x, y, color=f"C{i % 10}", alpha=0.8 / len(pairs) ** 0.5, linewidth=1.2, label=label)
     axes.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, test split (mean AUROC)")
     axes.set_aspect("equal")
@@ -56,7 +57,7 @@ def calibration(rows: list[dict], info: Info, path: Path) -> None:
     for i, (name, pairs) in enumerate(_curves(rows, info)):
         t, p = (np.concatenate(parts) for parts in zip(*pairs))
         y, x = calibration_curve(t, p, n_bins=10, strategy="quantile")
-        axes.plot(x, y, "o-", color=f"C{i % 10}", markersize=3, linewidth=1.2, label=name)
+        axes.plot(x, y, "o-", color=f"C{i % 10}", markersize=3, linewidth=1.2, label=figure_text(name))
     axes.set(xlabel="predicted probability", ylabel="observed share", title="Calibration, test split")
     axes.set_aspect("equal")
     if len(axes.lines) > 1:

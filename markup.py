@@ -33,7 +33,7 @@ def one_line(text: str) -> str:
 # Only what would act is replaced, so that a table reads well as it is: "a_b" and "p < 0.001" stay. Entities, because
 # not every Markdown takes a backslash before every sign, and none takes an entity for markup.
 _MARKDOWN = re.compile(
-    r"[\\`*\[\]|~$@]|<(?=[a-z/!?])|&(?=[#a-z])|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
+    r"[\\`*\[\]|~$@]|<(?=[a-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
 )
 
 

@@ -15,6 +15,7 @@ from medssl.datasets.base import ImageDataset, Request
 from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, run_script
+from medssl.markup import one_line
 
 
 def get_parser() -> Parser:
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = f"{index['channels']} x {index['size']} x {index['size']}"
     print(f"{args.output}: {len(ids)} images of {shape}, {len(bad)} of them unreadable")
     for row, reason in list(bad.items())[:20]:
-        print(f"  {ids[int(row)]}: {reason}")
+        print(one_line(f"  {ids[int(row)]}: {reason}"))
     if len(bad) > 20:
         print(f"  and {len(bad) - 20} more, all in {args.output}/index.json")
 

@@ -54,7 +54,7 @@ from medssl.engine.guards import Stop, ignore_signals
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import file_digest, write_atomic, write_csv, write_text
-from medssl.markup import csv_cell
+from medssl.markup import csv_cell, one_line
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
 from medssl.reading.intensities import CT_BELOW, LOWEST_HU, scale, unit_range
@@ -682,7 +682,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = f"{totals['pairs']} pairs" if isinstance(made, Pairs) else f"{totals['cubes']} cubes"
     print(f"{save}: {what} from {totals['scans'] - totals['failed']} scans, {totals['failed']} scans failed")
     for name, reason in list(failed.items())[:20]:
-        print(f"  {name}: {reason}")
+        print(one_line(f"  {name}: {reason}"))
     if len(failed) > 20:
         print(f"  and {len(failed) - 20} more, in the JSON file there")
     if len(failed) == totals["scans"]:

@@ -24,6 +24,7 @@ from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import existing_folder, write_folder
+from medssl.markup import one_line
 from medssl.reading.intensities import scale
 from medssl.reading.masks import read_labels
 from medssl.reading.volumes import read_volume
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ProcessPoolExecutor(args.workers) as pool:
         for case, (count, reason) in zip(cases, pool.map(work, cases)):
             failed += bool(reason)
-            print(f"{case.id}: {reason or f'{count} slices'}", flush=True)
+            print(one_line(f"{case.id}: {reason or f'{count} slices'}"), flush=True)
     if failed:
         raise InputError(f"{failed} of {len(cases)} volumes could not be read; the others are in {output}")
 

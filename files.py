@@ -164,7 +164,7 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(lines, list(rows[0]))
     writer.writerow({key: csv_cell(key) for key in rows[0]})
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
-    write_bytes(path, lines.getvalue().encode(errors="surrogateescape"))
+    write_bytes(path, name_bytes(lines.getvalue()))
 
 
 # Reading -------------------------------------------------------------------------------------------
@@ -290,6 +290,11 @@ def existing_folder(path: str | Path, option: str = "--data") -> Path:
 
 
 # Digests -------------------------------------------------------------------------------------------
+
+
+def name_bytes(text: str) -> bytes:
+    """Text as UTF-8, with the own bytes of names of files that are not UTF-8."""
+    return text.encode(errors="surrogateescape")
 
 
 def digest(content: bytes) -> str:

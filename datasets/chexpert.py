@@ -40,6 +40,7 @@ from medssl.datasets.splits import (
     warn_of_unlabelled,
 )
 from medssl.errors import InputError
+from medssl.files import name_bytes
 from medssl.reading.tables import known_or_nan, line_of, open_table, plain_name
 
 LABELS = (
@@ -204,7 +205,7 @@ def settle(labels: Tensor, names: Sequence[str], policy: str) -> Tensor:
 
 def _unit(name: str, label: str) -> float:
     """A number in [0, 1) for an image's label."""
-    code = hashlib.blake2b(f"{SMOOTHING_SEED}:{name}:{label}".encode(), digest_size=8).digest()
+    code = hashlib.blake2b(name_bytes(f"{SMOOTHING_SEED}:{name}:{label}"), digest_size=8).digest()
     return int.from_bytes(code, "big") / 2**64
 
 

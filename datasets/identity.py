@@ -10,7 +10,7 @@ import numpy as np
 
 from medssl.datasets.base import ImageDataset
 from medssl.errors import UnreadableImage
-from medssl.files import digest
+from medssl.files import digest, name_bytes
 
 SAMPLED = 16  # images of a split whose contents a run remembers
 
@@ -86,4 +86,4 @@ def data_digest(splits: Mapping[str, ImageDataset], labels: bool = True) -> str:
         masks = sample_annotations(data) if labels else []
         contents = digest("\n".join([contents, *masks]).encode()) if masks else contents
         parts += [name, "\n".join(data.ids), digest(known), contents]
-    return digest("\0".join(parts).encode())
+    return digest(name_bytes("\0".join(parts)))

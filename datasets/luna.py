@@ -25,6 +25,7 @@ from torch import Tensor
 from medssl.datasets.base import ImageDataset, Info, Request, volume_item
 from medssl.datasets.splits import Patients
 from medssl.errors import InputError, UnreadableImage
+from medssl.files import name_bytes
 from medssl.markup import csv_value
 from medssl.reading.tables import read_list
 
@@ -186,7 +187,7 @@ def named(folds: Sequence[int]) -> str:
 
 def place_of(patient: str) -> float:
     """A patient's place in the training list, in [0, 1): the same whatever other patients there are."""
-    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name_bytes(patient)).digest()[:6], "big") / 2**48
 
 
 def read_order(path: str) -> dict[str, float]:

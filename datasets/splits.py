@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Request
 from medssl.errors import InputError
+from medssl.files import name_bytes
 from medssl.reading.tables import PATIENTS, file_name, line_of, read_list, read_patients
 
 # Splits made on the fly do not follow `--seed`: pre-training and every fine-tuning trial must hold out the same
@@ -113,7 +114,7 @@ def split_by_patient(patients: Sequence[str], fraction: float, seed: int) -> tup
     Returns:
         positions of the images that stay, and of those held out, both ascending.
     """
-    order = sorted(set(patients), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    order = sorted(set(patients), key=lambda name: hashlib.sha256(name_bytes(f"{seed}:{name}")).digest())
     count = round(fraction * len(order))
     if 0 < fraction < 1:
         count = min(max(count, 1), len(order) - 1)

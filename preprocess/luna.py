@@ -53,7 +53,7 @@ from medssl.engine import options
 from medssl.engine.guards import Stop, ignore_signals
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
-from medssl.files import file_digest, write_atomic, write_csv, write_text
+from medssl.files import file_digest, name_bytes, write_atomic, write_csv, write_text
 from medssl.markup import csv_cell, one_line
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
@@ -277,7 +277,7 @@ def tissue_score(crop: np.ndarray, depth: int) -> float:
 
 def generator_of(uid: str, seed: int) -> np.random.Generator:
     """The random numbers of a scan."""
-    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "little")])
+    return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name_bytes(uid)).digest()[:8], "little")])
 
 
 def read_scan(path: Path) -> tuple[Volume, tuple[float, float]]:

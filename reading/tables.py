@@ -153,14 +153,32 @@ def known_or_nan(
     return torch.where(labels < 0, torch.nan, labels)
 
 
-def write_list(path: str | Path, names: Sequence[str], labels: Tensor | None = None) -> None:
-    """Write a list file in one step. `labels` is (N, L) whole numbers, NaN becomes −1; or None."""
+def list_text(names: Sequence[str], labels: Tensor | None = None) -> str:
+    """The content of a list file. `labels` is (N, L) whole numbers, NaN becomes −1; or None.
+
+    Raises:
+        InputError: for a name that `read_list` would not bring back.
+    """
+    for name in names:
+        if not _fits_a_line(name):
+            raise InputError(
+                f"{name}: an image list cannot hold this name: it has a line break, a blank where none can be, or "
+                "letters that are not UTF-8; rename the file"
+            )
     if labels is None:
-        text = "".join(f"{name}\n" for name in names)
-    else:
-        rows = torch.nan_to_num(labels.double(), nan=-1).long().tolist()
-        text = "".join(f"{name} {' '.join(map(str, row))}\n" for name, row in zip(names, rows, strict=True))
-    write_text(path, text)
+        return "".join(f"{name}\n" for name in names)
+    rows = torch.nan_to_num(labels.double(), nan=-1).long().tolist()
+    return "".join(f"{name} {' '.join(map(str, row))}\n" for name, row in zip(names, rows, strict=True))
+
+
+def _fits_a_line(name: str) -> bool:
+    whole = name == name.strip() and not re.search("[\r\n\ud800-\udfff]", name)
+    return bool(name) and whole and _split_line(name)[0] == name
+
+
+def write_list(path: str | Path, names: Sequence[str], labels: Tensor | None = None) -> None:
+    """Write a list file in one step, with the arguments of `list_text`."""
+    write_text(path, list_text(names, labels))
 
 
 @contextlib.contextmanager

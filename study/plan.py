@@ -19,6 +19,7 @@ from medssl.engine.runs import refuse_changes, refuse_older
 from medssl.errors import InputError
 from medssl.files import read_json
 from medssl.models.encoders import DEFAULT_ARCH, arch_of
+from medssl.reading.tables import list_text
 from medssl.study.jobs import Job
 from medssl.study.results import Cell
 
@@ -202,7 +203,7 @@ def held_out(job: Job, opened: dict[str, OpenedTask]) -> Job:
     that the task trains on, and those without labels, then stand in a list of their own.
 
     Raises:
-        InputError: where nothing is left.
+        InputError: where nothing is left, or a name that no list can hold.
     """
     args = job.options()
     args.ratio = 1.0  # of the list that is made here
@@ -218,7 +219,7 @@ def held_out(job: Job, opened: dict[str, OpenedTask]) -> Job:
     if not left:
         raise InputError(f"{job.name}: all its images are validation or test images of {' or '.join(opened)}")
     path = job.folder.with_name(f"{job.folder.name}_images.txt")
-    return replace(job, argv=(*job.argv, "--list", str(path)), lists=((path, "\n".join(left) + "\n"),))
+    return replace(job, argv=(*job.argv, "--list", str(path)), lists=((path, list_text(left)),))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from medssl.errors import InputError
 from medssl.files import read_csv, write_csv
 from medssl.models.encoders import make_encoder
 from medssl.preprocess import check_data, luna
-from medssl.reading.tables import read_patients
+from medssl.reading.tables import read_list, read_patients, write_list
 from medssl.study import figures, results
 from medssl.study.report import loss_curves
 from medssl.study.slurm import slurm_script
@@ -99,6 +99,16 @@ def test_tables_of_patients_and_nodules_come_back(tmp_path):
     assert (tmp_path / "nodules.csv").read_text().splitlines()[1].startswith("'=uid,3,1,0,-1.5,")
     (row,) = read_nodules(tmp_path / "nodules.csv")
     assert (row["uid"], row["file"]) == ("=uid", "subset0/=uid_nodule_3.npy")
+
+
+def test_a_list_holds_what_it_can_bring_back(tmp_path):
+    held = ["a b.png", "c", "'d'.PNG", "e.nii.gz"]
+    write_list(tmp_path / "list.txt", held)
+    assert read_list(tmp_path / "list.txt")[0] == held
+    for name in ("a\nb.png", "a\rb.png", " a.png", "a.png ", "a b", "a.png b.png", "\udce9.png", ""):
+        with pytest.raises(InputError, match="an image list cannot hold this name"):
+            write_list(tmp_path / "list.txt", ["a.png", name])
+    assert read_list(tmp_path / "list.txt")[0] == held
 
 
 class Page(html.parser.HTMLParser):
@@ -245,7 +255,7 @@ def make_images(data, classes):
                 Image.fromarray(pixels).save(data / split / name / f"{k}{NASTY}.png")
 
 
-CLASSES = (f"@{NASTY}", "-1.5", f"_{NASTY}")
+CLASSES = (f"@{NASTY}", "-1.5", f"_{NASTY}\udce9")  # the last is not UTF-8
 SMALL = ["--texture-size", "32", "--image-size", "32", "--workers", "0", "--b", "4", "--steps", "1"]
 
 
@@ -274,7 +284,7 @@ def test_a_studys_tables_bring_names_back(study):
     rows = read_csv(path)
     assert {row["id"] for row in rows} == {f"test/{name}/{k}{NASTY}.png" for name in CLASSES for k in (0, 1)}
     assert {f"true {name}" for name in CLASSES} < set(rows[0])
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         raw = list(csv.reader(file))
     assert {len(line) for line in raw} == {8}
     (failed,) = [row for row in read_csv(study / "results.csv") if row["status"] == "failed"]

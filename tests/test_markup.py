@@ -370,7 +370,7 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["training", "fine-tuning", pytest.param("study", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("few_radiographs")
 def test_a_service_has_no_streams(name, tmp_path, monkeypatch):
     script, words, made = SCRIPTS[name]

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import glob
 import hashlib
 import io
 import json
@@ -129,7 +130,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(path)
     unfinished = unfinished_name(path)
-    for left in (*path.parent.glob(f".tmp.*.{path.name}"), path.with_name(f".{path.name}.tmp")):
+    for left in (*path.parent.glob(f".tmp.*.{glob.escape(path.name)}"), path.with_name(f".{path.name}.tmp")):
         _remove_abandoned(left)  # by a kill in the middle of this
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

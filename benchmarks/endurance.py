@@ -3,8 +3,8 @@
   python benchmarks/endurance.py --minutes 60 --output runs/endurance            (or: make endurance MINUTES=60)
 
 Half of the time goes to kills (`endure_kills.py`), two fifths to files (`endure_files.py`), the rest to environments
-(`endure_faults.py`). Counts of several runs with one `--output` add up in its endurance.json; each run takes the next seed,
-unless `--seed` says which. Every failing case is kept, and named at the end.
+(`endure_faults.py`). Counts of several runs with one `--output` add up in its endurance.json; each run takes the next
+seed, unless `--seed` says which. Every failing case is kept, and named at the end.
 """
 
 import argparse

@@ -1,11 +1,25 @@
-"""What bad input raises, and how a script ends for it."""
+"""What bad input raises, and how a script ends for it and for what the machine lacks."""
 
+import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from medssl.markup import one_line
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SHARED_MEMORY = (
+    "the workers' shared memory (/dev/shm) is full; use fewer --workers, or 0, or give more: docker run --shm-size 8g"
+)
+FEW_FILES = "too many open files; raise the limit (ulimit -n 65536), or use fewer --workers"
+# How libraries say that an allocation failed; numpy and Python have a class for that.
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc|_STATUS_ALLOC_FAILED|Unable to allocate")
+# How they say which error of the system it was: Python, and torch's C++.
+NUMBERED = re.compile(r"\[Errno (?P<python>\d+)\] [^:]*(?:: '(?P<file>.*)')?$|: (?P<said>[^:]*) \((?P<torch>\d+)\)$")
+# A DataLoader's worker hands an error over with its traceback in the text.
+HANDED_OVER = "\nOriginal Traceback (most recent call last):\n"
 
 
 class InputError(Exception):
@@ -16,21 +30,84 @@ class UnreadableImage(Exception):
     """A file that cannot be decoded; its text names the file and the reason."""
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Run a script's `main`, turning bad input into one line on standard error and exit code 2."""
+def explain(error: BaseException, less: str = "a smaller --b, or fewer --workers") -> str | None:
+    """An error in one line, if it is the user's to mend: bad input, and what the machine lacks. None for a fault of
+    the code, whose traceback is to be seen.
+
+    Args:
+        error: also one that a worker handed over.
+        less: what needs less memory.
+    """
+    text = text_of(error)
+    if isinstance(error, InputError):
+        return " ".join(text.rpartition("InputError: ")[2].split())
+    if not isinstance(error, (OSError, MemoryError, RuntimeError)):
+        return None
+    number, file = error_number(error), file_of(error)
+    if "</torch_" in text:  # the name of a piece of shared memory
+        return FEW_FILES if number in (errno.EMFILE, errno.ENFILE) else NO_SHARED_MEMORY
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancillary data" in text:
+        return FEW_FILES
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(text):
+        return out_of_memory(error, less)
+    if number is None:  # no OSError, or one by which a library tells of something else
+        return f"{file}: {text}" if file else None
+    if number in DISK:
+        return f"{file or 'a file'}: {os.strerror(number)}; make room on its disk, or choose another --output"
+    # Paths without permission, folders in the place of files.
+    return f"{file or 'input/output'}: {os.strerror(number)}" if isinstance(error, OSError) else None
+
+
+def out_of_memory(error: BaseException, less: str) -> str:
+    """The line about memory that was not there."""
+    text = text_of(error)
+    gpu = any(word in text for word in ("CUDA", "CUBLAS", "CUDNN", "HIP"))
+    wanted = re.search(r"(?i)tried to allocate (\d[\d.]* \w+)|unable to allocate (\d[\d.]* \w+)", text)
+    amount = f" ({wanted[1] or wanted[2]} more were asked for)" if wanted else ""
+    return f"out of {'GPU ' if gpu else ''}memory{amount}; use {'a smaller --b, or --amp' if gpu else less}"
+
+
+def text_of(error: BaseException) -> str:
+    """An error's text; of one that a worker handed over, without the traceback."""
+    text = str(error).rstrip()
+    if HANDED_OVER not in text:
+        return text
+    begun = [*re.finditer(r"^[A-Za-z_][\w.]*: ", text, re.MULTILINE)]
+    return text[begun[-1].start() :] if begun else text
+
+
+def error_number(error: BaseException) -> int | None:
+    """The system's number of an error (`errno.ENOSPC`, …), from its text where that alone tells."""
+    number = getattr(error, "errno", None)
+    if isinstance(number, int):
+        return number
+    found = NUMBERED.search(text_of(error))
+    if found is None or (found["torch"] and found["said"] != os.strerror(int(found["torch"]))):
+        return None
+    return int(found["python"] or found["torch"])
+
+
+def file_of(error: BaseException) -> str | None:
+    """The file that an error names."""
+    found = NUMBERED.search(text_of(error))
+    return getattr(error, "filename", None) or (found["file"] if found else None)
+
+
+def run_script(main: Callable[[], object], less: str = "a smaller --b, or fewer --workers") -> None:
+    """Run a script's `main`, turning what `explain` knows into one line on standard error and exit code 2.
+
+    Args:
+        less: what needs less memory.
+    """
     open_streams()
     try:
         main()
-    except InputError as error:
-        # A decoding process hands its error over with the traceback in the text; the last part is the message.
-        message = " ".join(str(error).rpartition("InputError: ")[2].split())
-    except OSError as error:
-        # Paths without permission, full disks, folders in the place of files: the user's to mend.
-        if error.filename is None and error.errno is None:
-            raise
-        message = f"{error.filename or 'input/output'}: {error.strerror or error}"
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        message = explain(error, less)
+        if message is None:
+            raise
     else:
         return
     print(f"error: {one_line(message)}", file=sys.stderr)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from medssl import processes
 from medssl.datasets.base import ImageDataset
 from medssl.datasets.identity import files_in
 from medssl.errors import InputError, UnreadableImage
@@ -133,13 +134,13 @@ class _Blocks(torch.utils.data.Dataset):
         return {"block": number, "fingerprints": prints, "sizes": sizes, "bad": bad}
 
 
-def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
+def build(data: ImageDataset, folder: str | Path, workers: int = 0, limit: float = 0) -> dict:
     """Make a cache of all images of a 2D data set, or finish one that was interrupted.
 
     Args:
         data: what to decode. The result depends on it alone, not on `workers` or on interruptions.
         folder: where the cache goes.
-        workers: decoding processes; 0 decodes in this one.
+        workers: decoding processes; 0 decodes in this one. limit: seconds to wait for a block; 0: for ever.
 
     Returns:
         the index, as `index.json` has it.
@@ -156,10 +157,10 @@ def build(data: ImageDataset, folder: str | Path, workers: int = 0) -> dict:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        return _build(data, folder, workers)
+        return _build(data, folder, workers, limit)
 
 
-def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
+def _build(data: ImageDataset, folder: Path, workers: int, limit: float) -> dict:
     """`build` in a folder that no other process touches."""
     shape = (len(data), data.info.channels, data.texture_size, data.texture_size)
     block = max(1, BLOCK_BYTES // int(np.prod(shape[1:])))
@@ -190,6 +191,7 @@ def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
         batch_size=None,
         num_workers=min(workers, len(missing)),
         collate_fn=_as_is,
+        worker_init_fn=processes.begin,
     )
     with (
         open(folder / "progress.jsonl", "a", encoding="utf-8") as progress,
@@ -197,8 +199,9 @@ def _build(data: ImageDataset, folder: Path, workers: int) -> dict:
             total=len(data), initial=len(data) - sum(len(_block_rows(data, block, b)) for b in missing),
             desc=f"cache {data.info.name}", disable=None,
         ) as bar,
+        processes.iterating(loader, limit) as notes,
     ):  # fmt: skip
-        for note in loader:
+        for note in notes:
             done[note["block"]] = note
             progress.write(json.dumps(note) + "\n")
             progress.flush()

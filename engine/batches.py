@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from medssl import processes
 from medssl.datasets.base import ImageDataset, collate
-from medssl.engine.guards import BadFiles, ignore_signals
+from medssl.engine.guards import BadFiles
 from medssl.engine.options import decoders
 from medssl.engine.order import Order
 from medssl.engine.parallel import Devices
+from medssl.processes import Watch, iterating
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -40,17 +42,21 @@ CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 def training_batches(
     data: ImageDataset, args: argparse.Namespace, devices: Devices, rows: slice, start: int, stop: int
-) -> DataLoader:
-    """This process's `rows` of the batches of steps `start` to `stop`, in the run's order, not yet on the device."""
-    return DataLoader(
+) -> contextlib.AbstractContextManager[Watch]:
+    """This process's `rows` of the batches of steps `start` to `stop`, in the run's order, not yet on the device.
+
+    The block in which they are used ends the decoding processes, however it ends; `iterating` says what it raises.
+    """
+    loader = DataLoader(
         data,
         batch_sampler=Order(len(data), args.b, rows, args.seed, start, stop),
         num_workers=decoders(args),
         collate_fn=collate,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=processes.begin,
         pin_memory=devices.device.type == "cuda",
         prefetch_factor=4 if args.workers else None,
     )
+    return iterating(loader, args.worker_timeout)
 
 
 def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, devices: Devices) -> Iterator[dict]:
@@ -60,17 +66,18 @@ def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, dev
     which images of the split a batch has.
 
     Raises:
-        InputError: when more than `--max-bad` of the files cannot be read.
+        InputError: when more than `--max-bad` of the files cannot be read, or a decoding process is lost.
     """
-    loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=ignore_signals)
+    loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=processes.begin)
     bad = BadFiles(Path(args.output), args.max_bad, len(set(data.ids)))
     asked = 0
-    for batch in loader:
-        count = len(batch["index"])
-        bad.note(batch["bad"])
-        own = torch.nonzero(batch["index"] == torch.arange(asked, asked + count))[:, 0]
-        asked += count
-        if len(own) < count:
-            batch = {key: value[own] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-        if len(own):
-            yield to_device(batch, devices.device)
+    with iterating(loader, args.worker_timeout) as batches:
+        for batch in batches:
+            count = len(batch["index"])
+            bad.note(batch["bad"])
+            own = torch.nonzero(batch["index"] == torch.arange(asked, asked + count))[:, 0]
+            asked += count
+            if len(own) < count:
+                batch = {key: value[own] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+            if len(own):
+                yield to_device(batch, devices.device)

@@ -53,16 +53,6 @@ class BadFiles:
             )
 
 
-def ignore_signals(_worker: int) -> None:
-    """Decoding processes leave signals to the training process.
-
-    Schedulers and terminals send SIGTERM and SIGINT to the whole group; a worker that died of it would break the
-    step that is being finished. Workers end with their parent, however that ends.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 class Stop:
     """Notes SIGTERM and SIGINT while a run is under way; a second one acts as usual."""
 

@@ -59,10 +59,10 @@ def fit(
         return outcome(state, total, evaluate, views, devices, None, 0.0)
 
     monitor = Monitor(folder, last, state.step, args.log_every, state.name, tensorboard) if devices.main else None
-    batches = iter(training_batches(data, args, devices, rows, state.step, last))
+    closing = contextlib.closing(monitor) if monitor else contextlib.nullcontext()
     finite, clock = FiniteCheck(folder, data.ids, devices), Clock()
     bad = BadFiles(folder, args.max_bad, len(set(data.ids)))
-    with Stop() as stop, contextlib.closing(monitor) if monitor else contextlib.nullcontext():
+    with closing, Stop() as stop, training_batches(data, args, devices, rows, state.step, last) as batches:
         while state.step < last and not state.over:
             # data
             if before_epoch and state.starts_epoch():

@@ -243,6 +243,7 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         default=min(4, os.cpu_count() or 1),
         help="decoding processes, at most one a core",
     )
+    add_worker_timeout(group)
     group.add_argument(
         "--cache",
         type=filled,
@@ -253,6 +254,17 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "--max-bad", type=fraction, default=0.01, help="stop when more than this share of the files cannot be read"
     )
     return group
+
+
+def add_worker_timeout(group: argparse._ActionsContainer) -> None:
+    """How long workers may take."""
+    group.add_argument(
+        "--worker-timeout",
+        type=non_negative_int,
+        default=600,
+        metavar="SECONDS",
+        help="stop when the workers give no batch for so long, as where a network disk hangs; 0 waits for ever",
+    )
 
 
 def add_evaluation_lists(group: argparse._ArgumentGroup) -> None:

@@ -18,8 +18,8 @@ from medssl.files import own_folder, write_json
 # Options that may differ between a run and its continuation: none of them changes a result. Data may move, but not
 # change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
-    "output", "resume", "steps", "workers", "cache", "max_bad", "gpus", "device", "save_every", "log_every",
-    "data", "data_digest", "compile", "trials", "format", "protocol",  # whose values are options, too
+    "output", "resume", "steps", "workers", "worker_timeout", "cache", "max_bad", "gpus", "device", "save_every",
+    "log_every", "data", "data_digest", "compile", "trials", "format", "protocol",  # whose values are options, too
 }  # fmt: skip
 # Options that are newer than some runs, and the value by which these were made.
 AS_EVER = {"augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells"}

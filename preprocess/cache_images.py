@@ -41,6 +41,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--workers", "--num-workers", "--num_workers", type=options.non_negative_int, default=4, help="processes"
     )
+    options.add_worker_timeout(group)
     return parser
 
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the cache and say what is in it."""
     args = get_parser().parse_args(argv)
     data = open_images(registry.request_of(args))
-    index = cache.build(data, args.output, args.workers)
+    index = cache.build(data, args.output, args.workers, args.worker_timeout)
     ids, bad = index["ids"], index["bad"]
     shape = f"{index['channels']} x {index['size']} x {index['size']}"
     print(f"{args.output}: {len(ids)} images of {shape}, {len(bad)} of them unreadable")
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli() -> None:
     """Console command."""
-    run_script(main)
+    run_script(main, less="fewer --workers")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ files that two lists share. DICOM slices of a series count as one volume. Exit c
 found; 2: the input could not be used.
 """
 
-import contextlib
+import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import write_text
 from medssl.markup import one_line
+from medssl.processes import pool
 from medssl.reading.find import VOLUME_EXTENSIONS, without_extension
 from medssl.reading.intensities import CT_BELOW
 from medssl.reading.pictures import describe, read_image
@@ -90,15 +90,13 @@ def examine_volume(path: Path) -> dict:
 
 def examine_all(paths: Sequence[Path], workers: int) -> list[dict]:
     """`examine` every file, in order, in `workers` processes (0: in this one)."""
-    with contextlib.ExitStack() as stack:
-        if workers:
-            volumes = any(path.is_dir() or path.name.lower().endswith(VOLUME_EXTENSIONS) for path in paths)
-            start = use_one_thread if volumes else None  # processes share the cores
-            pool = stack.enter_context(multiprocessing.Pool(min(workers, len(paths)), start))
-            results: Iterable[dict] = pool.imap(examine, paths, chunksize=1 if volumes else 8)
-        else:
-            results = map(examine, paths)
-        return list(tqdm(results, total=len(paths), desc="check", disable=None))
+    shown = functools.partial(tqdm, total=len(paths), desc="check", disable=None)
+    if not workers:
+        return list(shown(map(examine, paths)))
+    volumes = any(path.is_dir() or path.name.lower().endswith(VOLUME_EXTENSIONS) for path in paths)
+    start = use_one_thread if volumes else None  # processes share the cores
+    with pool(min(workers, len(paths)), start) as executor:
+        return list(shown(executor.map(examine, paths, chunksize=1 if volumes else 8)))
 
 
 UNKNOWN = "patients unknown: neither names nor a table patients.csv tell"
@@ -210,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli() -> None:
     """Console command."""
-    run_script(main)
+    run_script(main, less="fewer --workers")
 
 
 if __name__ == "__main__":

@@ -32,14 +32,10 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,11 +46,12 @@ from tqdm import tqdm
 
 from medssl.datasets.splits import Patients
 from medssl.engine import options
-from medssl.engine.guards import Stop, ignore_signals
+from medssl.engine.guards import Stop
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import file_digest, name_bytes, write_atomic, write_csv, write_text
 from medssl.markup import csv_cell, one_line
+from medssl.processes import pool
 from medssl.reading.find import find_volumes
 from medssl.reading.geometry import Volume, on_grid, resample, resampled_shape
 from medssl.reading.intensities import CT_BELOW, LOWEST_HU, scale, unit_range
@@ -524,19 +521,6 @@ def refuse_other_settings(save: Path, made: Pairs | Nodules) -> None:
             )
 
 
-def watch_parent() -> None:
-    """Worker start: leave signals to the parent, and end with it, however it ends."""
-    ignore_signals(0)
-    use_one_thread()
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def process_all(scans: Sequence[Scan], made: Pairs | Nodules, workers: int, bar: tqdm) -> None:
     """`process` every scan. After SIGTERM or SIGINT, scans in progress are finished, then the run ends.
 
@@ -551,24 +535,19 @@ def process_all(scans: Sequence[Scan], made: Pairs | Nodules, workers: int, bar:
                     process(scan, made)
                     bar.update()
         else:
-            try:
-                _process_parallel(scans, made, min(workers, len(scans)), bar, stop)
-            except BrokenProcessPool:
-                raise InputError(
-                    "a worker was killed, probably for want of memory; run the command again with fewer --workers"
-                ) from None
+            _process_parallel(scans, made, min(workers, len(scans)), bar, stop)
         if stop.signal is not None:
             raise SystemExit(128 + stop.signal)
 
 
 def _process_parallel(scans: Sequence[Scan], made: Pairs | Nodules, workers: int, bar: tqdm, stop: Stop) -> None:
     waiting = list(reversed(scans))
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=watch_parent) as pool:
+    with pool(workers, use_one_thread) as executor:
         running: set[concurrent.futures.Future] = set()
         while running or (waiting and stop.signal is None):
             # No more is handed out than is worked on, so that after a signal little is left to finish.
             while waiting and len(running) < workers and stop.signal is None:
-                running.add(pool.submit(process, waiting.pop(), made))
+                running.add(executor.submit(process, waiting.pop(), made))
             done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 future.result()
@@ -691,7 +670,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli() -> None:
     """Console command."""
-    run_script(main)
+    run_script(main, less="fewer --workers")
 
 
 if __name__ == "__main__":

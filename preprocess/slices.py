@@ -11,7 +11,6 @@ A volume that is finished is skipped when the command runs again; one that was i
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import existing_folder, write_folder
 from medssl.markup import one_line
+from medssl.processes import pool
 from medssl.reading.intensities import scale
 from medssl.reading.masks import read_labels
 from medssl.reading.volumes import read_volume
@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     note.write_text(window + "\n")
     work = partial(write_slices, output=output, window=tuple(args.window))
     failed = 0
-    with ProcessPoolExecutor(args.workers) as pool:
-        for case, (count, reason) in zip(cases, pool.map(work, cases)):
+    with pool(args.workers) as executor:
+        for case, (count, reason) in zip(cases, executor.map(work, cases)):
             failed += bool(reason)
             print(one_line(f"{case.id}: {reason or f'{count} slices'}"), flush=True)
     if failed:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    run_script(main)
+    run_script(main, less="fewer --workers")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ asked for again, is not run again when it is finished, continues where it stoppe
 """
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -24,13 +25,14 @@ from pathlib import Path
 
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
-from medssl.errors import InputError
+from medssl.errors import InputError, explain
 from medssl.files import hand_over, take_folder, write_json, write_text
 from medssl.markup import shell_words
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
 PARENT_DIED = 1  # Linux's PR_SET_PDEATHSIG
+LONGEST_SAVING = 600  # seconds that a run may take from SIGTERM to its end
 PAUSE = 0.1  # seconds between two looks at what runs
 
 
@@ -176,15 +178,15 @@ def run_here(job: Job) -> str | None:
     try:
         if reason is None:
             importlib.import_module(f"medssl.{job.module}").main(job.words)
-    except InputError as error:
-        reason = " ".join(str(error).split())
     except SystemExit as error:
         if error.code in INTERRUPTED:
             raise
         reason = f"exit code {error.code}"
     except Exception as error:  # whatever it is, other jobs may do better
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        (job.folder / "log.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        reason = explain(error)
+        if reason is None:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            write_text(job.folder / "log.txt", traceback.format_exc())
     note(job, "failed" if reason else "finished", since, reason)
     return reason
 
@@ -217,6 +219,21 @@ def reason_of(job: Job, code: int) -> str:
         return f"ended by {signal.Signals(-code).name}{hint}"
     lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
+
+
+def stop(processes: Collection[subprocess.Popen]) -> None:
+    """Have processes save their state and end. Those that take too long are killed, all at a second signal."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + LONGEST_SAVING
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()  # which those that have ended do not notice
+            process.wait()
 
 
 def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Callable[[Job, str | None], None]) -> None:
@@ -266,10 +283,8 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
                 note(job, "failed" if reason else "finished", since, reason)
                 say(job, reason)
     finally:
-        for process in running:
-            process.terminate()
+        stop(running)
         for process, (job, _, since) in running.items():
-            process.wait()
             finished = process.returncode == 0  # it may have been at its end
             note(job, "finished" if finished else "failed", since, None if finished else INTERRUPTION)
         for number, handler in previous.items():

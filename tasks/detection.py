@@ -73,11 +73,12 @@ def measure_statistics(
     method.train()
     views.train()
     rows = devices.own_rows(args.b)
-    for i, batch in enumerate(training_batches(data, args, devices, rows, step, step + args.precise_bn), step):
-        devices.seed_step(args.seed, i)
-        draws = Draws((args.seed, i), args.b, rows.start, len(batch["index"]))
-        with autocast(args, devices.device):
-            method(views(to_device(batch, devices.device), draws), Run())
+    with training_batches(data, args, devices, rows, step, step + args.precise_bn) as batches:
+        for i, batch in enumerate(batches, step):
+            devices.seed_step(args.seed, i)
+            draws = Draws((args.seed, i), args.b, rows.start, len(batch["index"]))
+            with autocast(args, devices.device):
+                method(views(to_device(batch, devices.device), draws), Run())
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 

@@ -220,7 +220,7 @@ def test_unreadable_images_are_left_out(tmp_path):
 
     labels = torch.arange(7)
     data = ImageDataset(Info("x", task="multi-class", classes=tuple("abcdefg")), read, list("abcdefg"), labels, None, 8)
-    args = Namespace(output=str(tmp_path), workers=0, max_bad=1.0)
+    args = Namespace(output=str(tmp_path), workers=0, worker_timeout=0, max_bad=1.0)
     batches = list(evaluation_batches(data, 2, args, Devices(torch.device("cpu"))))
     assert [batch["index"].tolist() for batch in batches] == [[0], [3], [4, 5]]  # the fourth has only g
     assert all(torch.equal(batch["image"][:, 0, 0, 0], batch["index"]) for batch in batches)

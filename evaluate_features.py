@@ -16,6 +16,7 @@ import argparse
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from medssl.engine.batches import CHANNELS_LAST, autocast, evaluation_batches
 from medssl.engine.parallel import Devices, Run, setup
 from medssl.engine.runs import describe, settings, versions
 from medssl.errors import InputError
-from medssl.files import write_json
+from medssl.files import write_atomic, write_json
 from medssl.markup import figure_text, one_line
 from medssl.models.encoders import default_arch, initialise, make_encoder
 from medssl.models.heads import Averaged
@@ -189,7 +190,7 @@ def draw_embedding(
             )
         axes.set(title=figure_text(title), xlabel=way, xticks=[], yticks=[])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, markerscale=2)
-    figure.savefig(path, dpi=150)
+    write_atomic(path, partial(figure.savefig, dpi=150))
 
 
 def shorten(init: str, inits: Sequence[str]) -> str:

@@ -95,6 +95,48 @@ def remove_abandoned(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path, written: Path | None = None) -> Iterator[None]:
+    """What the disk refuses in the block is an OSError that names `path`, whatever a library makes of it.
+
+    Args:
+        written: the file or folder that the block writes; by default `path` itself.
+    """
+    path = Path(path)
+    written = path if written is None else written
+    try:
+        yield
+    except Exception as error:
+        refused = error if isinstance(error, OSError) and error.errno is not None else no_room(written)
+        if refused is None or (refused.filename and not Path(refused.filename).is_relative_to(written)):
+            raise
+        raise OSError(refused.errno, refused.strerror, str(path)) from error
+
+
+def no_room(written: Path) -> OSError | None:
+    """Why nothing can be added to a file, or to a folder; None where it can."""
+    file = written / ".tmp.room" if written.is_dir() else written
+    before = file.stat().st_size if file.exists() else None
+    try:
+        with open(file, "ab") as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink() if before is None else os.truncate(file, before)
+    return None
+
+
+def check_room(written: Path) -> None:
+    """Raise an OSError where nothing can be added to a file: for writers that say nothing of a full disk."""
+    refused = no_room(written)
+    if refused is not None:
+        raise refused
+
+
+@contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """A path to write a file to in the block, in the same folder and with the same extension as `path`, which it
     becomes at the block's end. Nothing changes where the block raises.
@@ -105,7 +147,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_name(path)
     try:
-        with _in_use(unfinished, Path.touch):
+        with naming(path, unfinished), _in_use(unfinished, Path.touch):
             yield unfinished
             with open(unfinished, "rb") as file:  # the data must reach the disk before the name does
                 os.fsync(file.fileno())
@@ -134,7 +176,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         _remove_abandoned(left)  # by a kill in the middle of this
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _in_use(unfinished, lambda folder: folder.mkdir(exist_ok=True)):
+        with naming(path, unfinished), _in_use(unfinished, lambda folder: folder.mkdir(exist_ok=True)):
             write(unfinished)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
@@ -151,6 +193,23 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """`write_atomic` text, UTF-8, with "\\n" at the ends of lines on every system."""
     write_bytes(path, text.encode())
+
+
+def copy_file(source: str | Path, path: str | Path) -> None:
+    """`write_atomic` what another file has."""
+    write_atomic(path, lambda unfinished: shutil.copyfile(source, unfinished))
+
+
+def append_bytes(path: str | Path, content: bytes) -> None:
+    """Add to the end of a file, of which a kill may leave a part."""
+    with naming(path), open(path, "ab") as file:
+        file.write(content)
+        file.flush()
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """`append_bytes` text, UTF-8."""
+    append_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -35,7 +35,7 @@ from medssl import processes
 from medssl.datasets.base import ImageDataset
 from medssl.datasets.identity import files_in
 from medssl.errors import InputError, UnreadableImage
-from medssl.files import LOCK, digest, lock_folder, write_atomic, write_text
+from medssl.files import LOCK, append_text, digest, lock_folder, naming, write_atomic, write_text
 from medssl.reading.simpleitk import use_one_thread
 
 VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone
@@ -126,7 +126,7 @@ class _Blocks(torch.utils.data.Dataset):
                 continue
             texture[:] = item["image"].numpy()
             sizes.append(item["size"].int().tolist())
-        with open(self.file, "r+b") as file:
+        with naming(self.file), open(self.file, "r+b") as file:
             file.seek(first * channels * side * side)
             file.write(textures.tobytes())
             file.flush()
@@ -194,7 +194,6 @@ def _build(data: ImageDataset, folder: Path, workers: int, limit: float) -> dict
         worker_init_fn=processes.begin,
     )
     with (
-        open(folder / "progress.jsonl", "a", encoding="utf-8") as progress,
         tqdm(
             total=len(data), initial=len(data) - sum(len(_block_rows(data, block, b)) for b in missing),
             desc=f"cache {data.info.name}", disable=None,
@@ -203,8 +202,7 @@ def _build(data: ImageDataset, folder: Path, workers: int, limit: float) -> dict
     ):  # fmt: skip
         for note in notes:
             done[note["block"]] = note
-            progress.write(json.dumps(note) + "\n")
-            progress.flush()
+            append_text(folder / "progress.jsonl", json.dumps(note) + "\n")
             bar.update(len(note["sizes"]))
     for key in ("fingerprints", "sizes"):
         index[key] = [value for number in range(len(blocks)) for value in done[number][key]]
@@ -255,7 +253,7 @@ def _start(folder: Path, shape: tuple[int, ...], index: dict) -> None:
     if needed > free:
         raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     (folder / "progress.jsonl").unlink(missing_ok=True)
-    with open(folder / "images.u8", "wb") as file:
+    with naming(folder / "images.u8"), open(folder / "images.u8", "wb") as file:
         file.truncate(needed)
     write_text(folder / "index.json", json.dumps(index))  # last: a folder with an index has the rest
 

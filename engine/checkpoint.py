@@ -31,14 +31,8 @@ def save_atomic(content: object, path: str | Path) -> None:
     """
 
     def write(unfinished: Path) -> None:
-        with open(unfinished, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch's own writer ends so where the disk is full
-                cause = error.__context__
-                if isinstance(cause, OSError):
-                    raise OSError(cause.errno, cause.strerror, str(path)) from None
-                raise
+        with open(unfinished, "wb") as file:  # torch's own file would not tell why it cannot be written
+            torch.save(content, file)
 
     write_atomic(path, write)
 

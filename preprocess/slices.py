@@ -22,7 +22,7 @@ from medssl.datasets.masked_volumes import VolumeCase, check_headers
 from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
-from medssl.files import existing_folder, write_folder
+from medssl.files import existing_folder, write_folder, write_text
 from medssl.markup import one_line
 from medssl.processes import pool
 from medssl.reading.intensities import scale
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     window = "{:g} {:g}".format(*args.window)
     if note.exists() and note.read_text().strip() != window:
         raise InputError(f"{note}: slices there have the window {note.read_text().strip()}; choose another --output")
-    note.write_text(window + "\n")
+    write_text(note, window + "\n")
     work = partial(write_slices, output=output, window=tuple(args.window))
     failed = 0
     with pool(args.workers) as executor:

@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, run_script
+from medssl.files import write_atomic
 from medssl.reading.tables import write_list
 
 BANDS = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tile = slide[y : y + args.side, x : x + args.side]
         measures.append(measure(tile))
         names.append(f"tiles/{y:06d}_{x:06d}.png")
-        Image.fromarray(tile).save(output / names[-1])
+        write_atomic(output / names[-1], Image.fromarray(tile).save)
     lists = lists_of([split for *_, split in places], *np.array(measures).T)
     if not lists["train"]:
         raise InputError(f"--slide {args.slide}: no tile has tissue, which is coloured")

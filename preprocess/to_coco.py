@@ -9,7 +9,6 @@ images that `--dataset` holds out for validation are in train. This project read
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from medssl.datasets.registry import open_splits
 from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.files import copy_file, write_atomic, write_text
 from medssl.tasks.coco import annotations_of
 
 PARTS = {"train": ("train", "val"), "test": ("test",)}
@@ -46,9 +46,9 @@ def write_part(part: str, splits: Sequence[InstanceImages], output: Path) -> dic
             if pixels.shape[:2] != glands.shape:
                 raise InputError(f"{identity}: its annotation has another size")
             if source:
-                shutil.copyfile(source, output / part / name)
+                copy_file(source, output / part / name)
             else:
-                Image.fromarray(pixels).save(output / part / name)
+                write_atomic(output / part / name, Image.fromarray(pixels).save)
             height, width = glands.shape
             content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
             first = len(content["annotations"]) + 1
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, names in PARTS.items():
         content = write_part(part, [opened[name] for name in names], output)
         path = output / "annotations" / f"{part}.json"
-        path.write_text(json.dumps(content))
+        write_text(path, json.dumps(content))
         print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} glands")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from medssl.errors import UnreadableImage
-from medssl.files import write_atomic
+from medssl.files import check_room, naming, writing
 from medssl.reading.dicom import load_series
 from medssl.reading.geometry import AXES, Volume, axis_layout, by, flip_axes, image_of, straightened, volume_size
 from medssl.reading.simpleitk import array_of, quiet, reason_of, set_type, simpleitk
@@ -235,7 +235,26 @@ def write_labels(path: str | Path, labels: np.ndarray, reference: str | Path, gr
         _check_shape(labels, grid.array.shape)
         made = image_of(replace(grid, array=labels.astype(np.uint8)))
         made = sitk.Resample(made, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
-    write_atomic(path, lambda unfinished: sitk.WriteImage(made, os.fspath(unfinished)))
+    write_image(made, path)
+
+
+def write_image(image: object, path: Path) -> None:
+    """Write a SimpleITK image with its header. The voxels of an `.mhd` file are in a `.raw` file beside it; these two
+    do not appear at once.
+
+    Raises:
+        OSError: also on a full disk, of which the writer of NIfTI says nothing.
+    """
+    write = simpleitk().WriteImage
+    if path.suffix == ".mhd":  # the header has the other file's name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path, path.with_suffix(".raw")), quiet():
+            write(image, os.fspath(path))
+            check_room(path.with_suffix(".raw"))
+        return
+    with writing(path) as unfinished, quiet():
+        write(image, os.fspath(unfinished))
+        check_room(unfinished)
 
 
 def _check_shape(labels: np.ndarray, shape: tuple[int, ...]) -> None:

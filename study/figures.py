@@ -1,11 +1,13 @@
 """Figures of a study. Without pyplot: no window system, no global state."""
 
+from functools import partial
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from medssl.files import write_atomic
 from medssl.markup import figure_text
 
 
@@ -22,7 +24,7 @@ def label_efficiency(rows: list[dict], names: dict[str, str], path: Path) -> Non
         axes.set_ylabel(metric)
         if len(names) > 1:
             axes.set_title(task)
-    figure.savefig(path, dpi=130)
+    write_atomic(path, partial(figure.savefig, dpi=130))
 
 
 def colour_of(i: int) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError, explain
-from medssl.files import hand_over, take_folder, write_json, write_text
+from medssl.files import hand_over, naming, take_folder, write_json, write_text
 from medssl.markup import shell_words
 
 INTERRUPTION = "was interrupted; the same command continues"
@@ -198,7 +198,8 @@ def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
     job.write_lists()
     call = f"from medssl import {job.module} as script; script.cli()"
     # A run that outlived a killed study holds the lock, until it has saved its state.
-    with take_folder(job.folder) as lock, open(job.folder / "log.txt", "w", encoding="utf-8") as log:
+    log_file = job.folder / "log.txt"
+    with take_folder(job.folder) as lock, naming(log_file), open(log_file, "w", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "-c", call, *job.words], pass_fds=[lock.fileno()],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place, **hand_over(lock)},

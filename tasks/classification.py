@@ -1,7 +1,6 @@
 """Classification: whole splits through a network in evaluation mode, and what is written of the predictions."""
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from medssl.datasets.base import ImageDataset, Info
 from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
-from medssl.files import read_csv, write_csv
+from medssl.files import copy_file, read_csv, write_csv
 from medssl.losses.classification import classification_loss, probabilities
 from medssl.tasks import plots
 from medssl.tasks.metrics import froc, mean_of, score, score_with_intervals, targets_of
@@ -194,7 +193,7 @@ def join_trials(output: Path, trials: int, chosen: int, info: Info) -> None:
     for k in range(trials):
         rows += [{"trial": k, **row} for row in read_csv(output / f"trial_{k}" / "predictions.csv")]
     write_csv(output / "predictions.csv", rows)
-    shutil.copyfile(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
+    copy_file(output / f"trial_{chosen}" / "best.pt", output / "best.pt")
     plots.roc(rows, info, output / "roc.png")
     plots.calibration(rows, info, output / "calibration.png")
     if "weight" in rows[0]:

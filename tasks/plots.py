@@ -1,5 +1,6 @@
 """Pictures of results. Figures without pyplot: no window system, no global state."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from medssl.datasets.base import Info
+from medssl.files import write_atomic
 from medssl.markup import figure_text
 from medssl.tasks.metrics import RATES, froc_curve
 
@@ -46,7 +48,7 @@ def roc(rows: list[dict], info: Info, path: Path) -> None:
     axes.set_aspect("equal")
     if len(axes.lines) > 1:
         axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_atomic(path, partial(figure.savefig, dpi=130))
 
 
 def calibration(rows: list[dict], info: Info, path: Path) -> None:
@@ -62,7 +64,7 @@ def calibration(rows: list[dict], info: Info, path: Path) -> None:
     axes.set_aspect("equal")
     if len(axes.lines) > 1:
         axes.legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_atomic(path, partial(figure.savefig, dpi=130))
 
 
 def froc(rows: list[dict], info: Info, path: Path) -> None:
@@ -92,4 +94,4 @@ def froc(rows: list[dict], info: Info, path: Path) -> None:
     axes.set(xlabel=f"false positives per scan{note}", ylabel="sensitivity to the candidates that are nodules")
     axes.set(title=f"FROC, test split (mean of the seven points {np.mean(means):.3f})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+    write_atomic(path, partial(figure.savefig, dpi=130))

@@ -19,6 +19,7 @@ from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
+from medssl.files import write_atomic
 from medssl.losses.segmentation import binary_dice_cross_entropy
 from medssl.models.encoders import INPUTS
 from medssl.models.unet2d import UNet2d
@@ -211,8 +212,7 @@ def panels(pixels: np.ndarray, masks: np.ndarray, found: np.ndarray) -> np.ndarr
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
     """Write an image, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    write_atomic(path, Image.fromarray(pixels).save)
 
 
 class ImageSegmentation(Segmentation):

@@ -3,6 +3,7 @@ geometry."""
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
 from medssl.errors import InputError
+from medssl.files import write_atomic
 from medssl.losses.segmentation import dice_cross_entropy, region_dice_cross_entropy, tversky
 from medssl.models.encoders import width_of
 from medssl.models.unet3d import DeepUNet3d, UNet3d
 from medssl.reading.geometry import AXES
+from medssl.reading.volumes import write_image
 from medssl.tasks.segmentation import (
     Segmentation,
     all_finite,
@@ -220,8 +223,7 @@ def write_alone(path: Path, labels: np.ndarray, spacing: Sequence[float]) -> Non
     image = sitk.GetImageFromArray(np.ascontiguousarray(labels.transpose(2, 1, 0)))
     image.SetSpacing(tuple(spacing))
     image.SetDirection(AXES)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(image, str(path))
+    write_image(image, path)
 
 
 def overlay(
@@ -269,8 +271,7 @@ def overlay(
     if present:
         handles = [Patch(color=_colour(label), label=names[label]) for label in present]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(present)), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_atomic(path, partial(figure.savefig, dpi=110))
 
 
 def _colour(label: int) -> tuple[float, float, float, float]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from medssl.engine.method import Method
 from medssl.engine.parallel import Devices
 from medssl.engine.runs import describe, refuse_changes, refuse_older, settings, versions
 from medssl.errors import InputError
-from medssl.files import write_json
+from medssl.files import copy_file, write_folder, write_json
 from medssl.tasks.metrics import mean_of
 from medssl.views.of_images import Views
 
@@ -193,8 +194,8 @@ def keep_chosen(output: Path, chosen: int) -> None:
     empty_folders(output)
     for name in PICTURES:
         if (trial / name).exists():  # no overlays where --overlays is 0
-            shutil.copytree(trial / name, output / name)
-    shutil.copyfile(trial / "best.pt", output / "best.pt")
+            write_folder(output / name, partial(shutil.copytree, trial / name, dirs_exist_ok=True))
+    copy_file(trial / "best.pt", output / "best.pt")
 
 
 def summarise_trials(

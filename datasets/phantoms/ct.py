@@ -22,6 +22,8 @@ from torch import Tensor
 from medssl.datasets.base import ImageDataset, Info, Request
 from medssl.datasets.phantoms.store import Arrays, Generated
 from medssl.errors import InputError
+from medssl.files import write_text
+from medssl.reading.volumes import write_image
 
 Triple = tuple[float, float, float]
 
@@ -586,9 +588,7 @@ def write_luna(
         image = sitk.GetImageFromArray(np.ascontiguousarray(scan.hu.transpose(2, 1, 0)))
         image.SetSpacing(spacing.tolist())
         image.SetOrigin(origin.tolist())
-        subset = folder / f"subset{i % 10}"
-        subset.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(image, str(subset / f"{uid}.mhd"))
+        write_image(image, folder / f"subset{i % 10}" / f"{uid}.mhd")
         for *centre, radius in scan.nodules:
             annotations.append((uid, *(centre + middle), 2 * radius))
             candidates.append((uid, *(centre + middle + rng.uniform(-1, 1, 3) * radius / 3 / 3**0.5), 1))
@@ -606,4 +606,4 @@ def write_luna(
 def _write_table(path: Path, header: str, rows: list[tuple]) -> None:
     """Rows of a uid and numbers as CSV."""
     lines = [",".join([uid, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in rest)]) for uid, *rest in rows]
-    path.write_text("\n".join([header, *lines]) + "\n")
+    write_text(path, "\n".join([header, *lines]) + "\n")

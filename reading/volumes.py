@@ -239,8 +239,8 @@ def write_labels(path: str | Path, labels: np.ndarray, reference: str | Path, gr
 
 
 def write_image(image: object, path: Path) -> None:
-    """Write a SimpleITK image with its header. The voxels of an `.mhd` file are in a `.raw` file beside it; these two
-    do not appear at once.
+    """Write a SimpleITK image with its header. The voxels of an `.mhd` file are in a `.raw` file beside it; the two do
+    not appear at once.
 
     Raises:
         OSError: also on a full disk, of which the writer of NIfTI says nothing.

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms that stand beside each other share a floor. Modules beside setup.py have their own rooms.
 FLOORS = (
     ("errors", "files", "markup", "processes"), ("views",), ("reading",), ("datasets",), ("engine",),
-    ("models", "losses"), ("tasks",), ("preprocess",), ("scripts",), ("study",), ("compare", "demo"), ("benchmarks", "docs"),
+    ("models", "losses"), ("tasks",), ("preprocess",), ("scripts",), ("study",), ("compare", "demo"),
+    ("benchmarks", "docs"),
 )  # fmt: skip
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 LONGEST, LONGEST_LOOP = 80, 100

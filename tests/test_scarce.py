@@ -203,9 +203,9 @@ def test_a_run_fills_its_disk(filled, small_disk, capsys):
 
     (small_disk / "other").write_bytes(bytes(filled * 1024))
     method = Tiny()
-    method.more = torch.nn.Parameter(torch.zeros(2500))  # last.pt has 30 KB
+    method.more = torch.nn.Parameter(torch.zeros(6000))  # last.pt has 30 KB
     with pytest.raises(SystemExit) as ended:
-        errors.run_script(lambda: train(small_disk / "run", method=method, workers=0, epochs=10**5))
+        errors.run_script(lambda: train(small_disk / "run", method=method, workers=0, epochs=10**5, log_every=1))
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {small_disk}/run/")
@@ -213,4 +213,4 @@ def test_a_run_fills_its_disk(filled, small_disk, capsys):
     last = small_disk / "run" / "last.pt"
     if filled < 200:
         assert checkpoint.load_safe(last)["step"] > 5
-    assert not list(Path(small_disk / "run").rglob(".tmp*"))
+    assert not list(small_disk.rglob(".tmp*"))

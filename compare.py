@@ -36,7 +36,7 @@ from medssl import errors
 from medssl.engine import options
 from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
-from medssl.files import own_folder
+from medssl.locks import own_folder
 from medssl.markup import one_line, shell_words
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here

@@ -35,7 +35,8 @@ from medssl import processes
 from medssl.datasets.base import ImageDataset
 from medssl.datasets.identity import files_in
 from medssl.errors import InputError, UnreadableImage
-from medssl.files import LOCK, append_text, digest, lock_folder, naming, write_atomic, write_text
+from medssl.files import append_text, digest, naming, write_atomic, write_text
+from medssl.locks import LOCK, lock_folder
 from medssl.reading.simpleitk import use_one_thread
 
 VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
-from medssl.files import write_json
+from medssl.files import append_text, write_json
 from medssl.markup import one_line
 
 # Seconds after which a checkpoint is written even when --save-every is far.
@@ -43,8 +43,7 @@ class BadFiles:
             return
         lines = self._lines()
         new = sorted(set(bad) - set(lines))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in new)
+        append_text(self.path, "".join(line + "\n" for line in new))
         self.met |= {*bad, *lines[self.before :]}
         if len(self.met) / self.count > self.limit:  # exactly the limit is allowed
             raise InputError(

@@ -120,6 +120,7 @@ class Monitor:
         self.events = Events(folder / "tensorboard", done) if tensorboard else None
         self.bar = tqdm(total=total, initial=done, desc=name, disable=not sys.stderr.isatty(), leave=False)
         self.flat_logs = self.alike_logs = 0
+        self.wrote = False
         self.start_window()
 
     def start_window(self) -> None:
@@ -177,7 +178,12 @@ class Monitor:
         """Append a line to metrics.jsonl and TensorBoard."""
         # JSON has no inf or NaN, which a gradient norm is where fp16's loss scaling skips a step.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        append_text(self.folder / "metrics.jsonl", json.dumps(finite) + "\n")
+        path = self.folder / "metrics.jsonl"
+        if self.wrote and not path.exists():
+            self.wrote = False
+            self.warn(f"step {line['step']}: {path} was removed while the run goes on; its lines before are lost")
+        append_text(path, json.dumps(finite) + "\n")
+        self.wrote = True
         if self.events is not None:
             numbers = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
             self.events.write(line["step"], numbers)

@@ -13,7 +13,8 @@ import medssl
 from medssl.engine.checkpoint import FORMAT_VERSION, lacks_last_relu, load_safe
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
-from medssl.files import own_folder, write_json
+from medssl.files import write_json
+from medssl.locks import own_folder
 
 # Options that may differ between a run and its continuation: none of them changes a result. Data may move, but not
 # change, which their digest tells, with a message of its own.

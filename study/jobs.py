@@ -26,7 +26,8 @@ from pathlib import Path
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError, explain
-from medssl.files import hand_over, naming, take_folder, write_json, write_text
+from medssl.files import naming, write_json, write_text
+from medssl.locks import hand_over, take_folder
 from medssl.markup import shell_words
 
 INTERRUPTION = "was interrupted; the same command continues"

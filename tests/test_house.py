@@ -12,7 +12,7 @@ from medssl.datasets import registry
 ROOT = Path(__file__).resolve().parent.parent
 # From the ground up; rooms that stand beside each other share a floor. Modules beside setup.py have their own rooms.
 FLOORS = (
-    ("errors", "files", "markup", "processes"), ("views",), ("reading",), ("datasets",), ("engine",),
+    ("errors", "files", "locks", "markup", "processes"), ("views",), ("reading",), ("datasets",), ("engine",),
     ("models", "losses"), ("tasks",), ("preprocess",), ("scripts",), ("study",), ("compare", "demo"),
     ("benchmarks", "docs"),
 )  # fmt: skip

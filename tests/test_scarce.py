@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -17,7 +17,8 @@ from types import ModuleType
 
 import numpy as np
 
-from medssl.files import digest, lock_folder, read_json, write_atomic, write_folder, write_json
+from medssl.files import digest, read_json, write_atomic, write_folder, write_json
+from medssl.locks import lock_folder
 
 FEW = 64  # single images that are remembered: more than the contents of a split are known by
 

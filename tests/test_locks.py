@@ -10,21 +10,21 @@ import time
 
 import pytest
 
-from medssl import compare, files, finetune_classification, finetune_segmentation, train_moco
+from medssl import compare, files, finetune_classification, finetune_segmentation, locks, train_moco
 from medssl.errors import InputError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from medssl import compare, files, finetune_classification, finetune_segmentation, train_moco
-with files.own_folder(sys.argv[1]):
+from medssl import compare, files, locks, finetune_classification, finetune_segmentation, train_moco
+with locks.own_folder(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(float(sys.argv[2]))
 """
 WRITE = """
 import sys, time
 from pathlib import Path
-from medssl import compare, files, finetune_classification, finetune_segmentation, train_moco
+from medssl import compare, files, locks, finetune_classification, finetune_segmentation, train_moco
 def slowly(part):
     part.mkdir(exist_ok=True) if sys.argv[2] == "folder" else part.write_text("half")
     print(part, flush=True)
@@ -41,52 +41,52 @@ def start(code, *words, **more):
 
 
 def test_the_second_run_waits_and_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(files, "PATIENCE", 0.3)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
     process, _ = start(HOLD, tmp_path, 60)
     try:
         with (
             pytest.raises(
                 InputError, match=rf"--output {tmp_path}: process {process.pid} on .+ is at work there; wait"
             ),
-            files.own_folder(tmp_path),
+            locks.own_folder(tmp_path),
         ):
             pass
         assert "waiting 0.3 s for it" in capsys.readouterr().err
-        assert re.match(rf"process {process.pid} on \S", (tmp_path / files.LOCK).read_text())  # still its own
+        assert re.match(rf"process {process.pid} on \S", (tmp_path / locks.LOCK).read_text())  # still its own
         process.kill()  # as a crash ends it
         process.wait()
-        with files.own_folder(tmp_path):
-            assert f"process {os.getpid()} on" in (tmp_path / files.LOCK).read_text()
+        with locks.own_folder(tmp_path):
+            assert f"process {os.getpid()} on" in (tmp_path / locks.LOCK).read_text()
     finally:
         process.kill()
 
 
 def test_a_run_meets_its_dying_predecessor(tmp_path):
     process, _ = start(HOLD, tmp_path, 0.5)
-    with files.own_folder(tmp_path):
+    with locks.own_folder(tmp_path):
         assert process.poll() is not None or process.wait(10) == 0
 
 
 def test_a_child_may_use_the_folder_that_its_parent_has_locked(tmp_path):
-    with files.take_folder(tmp_path) as lock:
-        own = {"pass_fds": [lock.fileno()], "env": {**os.environ, **files.hand_over(lock)}}
+    with locks.take_folder(tmp_path) as lock:
+        own = {"pass_fds": [lock.fileno()], "env": {**os.environ, **locks.hand_over(lock)}}
         process, said = start(HOLD, tmp_path, 60, **own)
     try:
         assert said == "mine"
-        assert files.lock_folder(tmp_path, 0) is None  # the parent has let it go, the child has it still
+        assert locks.lock_folder(tmp_path, 0) is None  # the parent has let it go, the child has it still
     finally:
         process.kill()
         process.wait()
-    files.lock_folder(tmp_path, 10).close()
+    locks.lock_folder(tmp_path, 10).close()
 
 
 def test_an_environment_of_long_ago_opens_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(locks, "PATIENCE", 0)
     process, _ = start(HOLD, tmp_path, 60)
     try:
         for number in ("999", "0", "-1", "x"):
-            monkeypatch.setenv(files.PARENTS_LOCK, number)
-            with pytest.raises(InputError, match="is at work there"), files.own_folder(tmp_path):
+            monkeypatch.setenv(locks.PARENTS_LOCK, number)
+            with pytest.raises(InputError, match="is at work there"), locks.own_folder(tmp_path):
                 pass
     finally:
         process.kill()
@@ -94,11 +94,11 @@ def test_an_environment_of_long_ago_opens_no_folder(tmp_path, monkeypatch):
 
 def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path):
     """Whoever waited for the removed file would share the folder with whoever came later."""
-    old = files.lock_folder(tmp_path, 0)
-    (tmp_path / files.LOCK).unlink()
-    with old, files.lock_folder(tmp_path, 0) as new:
-        assert os.path.samestat(os.fstat(new.fileno()), os.stat(tmp_path / files.LOCK))
-        assert files.lock_folder(tmp_path, 0) is None
+    old = locks.lock_folder(tmp_path, 0)
+    (tmp_path / locks.LOCK).unlink()
+    with old, locks.lock_folder(tmp_path, 0) as new:
+        assert os.path.samestat(os.fstat(new.fileno()), os.stat(tmp_path / locks.LOCK))
+        assert locks.lock_folder(tmp_path, 0) is None
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
@@ -106,15 +106,15 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with files.own_folder(tmp_path):
+    with locks.own_folder(tmp_path):
         files.write_text(tmp_path / "x.txt", "text")
     assert "this file system has no locks (Operation not supported); start nothing else" in capsys.readouterr().err
     left = tmp_path / ".tmp.1.y.txt"
     left.touch()
-    files.remove_abandoned(tmp_path)
+    locks.remove_abandoned(tmp_path)
     assert left.exists()  # whose it is cannot be told
-    os.utime(left, (0, time.time() - 2 * files.FORGOTTEN))
-    files.remove_abandoned(tmp_path)
+    os.utime(left, (0, time.time() - 2 * locks.FORGOTTEN))
+    locks.remove_abandoned(tmp_path)
     assert not left.exists()
     assert (tmp_path / "x.txt").read_text() == "text"
 
@@ -130,14 +130,14 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_scripts_leave_a_folder_to_the_run_that_has_it(script, options, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PATIENCE", 0)
+    monkeypatch.setattr(locks, "PATIENCE", 0)
     process, _ = start(HOLD, tmp_path, 60)
     try:
         with pytest.raises(InputError, match="is at work there"):
             script.main([*options, "--output", str(tmp_path)])
     finally:
         process.kill()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [files.LOCK]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [locks.LOCK]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -146,7 +146,7 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_left_goes(kind
     folder.mkdir(parents=True)
     process, part = start(WRITE, folder, kind)
     try:
-        files.remove_abandoned(tmp_path)
+        locks.remove_abandoned(tmp_path)
         assert os.path.exists(part)
         files.write_folder(folder / "x.png", lambda new: (new / "y").touch())
         assert os.path.exists(part)
@@ -154,7 +154,7 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_left_goes(kind
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert os.path.exists(part)
-    files.remove_abandoned(tmp_path)
+    locks.remove_abandoned(tmp_path)
     assert not os.path.exists(part)
     assert (folder / "x.png" / "y").exists()
 
@@ -162,7 +162,7 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_left_goes(kind
 def test_names_of_earlier_versions_go_too(tmp_path):
     (tmp_path / ".last.pt.tmp").touch()
     (tmp_path / ".other").touch()
-    files.remove_abandoned(tmp_path)
+    locks.remove_abandoned(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".other"]
 
 

@@ -472,11 +472,11 @@ def tiny_data(n=10, broken=()):
     return ImageDataset(Info("tiny"), read, [f"image{i}" for i in range(n)], texture_size=32)
 
 
-def fit_tiny(output, data=None, method=None, evaluate=None, **changes):
+def fit_tiny(output, data=None, method=None, evaluate=None, tensorboard=False, **changes):
     method = method or Tiny()
     views = ClassificationViews(**IMAGENET, size=16)
     args = arguments(output, **changes)
-    return method, fit(method, data or tiny_data(), views, args, CPU, evaluate, tensorboard=False)
+    return method, fit(method, data or tiny_data(), views, args, CPU, evaluate, tensorboard=tensorboard)
 
 
 def test_length_of_a_run(tmp_path):
@@ -558,6 +558,22 @@ def test_processes_of_a_run_count_bad_files_together_and_mended_ones_no_more(tmp
 def test_all_files_bad(tmp_path):
     with pytest.raises(InputError, match="files in a row are unreadable, first image"):
         fit_tiny(tmp_path, tiny_data(broken=set(range(10))), max_bad=1.0)
+
+
+def test_a_run_whose_folder_is_removed_goes_on_and_says_what_is_lost(tmp_path, capfd):
+    class Removed(Tiny):
+        def after_step(self, progress):
+            super().after_step(progress)
+            if self.steps == 5:
+                shutil.rmtree(tmp_path / "run")
+
+    fit_tiny(tmp_path / "run", method=Removed(), tensorboard=True)
+    said = capfd.readouterr().err
+    assert f"warning: step 6: {tmp_path / 'run' / 'metrics.jsonl'} was removed while the run goes on" in said
+    assert said.count("\n") == 1  # no trace of a thread
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6, 26))
+    assert checkpoint.load_safe(tmp_path / "run" / "last.pt")["step"] == 25
 
 
 def test_clipping(tmp_path):

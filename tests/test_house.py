@@ -29,6 +29,7 @@ BY_NAME = {
     "medssl.study.jobs": r"medssl\.(train_\w+|finetune_\w+|evaluate_features)",
     "medssl.study.plan": r"medssl\.train_\w+",
     "medssl.docs.hooks": r"medssl\.train_\w+",
+    "medssl.benchmarks.endure_kills": r"medssl\.(train_\w+|finetune_\w+|evaluate_features|compare|preprocess\.luna)",
 }
 
 

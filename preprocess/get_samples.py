@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    errors.run_script(main)
+    errors.run_script(main, less="a machine with more")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def cli() -> None:
     """Console command."""
-    run_script(main)
+    run_script(main, less="a machine with more")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cli() -> None:
-    run_script(main)
+    run_script(main, less="a machine with more")
 
 
 if __name__ == "__main__":

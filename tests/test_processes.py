@@ -348,6 +348,8 @@ def test_workers_end_with_an_evaluation_that_is_left():
 def test_a_worker_that_is_slow_is_waited_for(tmp_path):
     train(tmp_path, lambda i: time.sleep(0.3 * (i == 5)), steps=4, worker_timeout=0)
     assert saved_step(tmp_path) == 4
+    train(tmp_path, steps=5, worker_timeout=30)  # an option that may change on the way
+    assert saved_step(tmp_path) == 5
     assert multiprocessing.active_children() == []
     assert signal.getsignal(signal.SIGCHLD) not in (signal.SIG_DFL, signal.SIG_IGN)  # torch's own is there again
 

@@ -1,14 +1,16 @@
 """What bad input raises, and how a script ends for it and for what the machine lacks."""
 
+import contextlib
 import errno
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from medssl.markup import one_line
 
+LACKS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, whatever the file
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SHARED_MEMORY = (
     "the workers' shared memory (/dev/shm) is full; use fewer --workers, or 0, or give more: docker run --shm-size 8g"
@@ -28,6 +30,46 @@ class InputError(Exception):
 
 class UnreadableImage(Exception):
     """A file that cannot be decoded; its text names the file and the reason."""
+
+
+def unreadable(what: str = "") -> contextlib.AbstractContextManager[None]:
+    """Whatever a decoder raises in this block for a file, the file is unreadable: an UnreadableImage of one line, with
+    the reason behind `what`; of an error of the system, its reason alone."""
+
+    def refuse(error: Exception) -> UnreadableImage:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            return UnreadableImage(error.strerror)
+        return UnreadableImage(f"{what} ({reason})" if what else reason)
+
+    return _blaming(refuse)
+
+
+def unusable(path: object, what: str) -> contextlib.AbstractContextManager[None]:
+    """The same for files that are no images: an InputError, the path and `what`. Errors of the system that name a file,
+    such as those of permissions, pass as they are."""
+
+    def refuse(error: Exception) -> Exception:
+        return error if isinstance(error, OSError) and error.filename is not None else InputError(f"{path}: {what}")
+
+    return _blaming(refuse)
+
+
+@contextlib.contextmanager
+def _blaming(refuse: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Decoders raise nearly anything for damaged files. What is not the file's fault passes as it is: the exceptions of
+    this module, what the machine lacks (memory, open files), and Ctrl-C."""
+    try:
+        yield
+    except (InputError, UnreadableImage, MemoryError):
+        raise
+    except Exception as error:
+        if getattr(error, "errno", None) in LACKS:
+            raise
+        refused = refuse(error)
+        if refused is error:
+            raise
+        raise refused from error
 
 
 def explain(error: BaseException, less: str = "a smaller --b, or fewer --workers") -> str | None:

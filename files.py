@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 from medssl.locks import in_use, remove_abandoned, unfinished_name
 from medssl.markup import csv_cell, csv_value
 
@@ -154,8 +154,14 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's content; {} where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file's object; {} where there is no file, and an InputError where it holds something else."""
+    if not path.is_file():
+        return {}
+    with unusable(path, "damaged, or no JSON; restore it from a copy, or remove it"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: no JSON object; restore it from a copy, or remove it")
+    return content
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

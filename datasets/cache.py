@@ -22,7 +22,6 @@ import os
 import shlex
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,13 +33,15 @@ from tqdm import tqdm
 from medssl import processes
 from medssl.datasets.base import ImageDataset
 from medssl.datasets.identity import files_in
-from medssl.errors import InputError, UnreadableImage
+from medssl.errors import InputError, UnreadableImage, unreadable, unusable
 from medssl.files import append_text, digest, naming, write_atomic, write_text
 from medssl.locks import LOCK, lock_folder
+from medssl.reading.arrays import read_npz
 from medssl.reading.simpleitk import use_one_thread
 
 VERSION = 3  # 1 had no fingerprints, 2 textures made by the box filter alone
 KEYS = {"version", "finished", "set", "size", "channels", "block", "ids"}  # of every index
+NO_INDEX = "not the index of a cache; choose another folder"
 SAMPLED = 64  # images of a split whose digests training compares: whole sets of the same names and sizes differ there
 BLOCK_BYTES = 2**24  # decoded between two notes of progress: what a killed build loses, per process
 
@@ -183,7 +184,7 @@ def _build(data: ImageDataset, folder: Path, workers: int, limit: float) -> dict
             return present
         index["block"] = block = present["block"]
     blocks = _Blocks(data, folder / "images.u8", block)
-    done = _read_progress(folder / "progress.jsonl")
+    done = _read_progress(folder / "progress.jsonl", data, block)
     known = [pair for b, note in done.items() for pair in zip(_block_rows(data, block, b), note["fingerprints"])]
     _refuse_changed(data, folder, known, workers)
     missing = [number for number in range(len(blocks)) if number not in done]
@@ -260,27 +261,40 @@ def _start(folder: Path, shape: tuple[int, ...], index: dict) -> None:
 
 
 def _read_index(folder: Path) -> dict | None:
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / "index.json"
+    if not path.is_file():
         return None
-    except ValueError:
-        index = None
-    if not isinstance(index, dict) or not index.keys() >= KEYS:
-        raise InputError(f"{folder / 'index.json'}: not the index of a cache; choose another folder")
+    with unusable(path, NO_INDEX):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not index.keys() >= KEYS or (index["version"] == VERSION and not _is_whole(index)):
+            raise InputError(f"{path}: {NO_INDEX}")
     return index
 
 
-def _read_progress(path: Path) -> dict[int, dict]:
-    """Finished blocks by number. A last line that a kill has cut is dropped from the file too."""
+def _is_whole(index: dict) -> bool:
+    """Whether an index is as `_build` writes it."""
+    count, whole = len(index["ids"]), all(isinstance(name, str) for name in index["ids"])
+    whole = whole and all(type(index[key]) is int and index[key] > 0 for key in ("size", "channels", "block"))
+    return whole and (not index["finished"] or _tells(index, count, range(count)))
+
+
+def _tells(note: dict, count: int, rows: range) -> bool:
+    """Whether an index, or a note of progress, tells of `count` images, the bad ones of them in `rows`."""
+    prints, sizes, bad = note["fingerprints"], note["sizes"], note["bad"]
+    whole = len(prints) == len(sizes) == count and all(isinstance(one, str) for one in [*prints, *bad.values()])
+    return whole and np.array(sizes, np.float32).shape == (count, 2) and all(int(row) in rows for row in bad)
+
+
+def _read_progress(path: Path, data: ImageDataset, block: int) -> dict[int, dict]:
+    """Finished blocks by number. A last line that a kill has cut, as any damaged one, is dropped from the file too."""
     notes = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(UnreadableImage), unreadable():
                 note = json.loads(line)
-            except ValueError:
-                continue
-            notes[note["block"]] = note
+                rows = _block_rows(data, block, note["block"])
+                if note["block"] >= 0 and len(rows) and _tells(note, len(rows), rows):
+                    notes[note["block"]] = note
         write_text(path, "".join(json.dumps(note) + "\n" for note in notes.values()))
     return notes
 
@@ -361,8 +375,10 @@ class DecodedVolumes(ImageDataset):
             return self.decode(source)
         path = self.kept_in / name
         # A file that cannot be read, such as one cut by a power failure, is made anew.
-        with contextlib.suppress(OSError, ValueError, EOFError, zipfile.BadZipFile), np.load(path) as arrays:
-            return {key: torch.from_numpy(array) for key, array in arrays.items()}
+        with contextlib.suppress(UnreadableImage), unreadable():
+            item = {key: torch.from_numpy(array) for key, array in read_npz(path).items()}
+            if item["image"].ndim == 4 and item["size"].shape == (3,):
+                return item
         item = self.decode(source)
         try:
             arrays = {key: tensor.numpy() for key, tensor in item.items()}

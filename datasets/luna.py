@@ -27,6 +27,7 @@ from medssl.datasets.splits import Patients
 from medssl.errors import InputError, UnreadableImage
 from medssl.files import name_bytes
 from medssl.markup import csv_value
+from medssl.reading.arrays import read_npy
 from medssl.reading.tables import read_list
 
 FOLDS = {"train": range(7), "val": range(7, 8), "test": range(8, 10)}
@@ -263,14 +264,13 @@ def read_cubes(path: Path, ndim: int, shape: tuple[int, ...] | None = None) -> n
     Raises:
         UnreadableImage: for a file that is missing, damaged, not of numbers in [0, 1], or of another shape.
     """
+    if not path.is_file():
+        raise UnreadableImage(f"{path.name} is missing")
     try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UnreadableImage(f"{path.name} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or "not an .npy file of numbers, or a truncated one"
-        raise UnreadableImage(f"{path.name}: {reason}") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        array = read_npy(path)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path.name}: {error}") from None
+    if array.dtype.kind != "f":
         raise UnreadableImage(f"{path.name}: not an array of floats")
     if array.ndim > ndim and 1 in array.shape:
         array = array.squeeze(array.shape.index(1))

@@ -9,8 +9,6 @@ back or head is not recorded, nor is the spacing: axes are kept as they run, and
 import re
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +18,9 @@ import torch
 from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Info, Request, volume_item
-from medssl.errors import InputError
+from medssl.errors import InputError, UnreadableImage
 from medssl.files import write_atomic
+from medssl.reading.arrays import names_in, read_npz
 
 FLAGS = (
     *("pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist", "breastmnist"),
@@ -153,17 +152,16 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
 
 def _arrays(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, S, S[, 3]) uint8 and labels (N, L) of one split; other members are not decompressed."""
+    keys = (f"{split}_images", f"{split}_labels")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            for key in (f"{split}_images", f"{split}_labels"):
-                if key not in file:
-                    found = ", ".join(sorted(file)[:6]) or "nothing"
-                    raise InputError(f"{path}: no {key} in it, only {found}; is it a MedMNIST file?")
-            images, labels = file[f"{split}_images"], file[f"{split}_labels"]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, KeyError):
-        raise InputError(f"{path}: not a readable .npz file; if it was downloaded, download it again") from None
+        arrays = read_npz(path, keys)
+        missing = next((key for key in keys if key not in arrays), None)
+        if missing:
+            found = ", ".join(names_in(path)[:6]) or "nothing"
+            raise InputError(f"{path}: no {missing} in it, only {found}; is it a MedMNIST file?")
+    except UnreadableImage as error:
+        raise InputError(f"{path}: {error}; if it was downloaded, download it again") from None
+    images, labels = (arrays[key] for key in keys)
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.ndim not in (1, 2):
         raise InputError(f"{path}: {split}_images is {images.dtype} {images.shape}; uint8 pictures are needed")
     if len(images) != len(labels):

@@ -17,8 +17,10 @@ from types import ModuleType
 
 import numpy as np
 
+from medssl.errors import InputError, UnreadableImage
 from medssl.files import digest, read_json, write_atomic, write_folder, write_json
 from medssl.locks import lock_folder
+from medssl.reading.arrays import read_npy
 
 FEW = 64  # single images that are remembered: more than the contents of a split are known by
 
@@ -96,10 +98,10 @@ class Generated:
         folder = self.folder / "arrays"
         try:
             shapes = read_json(folder / SHAPES)
-            found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
-        except (OSError, ValueError, EOFError):
+            found = {name: read_npy(folder / f"{name}.npy", mapped=True) for name in shapes}
+            return found if found and shapes == shapes_of(found) else None
+        except (InputError, UnreadableImage):
             return None
-        return found if found and shapes == shapes_of(found) else None
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "arrays"}  # mapped anew, not copied

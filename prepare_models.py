@@ -19,6 +19,8 @@ The files say so in their state dict's metadata, and scripts that start from the
 Models Genesis and this project's own files need no preparation: give them to `--init` as they are.
 """
 
+import io
+import math
 import pickle
 import re
 import sys
@@ -35,7 +37,7 @@ from torch import Tensor, nn
 from medssl import errors
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 from medssl.models.encoders import IMAGENET, METADATA
 
 WRAPPERS = ("state_dict", "model", "resnet")  # keys under which files keep their weights
@@ -72,7 +74,6 @@ URLS = {
 DROPPED = re.compile(
     r"(?:fc|linear|head|heads|projection|projection_head|projector|prototypes|jigsaw|head_jig)(?:\.|\d|$)|queue"
 )
-CORE = np._core if hasattr(np, "_core") else np.core  # before numpy 2
 RAW = {"mean": [0.0] * 3, "std": [1.0] * 3}  # the converters' own evaluations of SimCLR 1 and 2 do not normalise
 NORM = {"weight": "scale", "bias": "offset", "running_mean": "mean_ema", "running_var": "var_ema"}  # Haiku's names
 
@@ -158,7 +159,7 @@ def from_byol(content: object) -> dict[str, Tensor]:
         raise InputError(f"{wrong} is in another place than expected")
     made = {}
     for name, kernel in zip(convolutions, [kernels[-1], *kernels[:-1]]):
-        made[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(np.transpose(kernel, (3, 2, 0, 1))))
+        made[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(np.transpose(kernel, (3, 2, 0, 1)), np.float32))
     for place, (name, value) in order:
         averages = {
             kind: next((v["average"] for k, v in own["online_state"].items() if k == f"{name}/~/{kind}"), None)
@@ -182,7 +183,18 @@ CONVERTERS: dict[str, Callable[[object], dict[str, Tensor]]] = {
 # Pickles -------------------------------------------------------------------------------------------
 
 
-class Inert(dict):
+REFUSED = pickle.UnpicklingError
+
+
+class StandIn:
+    """What stands for a class of numpy, JAX or the interpreter while a file is read: made of plain values, and given a
+    state only where it says so."""
+
+    def __setstate__(self, state: object) -> None:
+        raise REFUSED(f"refused: a state for {type(self).__name__.lower()}")
+
+
+class Inert(StandIn, dict):
     """Stands for a container class of JAX's libraries: keeps the mapping that it is made of, and does nothing else."""
 
     def __init__(self, *values: object) -> None:
@@ -190,10 +202,11 @@ class Inert(dict):
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, Mapping):
-            self.update(state.get("_mapping") or state)
+            inner = state.get("_mapping")
+            self.update(inner if isinstance(inner, Mapping) else state)
 
 
-class ByolState(dict):
+class ByolState(StandIn, dict):
     """BYOL's experiment state, a named tuple, which pickles make by `__new__` alone."""
 
     def __new__(cls, *values: object) -> "ByolState":
@@ -205,49 +218,171 @@ class ByolState(dict):
         """All is kept already."""
 
 
-def to_bytes(text: str, encoding: str) -> bytes:
-    """How pickles of protocol 2 write bytes."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise pickle.UnpicklingError("refused: bytes in another encoding than latin1")
-    return text.encode("latin1")
+class Bytes(StandIn):
+    """How pickles of protocol 2 write bytes: `_codecs.encode`, and `bytes` for none."""
+
+    def __new__(cls, text: str = "", encoding: str = "latin1") -> bytes:
+        if type(text) is not str or encoding != "latin1":
+            raise REFUSED("refused: bytes in another encoding than latin1")
+        return text.encode("latin1")
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; anything else in the file is refused, so that nothing of it runs."""
+class Dtype(StandIn):
+    """Stands for `numpy.dtype`: a kind of plain numbers, and their order of bytes."""
 
-    ALLOWED = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+    def __init__(self, kind: object, align: object = False, copy: object = True) -> None:
+        if type(kind) is not str or not re.fullmatch("b1|[iu][1248]|f[248]", kind):
+            raise REFUSED(f"refused: an array of dtype {ascii(kind)[:40]}; only plain numbers are read")
+        self.kind, self.order = kind, "="
+
+    def __setstate__(self, state: object) -> None:
+        plain = (None, None, None, -1, -1, 0)  # no fields, no sub-arrays, no flags
+        if type(state) is not tuple or state[:1] not in ((3,), (4,)) or state[2:8] != plain:
+            raise REFUSED("refused: a dtype's state that is not of plain numbers")
+        if state[1] not in ("<", ">", "|", "=") or state[8:] not in ((), (None,), ({},)):
+            raise REFUSED("refused: a dtype's state that is not of plain numbers")
+        self.order = state[1]
+
+    def made(self) -> np.dtype:
+        return np.dtype(self.kind).newbyteorder(self.order)
+
+
+class Array(StandIn, np.ndarray):
+    """Stands for an array that numpy's `_reconstruct` makes empty, and its state fills, once."""
+
+    filled = False
+
+    def __new__(cls, *values: object) -> "Array":
+        return super().__new__(cls, (0,), np.uint8)
+
+    def __setstate__(self, state: object) -> None:
+        if self.filled or type(state) is not tuple or len(state) != 5 or state[0] != 1:
+            raise REFUSED("refused: an array's state that numpy does not write")
+        _, shape, dtype, fortran, raw = state
+        values = numbers(raw, dtype, shape, "F" if fortran is True else "C")
+        np.ndarray.__setstate__(self, (1, values.shape, values.dtype, fortran is True, raw))
+        self.filled = True
+
+
+class Buffer(StandIn):
+    """An array as pickles of protocol 5 write it: numpy's `_frombuffer`."""
+
+    def __new__(cls, raw: object, dtype: object, shape: object, order: object, *more: object) -> np.ndarray:
+        made = numbers(raw, dtype, shape, "F" if order == "F" else "C").view(Array)
+        made.filled = True
+        return made
+
+
+class Scalar(StandIn):
+    """A number of numpy's, `scalar`: becomes Python's."""
+
+    def __new__(cls, dtype: object, raw: object) -> float:
+        return numbers(raw, dtype, (), "C").item()
+
+
+def numbers(raw: object, dtype: object, shape: object, order: str) -> np.ndarray:
+    """An array of plain numbers from what a pickle says of it, on the bytes themselves; refused where they do not
+    fit."""
+    if type(dtype) is not Dtype or type(raw) not in (bytes, bytearray):
+        raise REFUSED("refused: an array whose values are not the bytes of plain numbers")
+    if type(shape) is not tuple or len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise REFUSED(f"refused: an array of shape {ascii(shape)[:40]}")
+    made = dtype.made()
+    if math.prod(shape) * made.itemsize != len(raw) or math.prod(max(n, 1) for n in shape) >= 2**48:
+        raise REFUSED(f"refused: an array of shape {ascii(shape)[:40]} in {len(raw)} bytes")
+    return np.frombuffer(raw, made).reshape(shape, order=order)
+
+
+MULTIARRAY, NUMERIC = ("numpy.core.multiarray", "numpy._core.multiarray"), ("numpy.core.numeric", "numpy._core.numeric")
+KEYS = (str, bytes, int, float, bool, type(None))  # of dictionaries: hashing tuples in tuples can end the process
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads arrays of numbers and plain containers; anything else in the file is refused, so that nothing of it runs.
+
+    It is Python's own: that in C lets a file say how much memory its memo takes.
+    """
+
+    dispatch = {
+        key: load
+        for key, load in pickle._Unpickler.dispatch.items()
+        if key
+        not in b"".join(
+            (
+                *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+                *(pickle.NEWOBJ_EX, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EMPTY_SET, pickle.ADDITEMS),
+                pickle.FROZENSET,
+            )
+        )
+    }
+    KNOWN = {
+        ("collections", "OrderedDict"): Inert,
+        **dict.fromkeys((("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes")), Bytes),
+        ("numpy", "ndarray"): Array,
+        ("numpy", "dtype"): Dtype,
+        **{(module, "_reconstruct"): Array for module in MULTIARRAY},
+        **{(module, "scalar"): Scalar for module in MULTIARRAY},
+        **{(module, "_frombuffer"): Buffer for module in NUMERIC},
     }
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) in self.ALLOWED:
-            return self.ALLOWED[module, name]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(CORE.multiarray, name)
-        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
-            return CORE.numeric._frombuffer
-        if (module, name) == ("_codecs", "encode"):
-            return to_bytes
+    def find_class(self, module: str, name: str) -> type[StandIn]:
+        if (module, name) in self.KNOWN:
+            return self.KNOWN[module, name]
         if name == "_ByolExperimentState":
             return ByolState
         if module.split(".")[0] in ("haiku", "byol", "jax", "optax", "jaxlib"):
             return Inert
-        raise pickle.UnpicklingError(f"refused: it wants {module}.{name}, which is neither an array nor a container")
+        raise REFUSED(f"refused: it wants {module}.{name}, which is neither an array nor a container")
+
+    def load_call(self) -> None:
+        """REDUCE and NEWOBJ: classes are stand-ins, and made alike by both."""
+        made = self.stack[-2]
+        if not (isinstance(made, type) and issubclass(made, StandIn) and type(self.stack[-1]) is tuple):
+            raise REFUSED("refused: it calls what is no class of an array or a container")
+        values = self.stack.pop()
+        self.stack[-1] = made(*values)
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], StandIn):
+            raise REFUSED("refused: a state for what has none")
+        self.stack[-1].__setstate__(state)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def load_dict(self) -> None:
+        pairs = self.pop_mark()
+        self.append({})
+        self._set(pairs)
+
+    def _set(self, pairs: list) -> None:
+        if not isinstance(self.stack[-1], dict) or not all(type(key) in KEYS for key in pairs[::2]):
+            raise REFUSED("refused: a dictionary whose keys are neither text nor numbers")
+        self.stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    dispatch.update(
+        {
+            **dict.fromkeys((pickle.REDUCE[0], pickle.NEWOBJ[0]), load_call),
+            **{pickle.BUILD[0]: load_build, pickle.DICT[0]: load_dict},
+            **{pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
+        }
+    )
 
 
 def read_pickle(path: Path) -> object:
     """Read a pickle of arrays; an InputError for one that wants more, and for other files."""
-    try:
-        with open(path, "rb") as file:
-            return PlainUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        reason = str(error) if str(error).startswith("refused") else "not a pickle, or a truncated one"
-        raise InputError(f"{path}: {reason}") from None
-    except (ArithmeticError, AttributeError, EOFError, ImportError, LookupError, MemoryError, RuntimeError, SystemError,
-            TypeError, ValueError):  # fmt: skip
-        raise InputError(f"{path}: not a pickle of arrays, or a truncated one") from None
+    with unusable(path, "not a pickle of arrays, or a truncated one"):
+        try:
+            return PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        except pickle.UnpicklingError as error:
+            if str(error).startswith("refused"):
+                raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+            raise
 
 
 # The script ----------------------------------------------------------------------------------------
@@ -260,12 +395,11 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
         InputError: for a file that cannot be read, or is of another model.
     """
     content = read_pickle(path) if name == "byol" else load_safe(path)
-    try:
-        state = CONVERTERS[name](content)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; is it {name}'s file?") from None
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{path}: not laid out as {name}'s file is") from None
+    with unusable(path, f"not laid out as {name}'s file is"):
+        try:
+            state = CONVERTERS[name](content)
+        except InputError as error:
+            raise InputError(f"{path}: {error}; is it {name}'s file?") from None
     wanted = expected()
     learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
     state = {key: value for key, value in state.items() if key in wanted or not key.endswith("num_batches_tracked")}

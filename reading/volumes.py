@@ -5,20 +5,18 @@ file's own order and directions. SimpleITK decodes; what it accepts in silence (
 with slices missing) or only complains about on the terminal is checked here.
 """
 
-import gzip
 import math
 import os
-import struct
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from medssl.errors import UnreadableImage
+from medssl.errors import UnreadableImage, unreadable
 from medssl.files import check_room, naming, writing
 from medssl.reading.dicom import load_series
 from medssl.reading.geometry import AXES, Volume, axis_layout, by, flip_axes, image_of, straightened, volume_size
+from medssl.reading.headers import reader_of
 from medssl.reading.simpleitk import array_of, quiet, reason_of, set_type, simpleitk
 
 
@@ -69,12 +67,10 @@ def read_header(path: Path) -> Header | None:
     """Read a file's header alone; None for DICOM series, damaged headers, and what is no volume."""
     if path.is_dir():
         return None
-    reader = simpleitk().ImageFileReader()
-    reader.SetFileName(os.fspath(path))
     try:
-        with quiet():
-            reader.ReadImageInformation()
-    except RuntimeError:
+        with unreadable(), quiet():
+            reader = _opened(path)
+    except UnreadableImage:
         return None
     if reader.GetDimension() != 3:
         return None
@@ -86,28 +82,23 @@ def read_header(path: Path) -> Header | None:
 
 def load_image(path: Path, dtype: type | None):
     """A SimpleITK image with three axes of more than one voxel and one number a voxel, as the file lays it out."""
-    sitk = simpleitk()
     try:
-        with quiet():
+        with unreadable("damaged"), quiet():
             if path.is_dir():
                 image = load_series(path, dtype)
             else:
-                _check_file(path)
-                reader = sitk.ImageFileReader()
-                reader.SetFileName(os.fspath(path))
-                reader.ReadImageInformation()
+                reader = _opened(path)
                 size = volume_size(reader.GetSize())
                 set_type(reader, reader.GetPixelID(), dtype)
                 reader.SetExtractSize([*size, *[0] * (reader.GetDimension() - 3)])
                 image = reader.Execute()
-    except RuntimeError as error:
-        raise UnreadableImage(reason_of(str(error))) from None
-    except EOFError:
-        raise UnreadableImage("truncated: its compressed data end early") from None
-    except (OSError, zlib.error, ValueError, OverflowError) as error:
-        raise UnreadableImage(getattr(error, "strerror", None) or f"damaged: {error}") from None
-    except MemoryError:
-        raise UnreadableImage("too large for the memory of this machine") from None
+    except UnreadableImage as refused:
+        if isinstance(refused.__cause__, RuntimeError):  # SimpleITK's, of many lines
+            reason = str(refused.__cause__)
+            if "allocate memory" in reason:  # the file holds what it claims; the machine is too small
+                raise MemoryError(f"{path}: too large for the memory of this machine") from None
+            raise UnreadableImage(reason_of(reason)) from None
+        raise
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise UnreadableImage(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel; only grey volumes are read")
     if not all(0 < step < math.inf for step in image.GetSpacing()):
@@ -115,81 +106,13 @@ def load_image(path: Path, dtype: type | None):
     return image
 
 
-def _check_file(path: Path) -> None:
-    """Say what is wrong with a file where SimpleITK would read it all the same, or give no reason."""
-    name = path.name.lower()
-    with open(path, "rb") as file:  # raises what the system says of the path
-        head = file.read(4)
-    if name.endswith((".mhd", ".mha")):
-        _check_meta(path)
-    elif name.endswith((".nii", ".nii.gz")):
-        _check_nifti(path, zipped=head[:2] == b"\x1f\x8b")
-
-
-META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4}
-META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8, "FLOAT": 4, "DOUBLE": 8}
-
-
-def _check_meta(path: Path) -> None:
-    """MetaImage: the data file is there, and as long as the header says."""
-    fields: dict[str, str] = {}
-    with open(path, "rb") as file:
-        for line in file:
-            key, equals, value = line.decode("latin-1").partition("=")
-            if not equals or len(line) > 10_000:
-                break
-            fields[key.strip()] = value.strip()
-            if key.strip() == "ElementDataFile":  # the last field; pixels may follow
-                break
-        start = file.tell()
-    if "DimSize" not in fields or "ElementDataFile" not in fields:
-        raise UnreadableImage("its header lacks DimSize or ElementDataFile")
-    data = path if fields["ElementDataFile"] == "LOCAL" else path.parent / fields["ElementDataFile"]
-    if data.name == "LIST" or "%" in data.name:  # many files; ITK says what is wrong with one
-        return
-    if not data.is_file():
-        raise UnreadableImage(f"its data file {data.name} is missing")
-    each = META_BYTES.get(fields.get("ElementType", "").removeprefix("MET_"))
-    if each and fields.get("CompressedData", "False").lower() != "true":
-        channels = int(fields.get("ElementNumberOfChannels", 1))
-        needed = math.prod(map(int, fields["DimSize"].split())) * each * channels
-        _check_length(data, data.stat().st_size - (start if data == path else 0), needed)
-
-
-def _check_nifti(path: Path, zipped: bool) -> None:
-    """NIfTI: ITK fills what a truncated file lacks with zeros or noise."""
-    with (gzip.open if zipped else open)(path, "rb") as file:
-        head = file.read(540)
-    for order in "<>":
-        if len(head) >= 348 and struct.unpack_from(order + "i", head)[0] == 348:
-            sizes, bits = struct.unpack_from(order + "8h", head, 40), struct.unpack_from(order + "h", head, 72)[0]
-            start = int(struct.unpack_from(order + "f", head, 108)[0])
-            break
-        if len(head) >= 540 and struct.unpack_from(order + "i", head)[0] == 540:
-            sizes, bits = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "h", head, 14)[0]
-            start = struct.unpack_from(order + "q", head, 168)[0]
-            break
-    else:
-        raise UnreadableImage("not a NIfTI file, or a truncated one")
-    needed = start + math.prod(max(1, size) for size in sizes[1 : 1 + max(0, sizes[0])]) * bits // 8
-    if not zipped:
-        _check_length(path, path.stat().st_size, needed)
-        return
-    with open(path, "rb") as file:
-        file.seek(-4, os.SEEK_END)
-        noted = struct.unpack("<I", file.read(4))[0]
-    if noted != needed % 2**32:
-        # Cut short, or written in several parts, or with something behind: only reading it all tells.
-        length = 0
-        with gzip.open(path) as file:
-            while block := file.read(2**22):
-                length += len(block)
-        _check_length(path, length, needed)
-
-
-def _check_length(data: Path, length: int, needed: int) -> None:
-    if length < needed:
-        raise UnreadableImage(f"truncated: {data.name} holds {length} of {needed} bytes")
+def _opened(path: Path):
+    """SimpleITK's reader of a file, which has read its header; one that was looked at before."""
+    reader = simpleitk().ImageFileReader()
+    reader.SetImageIO(reader_of(path))  # not that of another format, whose content the file may have
+    reader.SetFileName(os.fspath(path))
+    reader.ReadImageInformation()
+    return reader
 
 
 def _replace_infinite(array: np.ndarray) -> None:

@@ -137,7 +137,7 @@ def bad_files(folder):
     yield "short.mha", "truncated"
     yield "short.nii", "truncated"
     yield "short.nii.gz", "truncated"
-    yield "short.nrrd", "66%|60|only"
+    yield "short.nrrd", "truncated: short.nrrd holds"
     (folder / "gone.raw").unlink()
     yield "gone.mhd", "data file gone.raw is missing"
     yield "nowhere.mhd", "No such file"

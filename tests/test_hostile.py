@@ -1,0 +1,422 @@
+"""Files made to do harm: none ends the process, runs anything, or takes more memory than it has bytes for.
+
+What ended the process once is read in a process of its own, so that it fails its test and not all of them.
+"""
+
+import io
+import multiprocessing
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+
+from medssl.errors import InputError, UnreadableImage
+from medssl.prepare_models import read_pickle
+from medssl.reading.arrays import read_npy, read_npz
+from medssl.reading.volumes import read_header, read_volume
+
+sitk = pytest.importorskip("SimpleITK")
+
+
+def outcome(read, path):
+    """How reading a file in a process of its own ends: "read", the line that refuses it, or what went wrong."""
+
+    def child(pipe):
+        try:
+            read(path)
+            pipe.send("read")
+        except (InputError, UnreadableImage) as error:
+            pipe.send(f"refused: {error}")
+        except BaseException as error:
+            pipe.send(f"{type(error).__name__}: {error}")
+
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(theirs,))
+    process.start()
+    theirs.close()
+    process.join(20)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return "hangs"
+    return mine.recv() if mine.poll() else f"ended by {-process.exitcode}"
+
+
+def refused(read, path, reason, here=False):
+    """Assert that a file is refused in one line that has the reason; `here` in this process, which is quicker."""
+    if here:
+        with pytest.raises((InputError, UnreadableImage)) as caught:
+            read(path)
+    said = f"refused: {caught.value}" if here else outcome(read, path)
+    assert said.startswith("refused: "), said
+    assert reason in said, said
+    assert "\n" not in said
+
+
+# Pickles -------------------------------------------------------------------------------------------
+
+GLOBALS = {
+    "dtype": b"cnumpy\ndtype\n", "ndarray": b"cnumpy\nndarray\n", "scalar": b"cnumpy.core.multiarray\nscalar\n",
+    "rebuild": b"cnumpy.core.multiarray\n_reconstruct\n", "buffer": b"cnumpy.core.numeric\n_frombuffer\n",
+    "ordered": b"ccollections\nOrderedDict\n", "encode": b"c_codecs\nencode\n", "haiku": b"chaiku\nFlatMapping\n",
+}  # fmt: skip
+JUNK = b"AAAAAAAA" * 4  # as pointers to objects
+
+
+def plain(value):
+    """The opcodes of a plain value, without those of a whole pickle."""
+    return pickle.dumps(value, protocol=2)[2:-1].replace(b"q\x00", b"")
+
+
+def call(name, *parts):
+    return GLOBALS[name] + b"(" + b"".join(parts) + b"tR"
+
+
+def dtype_of(kind, state=None):
+    made = call("dtype", plain(kind), plain(False), plain(True))
+    return made if state is None else made + plain(state) + b"b"
+
+
+def array_of(dtype, raw=JUNK, shape=(4,), fortran=False):
+    """An array that is rebuilt empty, and given its state."""
+    empty = call("rebuild", GLOBALS["ndarray"], plain((0,)), plain(b"b"))
+    return empty + b"(" + plain(1) + plain(shape) + dtype + plain(fortran) + plain(raw) + b"tb"
+
+
+PLAIN_STATE = (3, "<", None, None, None, -1, -1, 0)
+OBJECT_STATE = (3, "|", None, None, None, -1, -1, 63)
+NESTED = b"N" + b"\x85" * 300_000  # a tuple in a tuple in …
+CRASHES = {
+    "array of objects": array_of(dtype_of("O8", OBJECT_STATE)),
+    "scalar object": call("scalar", dtype_of("O8", OBJECT_STATE), plain(JUNK[:8])),
+    "buffer of objects": call("buffer", plain(JUNK), dtype_of("O8"), plain((4,)), plain("C")),
+    "field of objects": array_of(
+        dtype_of("V8", (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 63))
+    ),
+    "state makes objects": array_of(dtype_of("f8", OBJECT_STATE)),
+    "sub-array of objects": array_of(dtype_of("f8", (3, "|", ("O", (4,)), None, None, 8, 8, 63))),
+    "negative shape": array_of(dtype_of("f8", PLAIN_STATE), shape=(-4,)),
+    "Fortran and too few": array_of(dtype_of("f8", PLAIN_STATE), shape=(400, 400), fortran=True),
+    "overflow": array_of(dtype_of("f8", PLAIN_STATE), shape=(2**61, 8)),
+    "overflow to nothing": array_of(dtype_of("f8", PLAIN_STATE), b"", (2**32, 2**32)),
+    "one more than there is": array_of(dtype_of("f8", PLAIN_STATE), shape=(5,)),
+    "scalar of too few": call("scalar", dtype_of("f8", PLAIN_STATE), plain(b"A")),
+    "array of claimed size": call("ndarray", plain((2**40,)), dtype_of("O8")),
+    "array by new": GLOBALS["ndarray"] + b"(" + plain((4,)) + dtype_of("O8") + b"t\x81",
+    "strings": array_of(dtype_of("U8", (3, "<", None, None, None, 32, 4, 8))),
+    "filled twice": array_of(dtype_of("f8", PLAIN_STATE)) + plain((1, (4,), 0, False, JUNK)) + b"b",
+    "a state for a scalar": call("scalar", dtype_of("f8", PLAIN_STATE), plain(JUNK[:8])) + plain((1, 2)) + b"b",
+    "a state for a class": GLOBALS["haiku"] + plain({"__setstate__": 1}) + b"b",
+    "attributes of a class": GLOBALS["encode"] + plain((None, {"__code__": 1})) + b"b",
+    "tuples as a key": b"}" + NESTED + b"Ns",
+    "tuples as a set": b"\x8f(" + NESTED + b"\x90",
+    "tuples behind a mapping": call("haiku") + b"}" + plain("_mapping") + b"](" + NESTED + b"N\x86esb",
+    "a view of an array": array_of(dtype_of("f8", PLAIN_STATE)) + b"\x98",
+    "a memo of 32 GB": b"Nr\xff\xff\xff\xff",
+    "bytes of an exabyte": b"\x8e" + struct.pack("<Q", 2**60) + b"abc",
+    "a frame of an exabyte": b"\x95" + struct.pack("<Q", 2**60) + b"N",
+    "a long of 2 GB": b"\x8b\xff\xff\xff\x7fabc",
+    "an extension": b"\x82\x01",
+    "a call of a call": call("ordered") + b")R",
+    "more than a class takes": call("dtype", plain("f8"), plain(1), plain(2), plain(3), plain(4)),
+    "a lambda of codecs": call("encode", plain("abc"), plain("rot13")),
+}  # fmt: skip
+HARMLESS = ("tuples behind a mapping", "a memo of 32 GB", "a frame of an exabyte")  # read as what little is in them
+
+
+@pytest.mark.parametrize("protocol", [0, 4])
+@pytest.mark.parametrize("form", CRASHES)
+def test_pickles_that_end_a_process_are_refused(tmp_path, form, protocol):
+    path = tmp_path / "byol.pkl"
+    path.write_bytes((b"" if protocol == 0 else b"\x80" + bytes([protocol])) + CRASHES[form] + b".")
+    if form in HARMLESS:
+        assert outcome(read_pickle, path) == "read"
+    else:
+        refused(read_pickle, path, "byol.pkl: ")
+
+
+def test_arrays_of_every_plain_kind_are_read(tmp_path):
+    kinds = [f"{order}{kind}" for order in "<>" for kind in ("i2", "i4", "i8", "u4", "f2", "f4", "f8")] + ["b1", "i1"]
+    arrays = {kind: np.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    arrays |= {"fortran": np.asfortranarray(arrays["<f4"]), "none": np.zeros((0, 4)), "": np.float32(1.5), "n": 2**70}
+    arrays |= {"shared": [arrays["<f8"], arrays["<f8"]]}
+    for protocol in range(6):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(arrays, protocol))
+        read = read_pickle(tmp_path / "a.pkl")
+        assert read.keys() == arrays.keys()
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(read[key], array)
+            if isinstance(array, np.ndarray):
+                assert read[key].dtype.newbyteorder("=") == array.dtype.newbyteorder("=")
+
+
+# Arrays --------------------------------------------------------------------------------------------
+
+
+def npy(header, values=b"", version=b"\x01\x00"):
+    text = header.encode() if isinstance(header, str) else repr(header).encode()
+    return b"\x93NUMPY" + version + struct.pack("<H", len(text) + 1) + text + b"\n" + values
+
+
+def claims(shape, descr="<f4", fortran_order=False):
+    return {"descr": descr, "fortran_order": fortran_order, "shape": shape}
+
+
+class Planted:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (os.fspath(self.marker),)
+
+
+FORGED = {
+    "terabytes": npy(claims((2**20, 2**20)), bytes(64)),
+    "more than a machine's words": npy(claims((2**62, 2**62)), bytes(64)),
+    "negative": npy(claims((-4, 4)), bytes(64)),
+    "overflow": npy(claims((2**61, 8, 0)), bytes(64)),
+    "no numbers": npy(claims(("4",)), bytes(64)),
+    "truths": npy(claims((True, 16)), bytes(64)),
+    "many axes": npy(claims((1,) * 40), bytes(64)),
+    "objects": npy(claims((4,), "|O"), pickle.dumps([1, 2, 3, 4])),
+    "records": npy(claims((4,), [("a", "<f4"), ("b", "|O")]), bytes(64)),
+    "text": npy(claims((4,), "<U4"), bytes(64)),
+    "times": npy(claims((4,), "<M8[s]"), bytes(64)),
+    "brackets": npy("-" * 9000 + "1"),
+    "nested": npy("[" * 9000),
+    "code": npy("__import__('os').mkdir('ran')"),
+    "no dictionary": npy("[1, 2]"),
+    "another version": npy(claims((4,)), bytes(64), b"\x09\x00"),
+    "header cut": npy(claims((4,)))[:20],
+    "values cut": npy(claims((16,)), bytes(63)),
+    "nothing": b"",
+    "a pickle": pickle.dumps([1]),
+}
+
+
+@pytest.mark.parametrize("form", FORGED)
+def test_forged_arrays_are_refused(tmp_path, form, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.npy"
+    path.write_bytes(FORGED[form])
+    for mapped in (False, True):
+        with pytest.raises(UnreadableImage, match="not an .npy file of numbers, or a truncated one"):
+            read_npy(path, mapped=mapped)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", FORGED[form])
+    with pytest.raises(UnreadableImage, match="not a readable .npz file of numbers"):
+        read_npz(tmp_path / "a.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_planted_pickles_in_arrays_do_not_run(tmp_path):
+    array = np.empty(1, object)
+    array[0] = Planted(tmp_path / "ran")
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", a=array)
+    with pytest.raises(UnreadableImage, match="holds object"):
+        read_npy(tmp_path / "a.npy")
+    with pytest.raises(UnreadableImage, match="holds object"):
+        read_npz(tmp_path / "a.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_archives_that_claim_more_than_deflate_can_hold(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", npy(claims((10**6,), "|u1"), bytes(10**6)))
+    assert read_npz(tmp_path / "a.npz")["a"].shape == (10**6,)
+    whole = (tmp_path / "a.npz").read_bytes()
+    real = struct.pack("<I", 10**6 + len(npy(claims((10**6,), "|u1"))))
+    assert real in whole
+    (tmp_path / "a.npz").write_bytes(whole.replace(real, struct.pack("<I", 2**32 - 2)))
+    with pytest.raises(UnreadableImage, match="a.npy claims 4294967294 bytes"):
+        read_npz(tmp_path / "a.npz")
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # of which a kilobyte can hold gigabytes
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+            archive.writestr("a.npy", npy(claims((4,)), bytes(16)))
+        with pytest.raises(UnreadableImage, match="a.npy claims"):
+            read_npz(tmp_path / "a.npz")
+
+
+# Volumes -------------------------------------------------------------------------------------------
+
+META = {
+    "ObjectType": "Image", "NDims": "3", "BinaryData": "True", "BinaryDataByteOrderMSB": "False",
+    "CompressedData": "False", "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "0 0 0",
+    "CenterOfRotation": "0 0 0", "AnatomicalOrientation": "RAI", "ElementSpacing": "1 1 1", "DimSize": "4 3 2",
+    "ElementType": "MET_SHORT", "ElementDataFile": "LOCAL",
+}  # fmt: skip
+VALUES = np.arange(24, dtype=np.int16)
+RAW = VALUES.tobytes()
+
+
+def meta(path, values=RAW, **changes):
+    """A MetaImage of changed fields; values behind the header. None leaves a field out."""
+    fields = {**META, **changes}
+    last = fields.pop("ElementDataFile")
+    lines = [f"{key} = {value}" for key, value in fields.items() if value is not None]
+    path.write_bytes("\n".join([*lines, f"ElementDataFile = {last}", ""]).encode("latin-1") + values)
+    return path
+
+
+def test_a_meta_header_never_becomes_a_format(tmp_path):
+    """`%s%s%n` ended the process."""
+    for written in (
+        "%s%s%n 1 5 1", "%s 1 2 1", "%n", "slice%d%d.raw 1 2 1", "%1000000d 1 2 1", "%*d 1 2 1", "%ld 1 2 1",
+        "a%da 1 100000000 1", "a%d 1 2 0", "a%d 1 2", "a%d 2 1 -1", "a%d 1 99999999999999999999 1", "LIST 7", "%",
+    ):  # fmt: skip
+        refused(read_volume, meta(tmp_path / "a.mhd", ElementDataFile=written), "ata")
+    for end in ("mhd", "mha", "MHD"):
+        path = meta(tmp_path / f"a.{end}", ElementDataFile="%s%s%n 1 5 1")
+        refused(read_volume, path, "a pattern has one %d")
+        assert outcome(read_header, path) == "read"  # as None
+
+
+FIELDS = {
+    "NDims": ("0", "11", "-3", "3 3", "9999999999", "three", "2"),
+    "DimSize": ("4 3", "4 3 2 1", "-4 3 2", "0 3 2", "99999 99999 99999", "4 3 99999999999999999999", "nan 3 2", ""),
+    "ElementType": ("MET_STRING", "MET_SHORT_ARRAY", "MET_NONE", "%s"),
+    "ElementSpacing": ("1 1", "nan 1 1", "1 1 1 1 1 1", "%s", "1" * 2500),
+    "TransformMatrix": ("1 0 0", "inf " * 9, "1 " * 4000),
+    "AnatomicalOrientation": ("R", "R" * 300, "%s%n"),
+    "ElementNumberOfChannels": ("0", "-1", "2", "99999999999"),
+    "HeaderSize": ("-2", "10", "99999999999", "x"),
+    "CompressedData": ("True", "maybe"),
+    "ObjectType": ("Mesh",),
+    "DimSize = 4 3 2\nDimSize": ("9 9 9",),
+    "A" * 5000: ("1",),
+    "Comment": ("A" * 9000, "a\x00b", "\x1b[2J"),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FIELDS.items() for value in values])
+def test_meta_fields_are_checked(tmp_path, key, value):
+    refused(read_volume, meta(tmp_path / "a.mha", **{key: value}), "", here=True)
+
+
+def test_every_kind_of_meta_data_is_read(tmp_path):
+    wanted = VALUES.reshape(2, 3, 4).transpose(2, 1, 0)
+    raw, squeezed = VALUES.tobytes(), zlib.compress(VALUES.tobytes())
+    for number in (1, 2):
+        (tmp_path / f"slice{number:02d}.raw").write_bytes(VALUES[12 * (number - 1) : 12 * number].tobytes())
+    (tmp_path / "head.raw").write_bytes(b"HEAD" + raw)
+    (tmp_path / "a b.raw").write_bytes(raw)
+    (tmp_path / "a.zraw").write_bytes(squeezed)
+    for name, values, changes in (
+        ("local.mha", raw, {}),
+        ("local.MHA", raw, {}),
+        ("small.mha", raw, {"ElementDataFile": "Local"}),
+        ("file.mhd", b"", {"ElementDataFile": "a b.raw"}),
+        ("file.MHD", b"", {"ElementDataFile": "a b.raw"}),
+        ("sized.mha", squeezed, {"CompressedData": "True", "CompressedDataSize": len(squeezed)}),
+        ("packed.mhd", b"", {"CompressedData": "True", "ElementDataFile": "a.zraw"}),
+        ("head.mhd", b"", {"HeaderSize": "4", "ElementDataFile": "head.raw"}),
+        ("end.mhd", b"", {"HeaderSize": "-1", "ElementDataFile": "head.raw"}),
+        ("text.mha", " ".join(map(str, [*VALUES, ""])).encode(), {"BinaryData": "False"}),
+        ("list.mhd", b"slice01.raw\nslice02.raw\n", {"ElementDataFile": "LIST"}),
+        ("numbers.mhd", b"", {"ElementDataFile": "slice%02d.raw 1 2 1"}),
+        ("more.mha", raw, {"Comment": "a CT, at 120 kV", "0008|0060": "CT", "SeriesDescription": None}),
+    ):
+        path = meta(tmp_path / name, values, **changes)
+        np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=name)
+        assert read_header(path).size == (4, 3, 2)
+
+
+def test_meta_data_that_are_cut_or_missing(tmp_path):
+    squeezed = zlib.compress(np.random.default_rng(0).bytes(48))
+    (tmp_path / "one.raw").write_bytes(bytes(23))
+    for values, changes, reason in (
+        (bytes(47), {}, "holds 47 of 48 bytes"),
+        (squeezed[:-20], {"CompressedData": "True", "CompressedDataSize": len(squeezed) - 20}, "truncated"),
+        (squeezed, {"CompressedData": "True", "CompressedDataSize": 1000}, "truncated"),
+        (
+            squeezed,
+            {"CompressedData": "True", "CompressedDataSize": 50, "DimSize": "4096 4096 4096"},
+            "compressed bytes for",
+        ),
+        (bytes(60), {"CompressedData": "True", "CompressedDataSize": 60}, "damaged"),
+        (squeezed, {"CompressedData": "True"}, "CompressedDataSize"),
+        (b"one.raw\ngone.raw\n", {"ElementDataFile": "LIST"}, "one.raw holds 23 of 24 bytes"),
+        (b"one.raw\n", {"ElementDataFile": "LIST"}, "names 1 data files for 2 slices"),
+        (b"", {"ElementDataFile": "gone%d.raw 1 2 1"}, "gone1.raw is missing"),
+        (b"", {"ElementDataFile": "slice%d.raw 1 3 1"}, "names 3 data files for 2 slices"),
+        (b"1 2 3", {"BinaryData": "False"}, "holds 5 of 47 bytes"),
+    ):
+        refused(read_volume, meta(tmp_path / "a.mha", values, **changes), reason, here=True)
+
+
+def nrrd(path, *lines, values=RAW, **changes):
+    fields = {
+        "type": "short", "dimension": "3", "sizes": "4 3 2", "encoding": "raw", "endian": "little",
+        "space": "left-posterior-superior", "space directions": "(1,0,0) (0,1,0) (0,0,1)", **changes,
+    }  # fmt: skip
+    text = [f"{key.replace('_', ' ')}: {value}" for key, value in fields.items() if value is not None]
+    path.write_bytes("\n".join(["NRRD0004", *text, *lines, "", ""]).encode("latin-1") + values)
+    return path
+
+
+def test_nrrd_headers_are_checked(tmp_path):
+    (tmp_path / "s1.raw").write_bytes(VALUES[:12].tobytes())
+    (tmp_path / "s2.raw").write_bytes(VALUES[12:].tobytes())
+    wanted = VALUES.reshape(2, 3, 4).transpose(2, 1, 0)
+    np.testing.assert_array_equal(read_volume(nrrd(tmp_path / "a.nrrd")).array, wanted)
+    many = nrrd(tmp_path / "a.nhdr", "data file: s%d.raw 1 2 1", values=b"")
+    np.testing.assert_array_equal(read_volume(many).array, wanted)
+    for written in (
+        "%s%s%n 1 2 1",
+        "s%n 1 2 1",
+        "s%d 1 2 0",
+        "s%d%d 1 2 1",
+        "s%d 1 2",
+        "s%999999d 1 2 1",
+        "s%d 1 9999999 1",
+    ):
+        refused(read_volume, nrrd(tmp_path / "a.nhdr", f"data file: {written}", values=b""), "data file")
+    for changes, reason in (
+        ({"sizes": "99999 99999 99999"}, "claims"), ({"sizes": "4 3"}, "3 whole numbers are needed"),
+        ({"sizes": "-4 3 2"}, "claims"), ({"dimension": "17"}, "dimension = 17"), ({"type": "block"}, "not read"),
+        ({"encoding": "gzip"}, "damaged"), ({"encoding": "%s"}, "not read"), ({"byte_skip": "-5"}, "byte skip"),
+        ({"byte_skip": "99"}, "truncated"), ({"sizes": "4 3 5"}, "holds"), ({"type": None}, "lacks type"),
+    ):  # fmt: skip
+        refused(read_volume, nrrd(tmp_path / "a.nrrd", **changes), reason, here=True)
+
+
+def test_nifti_headers_are_checked(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(VALUES.reshape(2, 3, 4)), str(tmp_path / "a.nii"))
+    whole = (tmp_path / "a.nii").read_bytes()
+    for place, kind, value, reason in (
+        (40, "h", 0, "says dim"), (40, "h", 8, "says dim"), (42, "h", -4, "says dim"), (42, "h", 32767, "holds"),
+        (70, "h", 1, "datatype = 1"), (70, "h", 9999, "datatype = 9999"), (108, "f", float("nan"), "vox_offset = nan"),
+        (108, "f", 1e30, "vox_offset"), (108, "f", -352.0, "vox_offset"), (344, "i", 0x0031696E, "in another file"),
+        (0, "i", 347, "not a NIfTI"),
+    ):  # fmt: skip
+        changed = bytearray(whole)
+        struct.pack_into("<" + kind, changed, place, value)
+        (tmp_path / "b.nii").write_bytes(changed)
+        refused(read_volume, tmp_path / "b.nii", reason, here=True)
+
+
+def test_a_bomb_is_not_unpacked_beyond_what_is_needed(tmp_path):
+    """A quarter of a gigabyte of zeros behind a small volume."""
+    buffer = io.BytesIO()
+    sitk.WriteImage(sitk.GetImageFromArray(VALUES.reshape(2, 3, 4)), str(tmp_path / "a.nii"))
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31)
+    buffer.write(packer.compress((tmp_path / "a.nii").read_bytes()))
+    block = bytes(2**22)
+    for _ in range(2**6):
+        buffer.write(packer.compress(block))
+    buffer.write(packer.flush())
+    (tmp_path / "a.nii.gz").write_bytes(buffer.getvalue())
+    assert outcome(read_volume, tmp_path / "a.nii.gz") == "read"
+
+
+def test_content_of_another_format_does_not_choose_the_reader(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(VALUES.reshape(2, 3, 4)), str(tmp_path / "a.vtk"))
+    for end, reason in (("nii", "not a NIfTI"), ("mha", "header"), ("nrrd", "not an NRRD")):
+        (tmp_path / f"a.{end}").write_bytes((tmp_path / "a.vtk").read_bytes())
+        refused(read_volume, tmp_path / f"a.{end}", reason)

@@ -164,6 +164,18 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file with one in JSON a line, less lines that a kill has cut, and other damaged ones; [] where
+    there is no file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(InputError), unusable(path, "damaged"):
+            content = json.loads(line)
+            if isinstance(content, dict):
+                lines.append(content)
+    return lines
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows that `write_csv` wrote, as text.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Info, Request, volume_item
 from medssl.datasets.splits import Patients
-from medssl.errors import InputError, UnreadableImage
+from medssl.errors import InputError, UnreadableImage, unusable
 from medssl.files import name_bytes
 from medssl.markup import csv_value
 from medssl.reading.arrays import read_npy
@@ -203,24 +203,20 @@ def read_nodules(path: Path) -> list[dict]:
     Raises:
         InputError: naming file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; run preprocess/luna.py --nodules again") from None
-    lines = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
-    if missing:
-        raise InputError(f"{path}, line 1: no column {missing[0]!r}; run preprocess/luna.py --nodules again")
     rows = []
-    for line in lines:
-        try:
-            row = {"uid": csv_value(line["uid"] or ""), "class": int(line["class"]), "fold": int(line["fold"])}
-            row |= {"weight": float(line["weight"]), "file": line["file"]}
-        except (TypeError, ValueError):
-            raise InputError(f"{path}, line {lines.line_num}: class, fold and weight must be numbers") from None
-        if row["class"] not in (0, 1) or not 1 <= row["weight"] < float("inf") or not row["file"]:
-            raise InputError(f"{path}, line {lines.line_num}: class must be 0 or 1, weight at least 1, and file a name")
-        rows.append(row)
+    with unusable(path, "not a text file; run preprocess/luna.py --nodules again"):
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        missing = [name for name in COLUMNS if name not in (lines.fieldnames or ())]
+        if missing:
+            raise InputError(f"{path}, line 1: no column {missing[0]!r}; run preprocess/luna.py --nodules again")
+        for line in lines:
+            where = f"{path}, line {lines.line_num}"
+            with unusable(where, "class, fold and weight must be numbers"):
+                row = {"uid": csv_value(line["uid"] or ""), "class": int(line["class"]), "fold": int(line["fold"])}
+                row |= {"weight": float(line["weight"]), "file": line["file"]}
+            if row["class"] not in (0, 1) or not 1 <= row["weight"] < float("inf") or not row["file"]:
+                raise InputError(f"{where}: class must be 0 or 1, weight at least 1, and file a name")
+            rows.append(row)
     if not rows:
         raise InputError(f"{path}: no candidates in it; run preprocess/luna.py --nodules again")
     return rows

@@ -13,6 +13,7 @@ and `--test-list` (paths in `--data`, or names), the lists say the splits.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ import torch
 from medssl.datasets.base import Files, ImageDataset, Info, Request
 from medssl.datasets.masked_images import InstanceImages
 from medssl.datasets.splits import choose
-from medssl.errors import InputError, UnreadableImage
-from medssl.reading.masks import read_mask
+from medssl.errors import InputError, UnreadableImage, unreadable
+from medssl.reading.masks import read_mask, run_lengths
 
 NCT_TRAIN, NCT_TEST = "NCT-CRC-HE-100K", "CRC-VAL-HE-7K"
 NCT_CLASSES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
+MOST_PIXELS = 2**28  # of an image: Pillow opens none that is larger
 
 
 @dataclass(frozen=True)
@@ -175,10 +177,7 @@ def find_coco(root: Path) -> list[Tile]:
         path = root / "annotations" / f"{part}.json"
         if not path.is_file():
             continue
-        try:
-            images = read_coco(path)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: no COCO annotation ({type(error).__name__}: {error})") from None
+        images = read_coco(path)
         for name, shapes in images.items():
             image = root / part / name
             if not image.is_file():
@@ -193,14 +192,23 @@ def read_coco(path: Path) -> dict[str, "Shapes"]:
     """An annotation file's images by name.
 
     Raises:
-        InputError: for regions of crowds. ValueError, KeyError, TypeError, AttributeError: for other contents.
+        InputError: for regions of crowds, and other contents.
     """
+    try:
+        with unreadable():
+            return _images_of(path)
+    except UnreadableImage as error:
+        cause = error.__cause__
+        raise InputError(f"{path}: no COCO annotation ({type(cause).__name__}: {error})") from None
+
+
+def _images_of(path: Path) -> dict[str, "Shapes"]:
     content = json.loads(path.read_text())
     names: dict[object, str] = {}
     images: dict[str, Shapes] = {}
     for image in content["images"]:
         name, height, width = image["file_name"], image["height"], image["width"]
-        if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        if type(height) is not int or type(width) is not int or min(height, width) < 1 or height * width > MOST_PIXELS:
             raise ValueError(f"{name} has the sides {height} and {width}")
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise ValueError(f"{name} leads out of the folder")
@@ -228,16 +236,32 @@ class Shapes:
 
         found = np.zeros((self.height, self.width), np.int32)
         for number, shape in enumerate(self.segmentations, 1):
-            try:
+            with unreadable(f"its annotation {number} is no polygon and no run lengths"):
                 if isinstance(shape, list):
+                    self._check_polygons(shape)
                     runs = coco.merge(coco.frPyObjects(shape, self.height, self.width))
-                elif isinstance(shape["counts"], list):
-                    if min(shape["counts"]) < 0 or sum(shape["counts"]) != found.size:
-                        raise ValueError(f"its runs are not of {found.size} pixels")
-                    runs = coco.frPyObjects(shape, self.height, self.width)
                 else:
-                    runs = shape
+                    runs = coco.frPyObjects(self._runs(shape), self.height, self.width)
                 found[coco.decode(runs) > 0] = number
-            except Exception as error:  # pycocotools raises its very base class
-                raise UnreadableImage(f"its annotation {number} is no polygon and no run lengths: {error}") from None
         return found
+
+    # pycocotools is C, and writes where it is told to.
+
+    def _check_polygons(self, polygons: list) -> None:
+        """Raise ValueError for polygons with corners that are no numbers, or far from the image."""
+        for corners in polygons:
+            values = np.array(corners, np.float64)
+            if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+                raise ValueError("a polygon has at least three corners of two numbers")
+            if not (np.abs(values) <= 2 * max(self.height, self.width) + 2).all():
+                raise ValueError(f"its corners are not of {self.height} × {self.width} pixels")
+
+    def _runs(self, shape: dict) -> dict:
+        """Run lengths as numbers, which cover the image."""
+        counts = shape["counts"]
+        lengths = counts if isinstance(counts, list) else run_lengths(counts)
+        size = [self.height, self.width]
+        whole = all(type(length) is int and length >= 0 for length in lengths) and sum(lengths) == math.prod(size)
+        if not whole or list(shape.get("size", size)) != size:
+            raise ValueError(f"its runs are not of {self.height} × {self.width} pixels")
+        return {"size": size, "counts": lengths}

@@ -1,6 +1,5 @@
 """What a run says while it runs: `metrics.jsonl`, TensorBoard, a progress bar, warnings, pictures."""
 
-import contextlib
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from medssl.files import append_bytes, append_text, write_atomic, write_text
+from medssl.files import append_bytes, append_text, read_lines, write_atomic, write_text
 
 COLLAPSED = 0.01
 ALIKE = 0.99
@@ -49,12 +48,8 @@ def trim_metrics(path: Path, steps_done: int) -> None:
     """Drop the lines of steps that a checkpoint at `steps_done` does not hold; they will be done again."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line cut short by a kill
-            if json.loads(line)["step"] <= steps_done:
-                kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    kept = [line for line in read_lines(path) if isinstance(line.get("step"), int) and line["step"] <= steps_done]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def loss_names(lines: list[dict]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 import medssl
 from medssl.engine.checkpoint import FORMAT_VERSION, lacks_last_relu, load_safe
 from medssl.engine.parallel import Devices
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 from medssl.files import write_json
 from medssl.locks import own_folder
 
@@ -54,11 +54,12 @@ def open_output(
     saved = None
     if args.resume != "never" and (args.resume != "auto" or source.exists()):
         saved = load_safe(source)
-        if not isinstance(saved, dict) or "config" not in saved or "step" not in saved:
+        if not isinstance(saved, dict) or not {"name", "config", "step"} <= saved.keys():
             raise InputError(f"--resume {source}: not a checkpoint that can be continued")
         if saved["name"] != method_name:
             raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
-        refuse_changes(saved["config"], settings(args, data_digest), source)
+        with unusable(source, "damaged; choose another --output, or --resume never"):
+            refuse_changes(saved["config"], settings(args, data_digest), source)
     if devices.any((saved or {}).get("step", 0) != devices.broadcast((saved or {}).get("step", 0))):
         raise InputError(f"--output {folder}: not the same files on every machine; use a shared file system")
     if devices.main:

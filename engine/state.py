@@ -14,7 +14,7 @@ from medssl.engine.method import Method
 from medssl.engine.order import make_optimizer
 from medssl.engine.parallel import Devices
 from medssl.engine.runs import settings
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 
 
 @dataclass
@@ -96,18 +96,38 @@ class State:
         Raises:
             InputError: for weights of other shapes, and another number of images.
         """
-        try:
-            self.method.load_state_dict(saved["method"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{folder}: its checkpoint does not fit: {str(error).splitlines()[0]}") from None
-        self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.best, self.since_best = saved["step"], saved["best"], saved["since_best"]
-        self.over = saved["over"]
+        with unusable(folder, "its checkpoint is damaged; use another --output, or --resume never"):
+            try:
+                self.method.load_state_dict(saved["method"])
+                load_optimizer(self.optimizer, saved["optimizer"])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise InputError(f"{folder}: its checkpoint does not fit: {str(error).splitlines()[0]}") from None
+            self.scaler.load_state_dict(saved["scaler"])
+            self.step, self.best, self.since_best = int(saved["step"]), saved["best"], int(saved["since_best"])
+            self.over = bool(saved["over"])
+            if self.best is not None:
+                self.best = {"score": float(self.best["score"]), "epoch": float(self.best["epoch"]),
+                             "state": {key: value.cpu() for key, value in self.best["state"].items()}}  # fmt: skip
         if saved["images"] != self.images:
             raise InputError(
                 f"{folder}: the data set had {saved['images']} images, now {self.images}; use another --output"
             )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Give an optimizer its saved state; a ValueError for one of other options, or of tensors of other shapes."""
+
+    def options() -> list[dict]:
+        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+
+    before = options()
+    optimizer.load_state_dict(saved)
+    if options() != before:
+        raise ValueError("the optimizer's options differ")
+    for parameter, own in optimizer.state.items():
+        for key, value in own.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {key} has shape {tuple(value.shape)}")
 
 
 def start(

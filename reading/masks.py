@@ -70,3 +70,31 @@ def wrong_label(values: np.ndarray) -> float | None:
     """One of the values that is no whole number from 0 to 255, as labels are; None where there is none."""
     wrong = values[~((values >= 0) & (values <= 255) & (values == np.floor(values)))]
     return float(wrong[0]) if wrong.size else None
+
+
+def run_lengths(text: str | bytes) -> list[int]:
+    """COCO's compressed run lengths as numbers: five bits a character, the lowest first, of the difference to the last
+    but one length.
+
+    Raises:
+        ValueError, IndexError: for other text.
+    """
+    lengths: list[int] = []
+    codes = [code - 48 for code in (text.encode("ascii") if isinstance(text, str) else text)]
+    if not all(0 <= code < 64 for code in codes):
+        raise ValueError("letters that run lengths have not")
+    place = 0
+    while place < len(codes):
+        value = bits = 0
+        while True:
+            code = codes[place]
+            value |= (code & 31) << bits
+            place, bits = place + 1, bits + 5
+            if not code & 32:
+                break
+            if bits > 60:
+                raise ValueError("a run length of more than 60 bits")
+        if code & 16:
+            value -= 1 << bits
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+    return lengths

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from medssl.errors import UnreadableImage
+from medssl.errors import UnreadableImage, unreadable
 from medssl.reading.dicom import read_frame
 from medssl.reading.find import is_dicom
 from medssl.reading.intensities import to_uint8
@@ -44,19 +44,14 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def decoded(path: str | Path, read: Callable[[BinaryIO], np.ndarray]) -> np.ndarray:
     """What `read` makes of a file, which may be gzipped; every error becomes an UnreadableImage of one line."""
-    try:
-        with (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb") as file:
-            return read(file)
-    except UnreadableImage:
-        raise
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage("not an image that Pillow or pydicom can read") from None
-    except FileNotFoundError:
-        raise UnreadableImage("no such file") from None
-    except Exception as error:
-        # Decoders raise nearly anything on damaged files: SyntaxError, struct.error, KeyError, zlib.error …
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UnreadableImage(" ".join(reason.split())) from error
+    with unreadable():
+        try:
+            with (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb") as file:
+                return read(file)
+        except Image.UnidentifiedImageError:
+            raise UnreadableImage("not an image that Pillow or pydicom can read") from None
+        except FileNotFoundError:
+            raise UnreadableImage("no such file") from None
 
 
 def describe(path: str | Path) -> tuple[str, str]:

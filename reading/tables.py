@@ -18,7 +18,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 from medssl.files import write_text
 from medssl.markup import csv_value
 from medssl.reading.find import IMAGE_EXTENSIONS, VOLUME_EXTENSIONS, without_extension
@@ -97,13 +97,11 @@ def class_count(origin: str | Path, labels: Sequence[Tensor]) -> int:
 def _numbered_lines(path: str | Path) -> Iterable[tuple[int, str]]:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such list file")
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # -sig: editors on Windows write a byte-order mark
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.strip()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file, so not an image list") from None
+    # -sig: editors on Windows write a byte-order mark
+    with unusable(path, "not a text file, so not an image list"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, line.strip()
 
 
 PATIENTS = "patients.csv"  # the table of a folder's patients
@@ -188,13 +186,14 @@ def open_table(path: Path, whose: str) -> Iterator[TextIO]:
     Raises:
         InputError: naming the file, where it is damaged or no table; `whose` table it should be.
     """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield file
-    except (OSError, EOFError, zlib.error):
-        raise InputError(f"{path}: cannot be read; is it whole? Download it again") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise InputError(f"{path}: not a table in UTF-8; is this {whose} table?") from None
+    with unusable(path, f"not a table in UTF-8; is this {whose} table?"):
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+                yield file
+        except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            raise InputError(f"{path}: cannot be read; is it whole? Download it again") from None
 
 
 def read_patients(folder: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import ctypes
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError, explain
-from medssl.files import naming, write_json, write_text
+from medssl.files import naming, read_json, write_json, write_text
 from medssl.locks import hand_over, take_folder
 from medssl.markup import shell_words
 
@@ -91,9 +90,10 @@ class Job:
     def record(self) -> dict:
         """job.json; {} before the first run."""
         try:
-            return json.loads((self.folder / "job.json").read_text())
-        except (OSError, json.JSONDecodeError):  # none, or a disk that was full
+            found = read_json(self.folder / "job.json")
+        except (OSError, InputError):  # a disk that was full
             return {}
+        return found if is_record(found) else {}
 
     def finished(self) -> bool:
         """Whether it has nothing left to do."""
@@ -142,6 +142,21 @@ class Job:
         steps = getattr(args, "steps", None)  # which may change while a run goes on
         if self.finished() and before.get("steps") != steps:
             raise InputError(f"{self.folder}: was run with --steps {before.get('steps')}; give another --output")
+
+
+KINDS = {
+    "status": str, "reason": str | None, "began": str, "seconds": float | int, "machine": str, "options": dict,
+}  # fmt: skip
+
+
+def is_record(found: dict) -> bool:
+    """Whether a JSON object is as `note` writes it."""
+    if not all(isinstance(value, KINDS[key]) for key, value in found.items() if key in KINDS):
+        return False
+    try:
+        return found.get("reason") != INTERRUPTION or bool(datetime.fromisoformat(found["began"]) and found["seconds"])
+    except (KeyError, ValueError):
+        return False
 
 
 def note(job: Job, status: str, since: float, reason: str | None = None) -> None:

@@ -1,7 +1,6 @@
 """report.html: a transfer study on one page that needs nothing else, on a screen, a phone or paper."""
 
 import base64
-import contextlib
 import io
 import json
 import re
@@ -16,11 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from medssl.engine.monitor import loss_names
-from medssl.files import read_json, write_text
+from medssl.errors import UnreadableImage, unreadable, unusable
+from medssl.files import read_json, read_lines, write_text
 from medssl.markup import figure_text, printable
 from medssl.study import figures, published
 from medssl.study.jobs import Job
-from medssl.study.results import MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
+from medssl.study.results import DAMAGED, MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
 
 SIGNIFICANT = 0.05
 FEW_TRIALS = 5
@@ -246,25 +246,30 @@ def pretraining_section(job: Job) -> dict:
     config, record = read_json(job.folder / "config.json"), job.record()
     lines = read_lines(job.folder / "metrics.jsonl")
     last = next((line for line in reversed(lines) if "loss" in line), {})
-    summary = f"{last.get('epoch', 0):.3g} epochs, {last.get('step')} steps of {config.get('b')} images"
-    if "images_per_s" in last:
-        summary += f", {last['images_per_s']} images/s"
-    summary += f", {record.get('seconds', 0) / 60:.0f} minutes on {config.get('device')}"
+    with unusable(job.folder / "metrics.jsonl", DAMAGED):
+        summary = f"{last.get('epoch', 0):.3g} epochs, {last.get('step')} steps of {config.get('b')} images"
+        if "images_per_s" in last:
+            summary += f", {last['images_per_s']} images/s"
+        summary += f", {record.get('seconds', 0) / 60:.0f} minutes on {config.get('device')}"
+        curve = loss_curves(lines)
     pictures = sorted((job.folder / "samples").glob("*.png"))
     caption = "What the network saw and made, at its last look."
     return {
-        "name": job.folder.name, "summary": summary, "curve": loss_curves(lines),
+        "name": job.folder.name, "summary": summary, "curve": curve,
         "picture": picture(pictures[-1], f"samples of {job.name}", caption) if pictures else None,
     }  # fmt: skip
 
 
 def features_section(job: Job) -> dict:
     """What the page shows of frozen features."""
-    (found,) = read_json(job.folder / "features.json")["results"]
-    values = [found[way][key] for way in ("knn", "probe") for key in ("auroc", "accuracy")]
+    path = job.folder / "features.json"
+    with unusable(path, DAMAGED):
+        (found,) = read_json(path)["results"]
+        values = [found[way][key] for way in ("knn", "probe") for key in ("auroc", "accuracy")]
+        texts = ["–" if v is None else f"{v:.3f}" for v in values]
     name = job.folder.name
     shown = picture(job.folder / "embedding.png", f"features of test images from {name}", f"{name}: test images.")
-    return {"name": name, "texts": ["–" if v is None else f"{v:.3f}" for v in values], "picture": shown}
+    return {"name": name, "texts": texts, "picture": shown}
 
 
 def predictions(done: dict[Cell, dict]) -> list[dict]:
@@ -360,22 +365,12 @@ def on_page(tag: str, own: str) -> str:
 def picture(path: Path, alt: str, caption: str) -> dict[str, str] | None:
     """A picture as part of a page, at most `PICTURE` pixels wide; None where it is not there or damaged."""
     try:
-        with Image.open(path) as file:
+        with unreadable(), Image.open(path) as file:
             image = file.convert("RGB")
-    except OSError:
+    except UnreadableImage:
         return None
-    else:
-        image.thumbnail((PICTURE, 4 * PICTURE))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=88)
+    image.thumbnail((PICTURE, 4 * PICTURE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
     data = base64.b64encode(buffer.getvalue()).decode()
     return {"data": f"data:image/jpeg;base64,{data}", "alt": alt, "caption": caption}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, less one that was cut short by a kill; [] where there is none."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines

@@ -1,6 +1,5 @@
 """What a transfer study found: values of all its runs, paired comparisons with the first init, and tables of them."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from medssl.files import write_csv, write_json, write_text
+from medssl.errors import unusable
+from medssl.files import read_json, write_csv, write_json, write_text
 from medssl.markup import latex_text, markdown_text
 from medssl.study.jobs import Job
 from medssl.tasks.metrics import mean_of
 
 CONFIDENCE = 0.95
+DAMAGED = "damaged; restore it from a copy, or remove its folder, and the run is made again"
 COLUMNS = (
     "task", "percent", "images", "init", "trial", "status", "metric", "value", "val_score", "matched_keys", "seconds",
     "reason",
@@ -32,7 +33,7 @@ MEASURES = {  # other numbers of a trial in results.json ("box.ap50": "ap50" of 
 @cache
 def read_once(path: Path, _changed: int) -> dict:
     """A JSON file's content, read once until it changes: tables of hundreds of runs are written after each run."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class Cell:
             return None
         path = self.job.folder / "results.json"
         results = read_once(path, path.stat().st_mtime_ns)
-        more = ("device", "versions", "config", "dataset", "protocol")
-        return {**results["trials"][0], **{key: results[key] for key in more if key in results}}
+        with unusable(path, DAMAGED):
+            (trial,) = results["trials"]
+            more = ("device", "versions", "config", "dataset", "protocol")
+            entry = {**trial, **{key: results[key] for key in more if key in results}}
+            check_entry(entry, self.metric)
+            return entry
 
     def reason(self) -> str | None:
         """Why there is no value, or None."""
@@ -64,6 +69,15 @@ class Cell:
         if value_of(self.results(), self.metric) is None:
             return f"{self.metric} is undefined: the test split has one class, or no structure"
         return None
+
+
+def check_entry(entry: dict, metric: str) -> None:
+    """Raise whatever tables and reports would, for a trial whose results.json is not as a run wrote it."""
+    value_of(entry, metric)
+    per_class([entry])
+    if not (isinstance(entry["device"], str) and isinstance(entry["config"], dict)):
+        raise TypeError("device or config")
+    float(entry["seconds"]), int(entry["train_images"]), str(entry["versions"]["torch"]), int(entry["start"]["missing"])
 
 
 def value_of(entry: dict, metric: str) -> float | None:

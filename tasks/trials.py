@@ -2,7 +2,6 @@
 again, and what is written of them together."""
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from medssl.engine.loop import fit
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices
 from medssl.engine.runs import describe, refuse_changes, refuse_older, settings, versions
-from medssl.errors import InputError
-from medssl.files import copy_file, write_folder, write_json
+from medssl.errors import InputError, unusable
+from medssl.files import copy_file, read_json, write_folder, write_json
 from medssl.tasks.metrics import mean_of
 from medssl.views.of_images import Views
 
@@ -126,7 +125,7 @@ def run_trials(
             for name in RESULTS:  # which, beside a new config.json, would pass for its results if it fails
                 shutil.rmtree(output / name) if (output / name).is_dir() else (output / name).unlink(missing_ok=True)
         elif any(output.glob("trial_*/config.json")):  # a command that was refused before has begun nothing
-            before = json.loads((output / "config.json").read_text())
+            before = read_json(output / "config.json")
             refuse_changes(before, settings(args, data_digest), output)
             refuse_older(before, since, output)
         write_json(output / "config.json", {**settings(args, data_digest), "versions": versions()})
@@ -144,14 +143,16 @@ def run_trials(
                 write_json(finished, {"trial": k, "seed": seed, **entry, "seconds": seconds, "limit": args.steps})
                 (folder / "last.pt").unlink(missing_ok=True)
         devices.wait()
-        entries.append(devices.broadcast(json.loads(finished.read_text()) if devices.main else None))
+        entries.append(devices.broadcast(read_json(finished) if devices.main else None))
+        with unusable(finished, "damaged; remove it, and the trial is run again"):
+            said, _ = f"{say(entries[-1])}, {entries[-1]['seconds']:.0f} s", f"{entries[-1]['val_score']:g}"
         if entries[-1].get("limit") != args.steps:
             raise InputError(
                 f"{folder}: was ended with --steps {entries[-1].get('limit')}, now {args.steps}; "
                 "use the same value, another --output, or --resume never"
             )
         if devices.main:
-            print(f"trial {k}: {say(entries[-1])}, {entries[-1]['seconds']:.0f} s", flush=True)
+            print(f"trial {k}: {said}", flush=True)
     return entries, max(range(args.trials), key=lambda k: entries[k]["val_score"])  # the first of equals
 
 

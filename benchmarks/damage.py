@@ -383,17 +383,18 @@ GLOBALS = (
     *("numpy dtype", "numpy ndarray", "numpy.core.multiarray _reconstruct", "numpy._core.multiarray scalar"),
     *("numpy._core.numeric _frombuffer", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
     *("torch._utils _rebuild_sparse_tensor", "torch._utils _rebuild_qtensor", "torch.storage UntypedStorage"),
-    *("torch FloatStorage", "torch DoubleStorage", "torch BoolStorage", "torch LongStorage", "torch.nn.parameter Parameter"),
+    *("torch FloatStorage", "torch DoubleStorage", "torch BoolStorage", "torch.nn.parameter Parameter"),
     *("torch._utils _rebuild_meta_tensor_no_storage", "torch._tensor _rebuild_from_type_v2", "torch Tensor"),
-    *("torch Size", "torch device", "collections OrderedDict", "collections Counter", "argparse Namespace", "_codecs encode"),
-    *("torch.serialization _get_layout", "torch float64", "torch bfloat16", "torch complex64", "torch quint8", "builtins set"),
+    *("torch Size", "torch device", "collections OrderedDict", "argparse Namespace", "_codecs encode"),
+    *("torch.serialization _get_layout", "torch float64", "torch bfloat16", "torch complex64", "torch quint8"),
     *("haiku x", "jax x", "builtins bytearray", "datetime datetime", "pathlib PosixPath", "functools partial"),
 )  # fmt: skip
 FRAGMENTS = (
     b"N\x85" * 2000, b"}" * 500 + b"Ns" * 10, b"]" * 5000, b"(" * 500, b"2" * 300, b"0" * 3, b"\x8f", b"\x90", b"\x91",
     b"\x97", b"\x98", b"\x82\x01", b"r\xff\xff\xff\x3f", b"j\xff\xff\xff\x7f", b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7fA",
     b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8b\xff\xff\xff\x7fA", b"B\xff\xff\xff\x7fA", b"X\xff\xff\xff\xffA",
-    b"I" + b"9" * 5000 + b"\n", b"F1e999\n", b"S'\\xff'\n", b"Pid\n", b"Q", b"b", b"R", b"\x81", b"\x92", b"\x93", b"u", b"s",
+    b"I" + b"9" * 5000 + b"\n", b"F1e999\n", b"S'\\xff'\n", b"Pid\n", b"Q", b"b", b"R", b"\x81", b"\x92", b"\x93",
+    b"u", b"s",
 )  # fmt: skip
 
 

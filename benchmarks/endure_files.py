@@ -24,10 +24,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
+from PIL import Image
+
 from medssl.benchmarks import damage
 from medssl.benchmarks.readers import READERS, Reader
 from medssl.engine import options
 from medssl.errors import InputError, UnreadableImage, run_script
+from medssl.reading.simpleitk import use_one_thread
 
 HANG = 20.0  # seconds that one file may take
 BATCH = 40  # files that a child reads before another takes its place
@@ -138,36 +141,39 @@ def run(
         {"seed", "seconds", "readers": {name: {"files", "headers" (of them, with changed headers), "refused",
         "accepted", "faults"}}, "faults": [{"reader", "number", "outcome", "reason", "kept"}]}.
     """
+    load_libraries()
     began, faults = time.perf_counter(), []
     counts = {reader.name: dict.fromkeys(COUNTS, 0) for reader in readers}
     with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
-        for i, reader in enumerate(readers):
-            (home / f"valid{i}").mkdir()
-            reader.make(home / f"valid{i}")
+        places = {reader.name: Path(folder, str(i)) for i, reader in enumerate(readers)}
+        for reader in readers:
+            (places[reader.name] / "valid").mkdir(parents=True)
+            reader.make(places[reader.name] / "valid")
         while time.perf_counter() - began < seconds:
-            if most and all(count["files"] >= most for count in counts.values()):
+            reader = min(readers, key=lambda reader: counts[reader.name]["files"])
+            count, work = counts[reader.name], places[reader.name]
+            first = count["files"]
+            numbers = range(first, min(first + BATCH, most or first + BATCH))
+            if not numbers:
                 break
-            for i, reader in enumerate(readers):
-                count = counts[reader.name]
-                first = count["files"]
-                numbers = range(first, min(first + BATCH, most or first + BATCH))
-                work = home / f"work{i}"
-                work.mkdir(exist_ok=True)
-                for number, outcome, reason in (
-                    batch(reader, home / f"valid{i}", work, seed, numbers, hang) if numbers else ()
-                ):
-                    count["files"] += 1
-                    count["headers"] += number % 2
-                    fault = outcome not in ("refused", "accepted")
-                    count["faults" if fault else outcome] += 1
-                    if fault:
-                        kept = put(reader, home / f"valid{i}", keep, seed, number, outcome, reason)
-                        faults.append({"reader": reader.name, "number": number, "outcome": outcome, "reason": reason,
-                                       "kept": str(kept)})  # fmt: skip
-                if time.perf_counter() - began > seconds:
-                    break
+            for number, outcome, reason in batch(reader, work / "valid", work, seed, numbers, hang):
+                fault = outcome not in ("refused", "accepted")
+                for key in ("files", "faults" if fault else outcome, *["headers"] * (number % 2)):
+                    count[key] += 1
+                if fault:
+                    kept = put(reader, work / "valid", keep, seed, number, outcome, reason)
+                    found = {"reader": reader.name, "number": number, "outcome": outcome, "reason": reason}
+                    faults.append(found | {"kept": str(kept)})
     return {"seed": seed, "seconds": round(time.perf_counter() - began, 1), "readers": counts, "faults": faults}
+
+
+def load_libraries() -> None:
+    """Import once what children would import for every batch."""
+    import pycocotools.mask  # noqa: F401
+    import pydicom.pixels  # noqa: F401
+
+    Image.init()
+    use_one_thread()  # threads would not be there in children, which would wait for them
 
 
 def put(reader: Reader, valid: Path, keep: Path, seed: int, number: int, outcome: str, reason: str) -> Path:
@@ -207,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = run(60 * args.minutes, args.seed, Path(args.output), readers, args.files)
     print(table(found))
     for fault in found["faults"]:
-        print(f"{fault['kept']}: {fault['outcome']}: {fault['reason'].strip().splitlines()[-1]}")
+        print(f"{fault['kept']}: {fault['outcome']}: {fault['reason'].strip().splitlines()[-1][:160]}")
     if found["faults"]:
         sys.exit(1)
 

@@ -58,8 +58,7 @@ def open_output(
             raise InputError(f"--resume {source}: not a checkpoint that can be continued")
         if saved["name"] != method_name:
             raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
-        with unusable(source, "damaged; choose another --output, or --resume never"):
-            refuse_changes(saved["config"], settings(args, data_digest), source)
+        refuse_changes(saved["config"], settings(args, data_digest), source)
     if devices.any((saved or {}).get("step", 0) != devices.broadcast((saved or {}).get("step", 0))):
         raise InputError(f"--output {folder}: not the same files on every machine; use a shared file system")
     if devices.main:
@@ -91,28 +90,30 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
     Args:
         before, now: `settings`. where: is named. instead: says what else than the same can be done.
     """
-    arch = before.get("arch") or ""
-    if lacks_last_relu(before.get("format", 1), arch) and not lacks_last_relu(now.get("format", 1), arch):
-        raise InputError(
-            f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, {instead}"
-        )
-    # Runs without a digest are older than digests.
-    if before.get("data_digest") not in (None, now.get("data_digest")):
-        raise InputError(
-            f"{where}: was started with other data: images, their order, lists or labels differ, or an "
-            "earlier version split them otherwise; use the same data, " + instead
-        )
-    for key, value in now.items():
-        # An option that the run did not know is newer than it; None was not given.
-        was = before.get(key, value if value is None else AS_EVER.get(key, value))
-        if key not in FREE_OPTIONS and was != value:
-            raise InputError(f"{where}: was started with {key} {was}, now {value}; use the same value, {instead}")
+    with unusable(where, f"its options are damaged; use {instead}"):
+        arch = before.get("arch") or ""
+        if lacks_last_relu(before.get("format", 1), arch) and not lacks_last_relu(now.get("format", 1), arch):
+            raise InputError(
+                f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, {instead}"
+            )
+        # Runs without a digest are older than digests.
+        if before.get("data_digest") not in (None, now.get("data_digest")):
+            raise InputError(
+                f"{where}: was started with other data: images, their order, lists or labels differ, or an "
+                "earlier version split them otherwise; use the same data, " + instead
+            )
+        for key, value in now.items():
+            # An option that the run did not know is newer than it; None was not given.
+            was = before.get(key, value if value is None else AS_EVER.get(key, value))
+            if key not in FREE_OPTIONS and was != value:
+                raise InputError(f"{where}: was started with {key} {was}, now {value}; use the same value, {instead}")
 
 
 def refuse_older(before: dict, since: int, where: Path, instead: str = OR_RESUME) -> None:
     """Raise InputError for `settings` from before the version `since` which networks begin with the random weights of
     today: what is trained from now on could not be compared with what was."""
-    if before.get("format", 1) < since:
+    made = before.get("format", 1)
+    if not isinstance(made, int) or made < since:
         raise InputError(
             f"{where}: was started by a version whose networks began with other random weights; use that version, "
             + instead

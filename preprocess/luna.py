@@ -48,8 +48,8 @@ from medssl.datasets.splits import Patients
 from medssl.engine import options
 from medssl.engine.guards import Stop
 from medssl.engine.options import Parser
-from medssl.errors import InputError, UnreadableImage, run_script
-from medssl.files import file_digest, name_bytes, write_atomic, write_csv, write_text
+from medssl.errors import InputError, UnreadableImage, run_script, unusable
+from medssl.files import file_digest, name_bytes, read_json, write_atomic, write_csv, write_text
 from medssl.markup import csv_cell, one_line
 from medssl.processes import pool
 from medssl.reading.find import find_volumes
@@ -406,16 +406,27 @@ def settings_of(made: Pairs | Nodules) -> dict:
 def read_record(path: Path) -> dict | None:
     """A scan's record, or None where there is none that can be read."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        record = read_json(path)
+    except InputError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+    counts = [record[key] for key in ("pairs", "rejected", "cubes", "outside") if key in record]
+    whole = isinstance(record.get("settings"), dict) and isinstance(record.get("failed", ""), str)
+    whole = whole and all(type(count) is int and 0 <= count < 2**31 for count in counts)
+    whole = whole and isinstance(record.get("seconds", 0), int | float) and isinstance(record.get("rows", []), list)
+    if whole and "failed" not in record:
+        whole = "pairs" in record or "rows" in record
+    return record if whole and all(map(_is_row, record.get("rows", []))) else None
+
+
+def _is_row(row: object) -> bool:
+    """Whether a value is an index row of `make_nodules`: number, class, position and weight."""
+    return isinstance(row, list) and len(row) == 6 and all(type(value) in (int, float) for value in row)
 
 
 def is_finished(scan: Scan, made: Pairs | Nodules) -> bool:
     """The scan's record says that it has cubes, and these are there."""
     record = read_record(scan.file(f".{made.kind}.json"))
-    if record is None or "failed" in record:
+    if record is None or "failed" in record or ("rows" if isinstance(made, Nodules) else "pairs") not in record:
         return False
     if isinstance(made, Nodules):
         names = [f"_nodule_{row[0]}.npy" for row in record["rows"]]
@@ -485,26 +496,22 @@ def read_candidates(path: Path) -> dict[str, list[Candidate]]:
     if not path.is_file():
         raise InputError(f"--nodules {path}: no such file")
     found: dict[str, list[Candidate]] = {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"--nodules {path}: not a text file, so not a table of candidates") from None
-    lines = csv.reader(io.StringIO(text, newline=""))
-    columns = {name: number for number, name in enumerate(next(lines, []))}
-    for name in TABLE_COLUMNS:
-        if name not in columns:
-            raise InputError(f"{path}, line 1: no column {name!r}; is this LUNA16's table of candidates?")
-    uid, *position, label = (columns[name] for name in TABLE_COLUMNS)
-    for row, line in enumerate(line for line in lines if line):
-        try:
-            place = tuple(float(line[column]) for column in position)
-            one = Candidate(row, ("0", "1").index(line[label].strip()), place)
-            scan = line[uid]
-        except (ValueError, IndexError):
-            raise InputError(f"{path}, line {lines.line_num}: not a uid, three coordinates and class 0 or 1") from None
-        if not np.isfinite(place).all():
-            raise InputError(f"{path}, line {lines.line_num}: coordinates must be numbers of mm")
-        found.setdefault(scan, []).append(one)
+    with unusable(f"--nodules {path}", "not a text file, so not a table of candidates"):
+        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        columns = {name: number for number, name in enumerate(next(lines, []))}
+        for name in TABLE_COLUMNS:
+            if name not in columns:
+                raise InputError(f"{path}, line 1: no column {name!r}; is this LUNA16's table of candidates?")
+        uid, *position, label = (columns[name] for name in TABLE_COLUMNS)
+        for row, line in enumerate(line for line in lines if line):
+            where = f"{path}, line {lines.line_num}"
+            with unusable(where, "not a uid, three coordinates and class 0 or 1"):
+                place = tuple(float(line[column]) for column in position)
+                one = Candidate(row, ("0", "1").index(line[label].strip()), place)
+                scan = line[uid]
+            if not np.isfinite(place).all():
+                raise InputError(f"{where}: coordinates must be numbers of mm")
+            found.setdefault(scan, []).append(one)
     return found
 
 

@@ -1,15 +1,20 @@
 """DICOM files: radiographs, single slices and photographs as pictures, and the series of a folder as a volume."""
 
+import contextlib
+import io
 import os
+import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from medssl.errors import UnreadableImage
-from medssl.reading.find import DICOM_EXTENSIONS
+from medssl.errors import UnreadableImage, unreadable
+from medssl.reading.elements import check_elements
+from medssl.reading.find import DICOM_EXTENSIONS, is_dicom
 from medssl.reading.geometry import volume_size
 from medssl.reading.intensities import to_levels, to_uint8
 from medssl.reading.simpleitk import set_type, simpleitk
@@ -21,7 +26,7 @@ def read_frame(file: BinaryIO) -> np.ndarray:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns of every oddity that it then copes with
-        data = pydicom.dcmread(file, force=True)
+        data = pydicom.dcmread(io.BytesIO(file.read()), force=True)  # of files, it reads as much as an element claims
         if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise UnreadableImage("a DICOM file without an image")
         frames = int(data.get("NumberOfFrames") or 1)
@@ -109,14 +114,40 @@ def _first_number(value) -> float | None:
         return None
 
 
+HEAD = 2**20  # bytes of a file that have its series, which comes early
 EVEN = 0.1  # share by which the gaps of a DICOM series may differ
 
 
 def load_series(folder: Path, dtype: type | None):
     """The DICOM series of a folder. Series of one or two images (scouts, reports) do not count."""
-    sitk = simpleitk()
     if not folder.exists():
         raise UnreadableImage("no such file or folder")
+    with slices_alone(folder) as checked:
+        return _load_checked(checked, dtype)
+
+
+@contextlib.contextmanager
+def slices_alone(folder: Path) -> Iterator[Path]:
+    """A folder with links to the DICOM files of a folder, each of which holds what its elements claim.
+
+    Raises:
+        UnreadableImage: for one that does not.
+    """
+    with tempfile.TemporaryDirectory() as links:
+        for path in sorted(folder.iterdir()):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            with unreadable(f"{path.name} is damaged"), open(path, "rb") as file:
+                if not is_dicom(file, path):
+                    continue
+                check_elements(file.read())
+            (Path(links) / path.name).symlink_to(path.resolve())
+        yield Path(links)
+
+
+def _load_checked(folder: Path, dtype: type | None):
+    """`load_series` of a folder with nothing else than checked files."""
+    sitk = simpleitk()
     names = {
         series: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(os.fspath(folder), series)
         for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(os.fspath(folder))
@@ -159,7 +190,9 @@ def is_series(folder: Path) -> bool:
     for path in files[:16]:
         old = path.suffix.lower() in DICOM_EXTENSIONS  # may lack the magic
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
+            with open(path, "rb") as file:
+                head = io.BytesIO(file.read(HEAD))
+            header = pydicom.dcmread(head, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
         except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read
             continue
         uids[header.get("SeriesInstanceUID")] += 1

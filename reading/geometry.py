@@ -12,6 +12,7 @@ from medssl.reading.simpleitk import array_of, simpleitk
 AXES = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)  # the direction matrix of LPS, row by row
 STRAIGHT = 1e-3  # directions closer to the axes than this (half a voxel in 512) count as the axes
 MOST_VOXELS = 2**31
+LARGEST_BOX = 1000  # voxels of the box around an oblique image for each of its own
 SLAB_VOXELS = 2**22  # of the input, resampled at a time
 
 
@@ -72,6 +73,8 @@ def straightened(image, outside: float):
     steps = [float(spacing[row > row.max() - 1e-3].min()) for row in shares]
     low, high = corners.min(axis=0), corners.max(axis=0)
     size = [int(np.ceil((high[p] - low[p]) / steps[p] - 1e-6)) + 1 for p in range(3)]
+    if math.prod(size) > min(MOST_VOXELS, LARGEST_BOX * math.prod(image.GetSize())):
+        raise UnreadableImage(f"{by(size)} voxels along the axes; are its directions and spacing right?")
     return sitk.Resample(image, size, sitk.Transform(), sitk.sitkLinear, low.tolist(), steps, AXES, outside)
 
 
@@ -172,7 +175,7 @@ def image_of(volume: Volume):
 
 def volume_size(size: Sequence[int]) -> Sequence[int]:
     """The first three sizes; raises UnreadableImage where they are not all there is."""
-    if len(size) == 2 or min(size[:3]) == 1:
+    if len(size) == 2 or min(size[:3]) <= 1:
         raise UnreadableImage(f"a 2D image ({by(size)}), not a volume")
     if math.prod(size[3:]) != 1:
         raise UnreadableImage(f"{math.prod(size[3:])} volumes in one file ({by(size)})")

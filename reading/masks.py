@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from medssl.errors import UnreadableImage
 from medssl.reading.geometry import AXES, Volume
-from medssl.reading.pictures import decoded, refuse_stack, upright
+from medssl.reading.pictures import decoded, opened, refuse_stack, upright
 from medssl.reading.simpleitk import array_of, simpleitk
 from medssl.reading.volumes import load_image
 
@@ -24,7 +23,7 @@ def read_mask(path: str | Path) -> np.ndarray:
     """
 
     def stored(file: BinaryIO) -> np.ndarray:
-        image = Image.open(file)
+        image = opened(file)
         refuse_stack(image)
         values = np.asarray(upright(image))
         if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):

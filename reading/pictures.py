@@ -14,6 +14,7 @@ What comes out:
 """
 
 import gzip
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def describe(path: str | Path) -> tuple[str, str]:
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                header = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+                header = pydicom.dcmread(io.BytesIO(file.read()), stop_before_pixels=True, force=True)
             return "DICOM", f"{header.get('PhotometricInterpretation', '?')} {header.get('BitsStored', '?')}-bit"
     except Exception:  # what is wrong is read_image's to say
         return "?", "?"
@@ -77,7 +78,7 @@ def describe(path: str | Path) -> tuple[str, str]:
 
 def _read_picture(file: BinaryIO) -> np.ndarray:
     """Read what Pillow reads."""
-    image = Image.open(file)
+    image = opened(file)
     refuse_stack(image)
     if image.mode in ("L", "RGB") and "transparency" not in image.info and image.format != "TIFF":
         image.load()  # the common case: nothing but decoding
@@ -99,6 +100,21 @@ def _read_picture(file: BinaryIO) -> np.ndarray:
     # GIF has palettes only; one without colours is a grey image, such as a mask.
     is_grey = image.mode == "P" and (colour == colour[..., :1]).all()
     return np.ascontiguousarray(colour[..., 0]) if is_grey else colour
+
+
+ALWAYS, MOST_SQUEEZED = 2**22, 4096  # pixels of any picture, and for each byte of a larger one; no format packs more
+
+
+def opened(file: BinaryIO) -> Image.Image:
+    """A picture whose header was read; an UnreadableImage for one that claims more pixels than its bytes can hold."""
+    image = Image.open(file)
+    place = file.tell()
+    length = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    width, height = image.size
+    if image.mode != "1" and width * height > max(ALWAYS, MOST_SQUEEZED * length):
+        raise UnreadableImage(f"claims {width} x {height} pixels in {length} bytes")
+    return image
 
 
 _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT, _EXIF_ORIENTATION = 262, 339, 274

@@ -35,17 +35,18 @@ def read_volume(path: str | Path, dtype: type | None = np.float32) -> Volume:
             several volumes, colours, spacing that is no length, slices missing in a DICOM series, …
     """
     image = load_image(Path(path), dtype)
-    array = array_of(image)
-    _replace_infinite(array)
-    layout = axis_layout(image.GetDirection())
-    if layout is None:
-        image = straightened(image, float(array.min()))
-        array, layout = array_of(image), axis_layout(AXES)
-    order, flips = layout
-    size, spacing = image.GetSize(), image.GetSpacing()
-    origin = image.TransformIndexToPhysicalPoint([size[axis] - 1 if flips[axis] else 0 for axis in range(3)])
-    flip_axes(array, flips)
-    return Volume(array.transpose(2, 1, 0).transpose(order), tuple(spacing[axis] for axis in order), origin)
+    with unreadable("damaged"):
+        array = array_of(image)
+        _replace_infinite(array)
+        layout = axis_layout(image.GetDirection())
+        if layout is None:
+            image = straightened(image, float(array.min()))
+            array, layout = array_of(image), axis_layout(AXES)
+        order, flips = layout
+        size, spacing = image.GetSize(), image.GetSpacing()
+        origin = image.TransformIndexToPhysicalPoint([size[axis] - 1 if flips[axis] else 0 for axis in range(3)])
+        flip_axes(array, flips)
+        return Volume(array.transpose(2, 1, 0).transpose(order), tuple(spacing[axis] for axis in order), origin)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def load_image(path: Path, dtype: type | None):
         raise UnreadableImage(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel; only grey volumes are read")
     if not all(0 < step < math.inf for step in image.GetSpacing()):
         raise UnreadableImage(f"its header gives the spacing {by(image.GetSpacing())} mm")
+    if not all(map(math.isfinite, (*image.GetDirection(), *image.GetOrigin()))):
+        raise UnreadableImage("its header gives directions or an origin that are no numbers")
     return image
 
 

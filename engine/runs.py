@@ -94,7 +94,8 @@ def refuse_changes(before: dict, now: dict, where: Path, instead: str = OR_RESUM
         arch = before.get("arch") or ""
         if lacks_last_relu(before.get("format", 1), arch) and not lacks_last_relu(now.get("format", 1), arch):
             raise InputError(
-                f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, {instead}"
+                f"{where}: was started by a version whose {arch} ended before its last ReLU; use that version, "
+                + instead
             )
         # Runs without a digest are older than digests.
         if before.get("data_digest") not in (None, now.get("data_digest")):

@@ -200,6 +200,15 @@ def existing_folder(path: str | Path, option: str = "--data") -> Path:
     return Path(path)
 
 
+def split_init(init: str | Path) -> tuple[str, str | None]:
+    """`FILE:PREFIX` → the file, and the prefix under which its weights are asked for: None where all of `init` is a
+    file's name, or nothing in it is."""
+    text = str(init)
+    ends = [place for place, letter in enumerate(text) if letter == ":"]
+    end = next((end for end in reversed(ends) if Path(text[:end]).is_file()), None)
+    return (text, None) if end is None or Path(text).is_file() else (text[:end], text[end + 1 :])
+
+
 # Digests -------------------------------------------------------------------------------------------
 
 

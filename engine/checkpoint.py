@@ -1,16 +1,17 @@
 """Files of tensors: written atomically, read without ever executing what they hold."""
 
 import argparse
-import pickle
-import struct
+import json
+import re
+import warnings
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
 
+from medssl.engine.plain_pickle import STAND_INS
 from medssl.errors import InputError
-from medssl.files import file_digest, write_atomic
+from medssl.files import file_digest, split_init, write_atomic
 
 FORMAT_VERSION = 2  # of what runs leave
 
@@ -37,15 +38,19 @@ def save_atomic(content: object, path: str | Path) -> None:
     write_atomic(path, write)
 
 
-def weights_digest(path: str | Path) -> str:
-    """SHA-256 of a checkpoint, hexadecimal; an InputError when it is not there."""
+def weights_digest(init: str | Path) -> str:
+    """SHA-256 of a checkpoint, hexadecimal; an InputError when it is not there. Of `FILE:PREFIX`, the file's."""
+    path, _ = split_init(init)
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     return file_digest(path)
 
 
 def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
-    """Read a file written by torch.save: tensors, plain values, and argparse.Namespace (published files).
+    """Read a file of torch.save or of safetensors: tensors, plain values, and argparse.Namespace (published files).
+
+    What is harmless beside (numpy's arrays, paths, configurations) is read as `plain_pickle`'s stand-ins. A safetensors
+    file's entries are under "state_dict", and its metadata beside them.
 
     Raises:
         InputError: when the file is missing, truncated, no checkpoint, or asks for any other class, which
@@ -54,30 +59,49 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    with open(path, "rb") as file:
+        start = file.read(9)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        if "Unsupported global" in text or "Unsupported class" in text or "GLOBAL" in text:
-            raise InputError(f"{path}: refused, the file wants to run code on loading") from None
-        raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
-    except (ArithmeticError, AssertionError, AttributeError, BadZipFile, EOFError, LookupError, MemoryError, OSError,
-            RuntimeError, TypeError, ValueError, struct.error) as error:  # fmt: skip
-        if isinstance(error, OSError) and error.filename is not None:
+        return _read_safetensors(path, device) if start[8:] == b"{" else _read_pickle(path, device)
+    except Exception as error:  # whatever the readers end in: they are others', and the file may be anything
+        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
             raise  # no permission, for example; a file cut very short gives an OSError without a name
-        raise InputError(f"{path}: not a checkpoint, or a truncated one") from None
+        raise InputError(f"{path}: {_what_is_wrong(str(error))}") from None
 
 
-def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: under `state_dict`, `model` or `encoder`, or the whole content."""
-    for key in ("state_dict", "model", "encoder"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return tensors
-    run = isinstance(content, dict) and {"method", "optimizer"} <= set(content)
-    more = "; it is a run's state, and encoder.pt beside it has the encoder" if run else ""
-    raise InputError(f"{path}: no state dict in this file{more}")
+def _read_pickle(path: Path, device: str | torch.device) -> object:
+    known = [argparse.Namespace, *((stand_in, name) for name, stand_in in STAND_INS.items())]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+        warnings.simplefilter("ignore")  # of formats that are refused in one line
+        return torch.load(path, map_location=device, weights_only=True)
+
+
+def _read_safetensors(path: Path, device: str | torch.device) -> dict:
+    with safe_open(path, "pt", device=str(device)) as file:
+        facts = {name: _value(text) for name, text in (file.metadata() or {}).items()}
+        return {**facts, "state_dict": {key: file.get_tensor(key) for key in file.keys()}}  # noqa: SIM118, no mapping
+
+
+def _value(text: str) -> object:
+    """What JSON says, which our own metadata are; other text as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _what_is_wrong(reason: str) -> str:
+    """A reader's words → what to say of the file."""
+    found = re.search(r"GLOBAL ([\w.]{1,200}) w(?:as|hose)", reason)
+    if found:
+        return (
+            f"refused, the file wants to run code on loading: it holds {found[1]}, and not weights alone; where it was "
+            "made, save them anew: torch.save(model.state_dict(), FILE)"
+        )
+    if re.search("GLOBAL|Unsupported class|Trying to call|Can only (?:create|build)", reason):
+        return "refused, the file wants to run code on loading"
+    if "TorchScript" in reason:
+        return "a TorchScript program; save its weights anew: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
+    if "Unsupported operand 149" in reason:  # which begins pickles of protocol 4 and 5
+        return "a pickle of another protocol than torch.save's; save it anew: torch.save(model.state_dict(), FILE)"
+    return "not a checkpoint, or a truncated one"

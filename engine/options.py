@@ -14,6 +14,7 @@ from pathlib import Path
 from medssl.datasets import medmnist, registry
 from medssl.engine.helptext import arrange
 from medssl.errors import InputError
+from medssl.files import split_init
 from medssl.markup import one_line
 
 # MoCo's second version (arXiv 2003.04297, §3, and its published code), which ConCL, DenseCL and PCL take over.
@@ -135,10 +136,12 @@ def check_inits(inits: Sequence[str], methods: Sequence[str] = ()) -> None:
     """Raise InputError where several `--init` name the same weights twice, or a file that is not there; `methods` may
     be named too."""
     named = ("random", "imagenet", *methods)
-    if len({init if init in named else str(Path(init).resolve()) for init in inits}) < len(inits):
+    files = {init: split_init(init) for init in inits if init not in named}
+    same = {(str(Path(path).resolve()), prefix) for path, prefix in files.values()}
+    if len(same) + len(set(inits) & set(named)) < len(inits):
         raise InputError("--init: the same weights twice")
-    for init in inits:  # found now, not after hours of work on the others
-        if init not in named and not Path(init).is_file():
+    for init in files:  # found now, not after hours of work on the others
+        if not Path(files[init][0]).is_file():
             what = "a folder; give the encoder.pt in it" if Path(init).is_dir() else "no such checkpoint file"
             known = f", and no method; methods are {', '.join(methods)}" if methods else ""
             raise InputError(f"--init {init}: {what}{known}")
@@ -438,7 +441,7 @@ def add_network(parser: Parser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--init", "--weight", default="random", metavar="{random,imagenet,FILE,NAME}",
-        help="encoder weights to start from",
+        help="encoder weights to start from; FILE:PREFIX where a file has several, as moco.pth:encoder_k",
     )  # fmt: skip
     add_proxy_folder(group)
     return group
@@ -461,7 +464,7 @@ def resolve_init(init: str, folder: str, others: Sequence[str] = Parser.own_init
     """
     if not Path(folder).is_dir():
         raise InputError(f"--proxy-dir {folder}: no such folder")
-    if init in ("random", "imagenet") or Path(init).is_file():
+    if init in ("random", "imagenet") or Path(split_init(init)[0]).is_file():
         return init
     known = {plain_name(path.stem): path for path in sorted(Path(folder).glob("*.pth"))}
     if plain_name(init) not in known and init in others:

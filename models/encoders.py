@@ -3,9 +3,11 @@ torchvision's key names; in 3D the U-Net's way down."""
 
 import logging
 import math
+import re
 import sys
 import urllib.error
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -13,16 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medssl.engine.checkpoint import WITHOUT_LAST_RELU, find_state_dict, lacks_last_relu, load_safe
+from medssl.engine.checkpoint import WITHOUT_LAST_RELU, lacks_last_relu
+from medssl.engine.entries import SHARE, Place, shown
 from medssl.errors import InputError
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
+from medssl.models.weights import METADATA as METADATA  # who writes it asks for it here
+from medssl.models.weights import Weights
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 COMMON = {  # that published files hold, by dimension
     2: ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121", "densenet169", "densenet201"),
     3: tuple(WIDTHS),
 }
-METADATA = "medssl"  # under which prepare_models.py keeps what a flat state dict has no place for
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 INPUTS = {  # by the names that MAGICAL's fine-tuning has for them, and "half", MedMNIST's
     "imagenet": IMAGENET,
@@ -30,23 +34,7 @@ INPUTS = {  # by the names that MAGICAL's fine-tuning has for them, and "half", 
     "half": {"mean": [0.5] * 3, "std": [0.5] * 3},
     "none": {"mean": [0.0] * 3, "std": [1.0] * 3},
 }
-
-# Where published checkpoints keep an encoder, longest first so that `module.` does not win by accident.
-PREFIXES = (
-    "module.model.encoder.",
-    "module.encoder_q.",
-    "student.encoder.",  # in the last.pt of our runs
-    "network.encoder.",
-    "module.encoder.",
-    "encoder_q.0.",  # ConCL's
-    "densenet121.module.",
-    "encoder.module.",
-    "model.encoder.",
-    "module.",
-    "encoder.",
-    "backbone.",
-    "",
-)
+PARTIAL = {2: SHARE, 3: 0.5}  # what a file must have of an encoder, by dimension; a note says where it is not all
 
 
 def make_encoder(arch: str, channels: int | None = None, dims: int = 2) -> nn.Module:
@@ -82,36 +70,46 @@ def _last_relu(_encoder: nn.Module, _inputs: tuple, maps: Sequence[Tensor]) -> l
 
 def is_encoder(name: object) -> bool:
     """Whether a name is one of ours, of either dimension."""
-    return name in WIDTHS or name in smp.encoders.get_encoder_names()
+    return isinstance(name, str) and (name in WIDTHS or name in smp.encoders.get_encoder_names())
 
 
 def arch_of(init: str, dims: int) -> str | None:
     """The encoder whose weights `--init` names, so that nobody need repeat it.
 
     Returns:
-        what a checkpoint says, or else the largest of `COMMON` whose every entry it has, in its shape (a ResNet-34 has
-        all of a ResNet-18's); None where it has none of them, is of another dimension, or is no file.
+        what a checkpoint says, or else the largest of `COMMON` whose every entry it has, in its shape; None where it
+        has none of them, is of another dimension, or is no file.
     """
-    if init in ("random", "imagenet"):
-        return None
-    content = load_safe(init)
-    own = getattr(content, "_metadata", {}).get(METADATA, {})
-    for fields in (own, content if isinstance(content, dict) else {}):
-        if is_encoder(fields.get("arch")):  # others' names may mean other things
-            return fields["arch"] if (fields["arch"] in WIDTHS) == (dims == 3) else None
-    state, sizes = find_state_dict(content, init), {}
+    return None if init in ("random", "imagenet") else _arch_of(Weights.read(init), dims)
+
+
+def _arch_of(weights: Weights, dims: int) -> str | None:
+    said = weights.fields.get("arch")
+    if is_encoder(said):  # others' names may mean other things
+        return said if (said in WIDTHS) == (dims == 3) else None
+    return _arch_by_entries(weights, dims)
+
+
+def _arch_by_entries(weights: Weights, dims: int) -> str | None:
+    """The largest of `COMMON` whose every entry a file has, in its shape (a ResNet-34 has all of a ResNet-18's)."""
+    sizes = {}
     for arch in COMMON[dims]:
-        with torch.device("meta"):
-            wanted = make_encoder(arch, dims=dims).state_dict()
-        there = _strip(state, wanted)
-        learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
-        if all(key in there and there[key].shape == wanted[key].shape for key in learned[dims == 3 :]):
-            sizes[arch] = len(learned)  # the first kernel of volumes may have another number of channels
+        for place in weights.places(_skeleton(arch, dims)):
+            # The first kernel of volumes may have another number of channels.
+            if set(place.fitting) >= set(place.learned[dims == 3 :]):
+                sizes[arch] = len(place.learned)
     return max(sizes, key=sizes.get, default=None)
 
 
-def read_encoder(path: str | Path) -> tuple[str, dict[str, Tensor], dict]:
-    """The 2D encoder of a checkpoint of ours, whether exported or not, or of a published one.
+@cache
+def _skeleton(arch: str, dims: int) -> nn.Module:
+    """An encoder without numbers, whose names and shapes are compared with files'."""
+    with torch.device("meta"):
+        return make_encoder(arch, dims=dims)
+
+
+def read_encoder(init: str | Path) -> tuple[str, dict[str, Tensor], dict]:
+    """The 2D encoder of a checkpoint (FILE, or FILE:PREFIX) of ours, whether exported or not, or of a published one.
 
     Returns:
         its name, its state dict with the library's names, and what the file says beside.
@@ -119,26 +117,23 @@ def read_encoder(path: str | Path) -> tuple[str, dict[str, Tensor], dict]:
     Raises:
         InputError: for a file that cannot be read, or holds no encoder that is known.
     """
-    content = load_safe(path)
-    if isinstance(content, dict) and {"method", "config", "optimizer"} <= content.keys():  # a run's last.pt
-        beside = Path(path).with_name("encoder.pt")  # which knows what inputs were
-        known = load_safe(beside).get("normalization") if beside.is_file() else None
-        content = {
-            "state_dict": content["method"], "arch": content["config"].get("arch"), "version": content.get("version"),
-            "normalization": known,
-        }  # fmt: skip
-    fields = {**getattr(content, "_metadata", {}).get(METADATA, {}), **(content if isinstance(content, dict) else {})}
-    arch = fields["arch"] if isinstance(fields.get("arch"), str) else arch_of(str(path), 2)
-    if arch in WIDTHS or fields.get("dims") == 3:
-        raise InputError(f"{path}: of volumes, which other tools' networks are not for; leave it as it is")
+    weights = Weights.read(init)
+    said = weights.fields.get("arch")
+    arch = said if isinstance(said, str) else _arch_of(weights, 2)
+    if arch in WIDTHS or weights.fields.get("dims") == 3:
+        raise InputError(f"{init}: of volumes, which other tools' networks are not for; leave it as it is")
     if arch not in smp.encoders.get_encoder_names():
-        raise InputError(f"{path}: holds no encoder that is known; give a run's encoder.pt")
-    wanted = make_encoder(arch).state_dict()
-    state = _strip(find_state_dict(content, path), wanted)
-    for key, value in wanted.items():
-        if not key.endswith("num_batches_tracked") and (key not in state or state[key].shape != value.shape):
-            raise InputError(f"{path}: does not hold a whole {arch} encoder: {key} is missing, or of another shape")
-    return arch, {key: state[key] for key in wanted if key in state}, fields
+        raise InputError(f"{init}: holds no encoder that is known; give a run's encoder.pt")
+    encoder = make_encoder(arch)
+    weights.check_prefix(encoder, PARTIAL[2])
+    places = weights.places(encoder)
+    place = next(iter(weights.best(places, PARTIAL[2])), None) or _nearest(places)
+    if place is None:
+        raise InputError(f"{init}: no entry fits {arch}; give a run's encoder.pt")
+    for key in place.learned:
+        if key not in place.fitting:
+            raise InputError(f"{init}: does not hold a whole {arch} encoder: {key} is missing, or of another shape")
+    return arch, place.state(), weights.fields
 
 
 def default_arch(inits: Sequence[str], dims: int, otherwise: str | None = None) -> str:
@@ -172,9 +167,10 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
 
     Args:
         encoder: what `make_encoder` gave.
-        init: "random" (left as it is), "imagenet" (2D; downloaded by the encoder library), or a checkpoint:
-            our `encoder.pt`, or a published file with a state dict. In 3D, where the file was trained on one
-            channel and the encoder takes several, the first kernel is repeated for each and divided by their number.
+        init: "random" (left as it is), "imagenet" (2D; downloaded by the encoder library), or a checkpoint of anyone,
+            FILE or FILE:PREFIX, in which the encoder is found by its entries' names and shapes. Where the file was
+            trained on one channel and the encoder takes several, the first kernel is repeated for each and divided by
+            their number.
 
     Returns:
         {"init", "matched", "missing", "unexpected", "normalization"}; counts of keys, and what inputs the weights
@@ -190,59 +186,98 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     if init == "random":
         return report
     if init == "imagenet":
-        if dims == 3:
-            raise InputError(f"--init imagenet: there are no ImageNet weights for {arch}; use random or a checkpoint")
-        state = _download_imagenet(arch)
-        expected = smp.encoders.get_preprocessing_params(arch, pretrained="imagenet")
-        report["normalization"] = {"mean": list(expected["mean"]), "std": list(expected["std"])}
+        state, report["normalization"] = _imagenet(arch)
+        weights = Weights(init, Path(), None, state)
     else:
-        content = load_safe(init)
-        state = find_state_dict(content, init)
-        fields = {
-            **getattr(content, "_metadata", {}).get(METADATA, {}),
-            **(content if isinstance(content, dict) else {}),
-        }
-        found = fields["dims"] if isinstance(fields.get("dims"), int) else _dims_of(state)
-        if found not in (None, dims):
-            raise InputError(f"--init {init}: a {found}-dimensional encoder, {dims} are needed")
-        if is_encoder(fields.get("arch")) and fields["arch"] != arch:
-            raise InputError(f"--init {init}: holds a {fields['arch']} encoder; add --arch {fields['arch']}")
-        if lacks_last_relu(fields.get("version"), arch):
-            print(f"note: {init}: trained by a version whose {arch} ended before its last ReLU", file=sys.stderr)
-        if fields.get("normalization") is not None:
-            report["normalization"] = check_normalization(fields["normalization"], dims, init)
-        elif dims == 3 and any(key.endswith("aug_fc1.weight") for key in state):
-            report["normalization"] = {"kind": "unit"}  # published PCRL, whose inputs were in [0, 1]
-    wanted = encoder.state_dict()
-    state = _strip(state, wanted)
-    if dims == 3:
-        _repeat_first(state, wanted)
-    shapes = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    if shapes:
-        raise InputError(
-            f"--init {init}: {shapes[0]} has shape {tuple(state[shapes[0]].shape)}, "
-            f"{arch} needs {tuple(wanted[shapes[0]].shape)}; another architecture? see --arch"
-        )
-    # Without its statistics a batch norm would run on another distribution than it learned.
-    learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
-    matched = [key for key in learned if key in state]
-    missing = [key for key in learned if key not in state]
-    unexpected = [key for key in state if key not in wanted]
+        weights = Weights.read(init)
+        _check_said(weights, arch, dims)
+    place, *rest = _find(weights, encoder, arch)
+    report["normalization"] = _normalization(weights, place, dims) or report["normalization"]
+    missing = [key for key in place.learned if key not in place.names]
+    unexpected = place.unexpected()
     print(
-        f"{init}: {len(matched)} of {len(learned)} encoder entries matched, "
-        f"{len(missing)} missing, {len(unexpected)} unexpected"
+        f"{init}: {len(place.fitting)} of {len(place.learned)} encoder entries matched, "
+        f"{len(missing)} missing, {len(unexpected)} unexpected{place.where}"
         + (f" (missing: {', '.join(missing[:5])})" if missing else "")
+        + (f"; {', '.join(shown(other.name) for other in rest[:5])} would fit, too" if rest else "")
     )
-    if not matched:
-        raise InputError(f"--init {init}: no entry fits {arch}; first key is {next(iter(state), 'none')}")
-    if len(matched) < len(learned) / 2:
-        raise InputError(
-            f"--init {init}: only {len(matched)} of {len(learned)} entries fit {arch}; another architecture? see --arch"
-        )
+    for key in place.grey:
+        count = place.wanted[key].shape[1]
+        print(f"note: {init}: {key} takes one channel; repeated for {count}, and divided by {count}", file=sys.stderr)
+    if not place.fits(SHARE):
+        print(f"note: {init}: holds a part of {arch}; the missing {len(missing)} start at random", file=sys.stderr)
     # Not the encoder's own method: some of the library's (DenseNet's) know no `strict`.
-    nn.Module.load_state_dict(encoder, {key: state[key] for key in wanted if key in state}, strict=False)
-    report |= {"matched": len(matched), "missing": len(missing), "unexpected": len(unexpected)}
+    nn.Module.load_state_dict(encoder, place.state(), strict=False)
+    report |= {"matched": len(place.fitting), "missing": len(missing), "unexpected": len(unexpected)}
     return report
+
+
+def check_weights(init: str, arch: str) -> None:
+    """Raise the InputError with which `initialise` would refuse a checkpoint file for an encoder."""
+    weights, dims = Weights.read(init), 3 if arch in WIDTHS else 2
+    _check_said(weights, arch, dims)
+    _find(weights, make_encoder(arch, dims=dims), arch)
+
+
+def _check_said(weights: Weights, arch: str, dims: int) -> None:
+    """Raise InputError where a file says that it holds another encoder; note what an older version's is."""
+    said, init = weights.fields, weights.init
+    if isinstance(said.get("dims"), int) and said["dims"] != dims:
+        raise InputError(f"--init {init}: a {said['dims']}-dimensional encoder, {dims} are needed")
+    if is_encoder(said.get("arch")) and said["arch"] != arch:
+        raise InputError(f"--init {init}: holds a {said['arch']} encoder; add --arch {said['arch']}")
+    if lacks_last_relu(said.get("version"), arch):
+        print(f"note: {init}: trained by a version whose {arch} ended before its last ReLU", file=sys.stderr)
+
+
+def _normalization(weights: Weights, place: Place, dims: int) -> dict | None:
+    """What inputs a file's weights expect, where it says or shows that."""
+    said = weights.fields.get("normalization")
+    if said is not None:
+        return check_normalization(said, dims, weights.init)
+    if dims == 3 and any(name.endswith("aug_fc1.weight") for name in place.table.entries):
+        return {"kind": "unit"}  # published PCRL, whose inputs were in [0, 1]
+    return None
+
+
+def _find(weights: Weights, encoder: nn.Module, arch: str) -> list[Place]:
+    """Where an encoder is in a file: the place that is taken first, then others that would fit.
+
+    Raises:
+        InputError: that says best why it is nowhere.
+    """
+    dims, init = 3 if arch in WIDTHS else 2, weights.init
+    weights.check_prefix(encoder, PARTIAL[dims])
+    places = weights.places(encoder)
+    found = weights.best(places, PARTIAL[dims])
+    if found:
+        return found
+    kernels = (value.ndim - 2 for table in weights.tables for value in table.entries.values() if value.ndim in (4, 5))
+    there = next(kernels, dims)
+    if there != dims:
+        raise InputError(f"--init {init}: a {there}-dimensional encoder, {dims} are needed")
+    nearest = _nearest(places)
+    if nearest is None:
+        first = shown(next(iter(weights.tables[0].entries)))
+        raise InputError(f"--init {init}: no entry fits {arch}; first key is {first}")
+    known = _arch_by_entries(weights, dims)
+    hint = "another architecture? see --arch" + (f": it holds all of {known}" if known not in (None, arch) else "")
+    if nearest.others == nearest.learned[:1] and len(nearest.fitting) == len(nearest.learned) - 1:
+        hint = "all else fits: its first convolution is another network's"
+    if nearest.others:
+        key = nearest.others[0]
+        shapes = tuple(nearest.entry(key).shape), tuple(nearest.wanted[key].shape)
+        raise InputError(f"--init {init}: {key} has shape {shapes[0]}, {arch} needs {shapes[1]}; {hint}")
+    count, missing = len(nearest.fitting), next(key for key in nearest.learned if key not in nearest.names)
+    raise InputError(
+        f"--init {init}: only {count} of {len(nearest.learned)} entries fit {arch}, {missing} is missing; {hint}"
+    )
+
+
+def _nearest(places: Sequence[Place]) -> Place | None:
+    """The place with most of an encoder's names, by which a refusal is explained; numbers alone mean little."""
+    telling = [place for place in places if not place.spelling or len(place.names) > len(place.learned) / 2]
+    return max(telling, key=lambda place: len(place.names), default=None)
 
 
 def check_normalization(found: object, dims: int, path: str | Path) -> dict:
@@ -278,7 +313,7 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
         return initialise(network.encoder, arch, init)
     if arch not in WIDTHS:
         start = initialise(network.encoder, arch, init)
-        content = {} if init == "imagenet" else load_safe(init)
+        content = {} if init == "imagenet" else Weights.read(init).content
         state = content.get("decoder_state_dict") if isinstance(content, dict) else None
         try:
             network.decoder.load_state_dict(state or {})
@@ -294,7 +329,7 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
     try:
         start = initialise(body, arch, init)
     except InputError as error:
-        if "up_tr" not in str(error).removeprefix(f"--init {init}"):
+        if not re.search(r": up_tr\S* has shape", str(error)):
             raise
         raise InputError(
             f"--init {init}: its decoder has other shapes, as those without skips have (PCRLv2's); use --load encoder"
@@ -304,26 +339,13 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
     return start
 
 
-def _strip(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefix under which most of the wanted keys are found, if there is one."""
-    found = {prefix: sum(prefix + key in state for key in wanted) for prefix in PREFIXES}
-    best = max(PREFIXES, key=found.get)
-    if not found[best]:
-        return state
-    return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
-
-
-def _dims_of(state: dict[str, Tensor]) -> int | None:
-    """Spatial dimensions of the first convolution in a state dict; None where there is none."""
-    return next((value.ndim - 2 for value in state.values() if value.ndim in (4, 5)), None)
-
-
-def _repeat_first(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Give a one-channel first kernel as many input channels as are wanted, so that equal channels act as one did."""
-    key = next(iter(wanted))
-    if key in state and state[key].ndim == 5 and state[key].shape[1] == 1:
-        count = wanted[key].shape[1]
-        state[key] = state[key].expand(-1, count, -1, -1, -1) / count
+def _imagenet(arch: str) -> tuple[dict[str, Tensor], dict]:
+    """ImageNet weights of the encoder library, and what inputs they expect; an InputError when they cannot be had."""
+    if arch in WIDTHS:
+        raise InputError(f"--init imagenet: there are no ImageNet weights for {arch}; use random or a checkpoint")
+    state = _download_imagenet(arch)
+    expected = smp.encoders.get_preprocessing_params(arch, pretrained="imagenet")
+    return state, {"mean": list(expected["mean"]), "std": list(expected["std"])}
 
 
 def _download_imagenet(arch: str) -> dict[str, Tensor]:

@@ -13,12 +13,11 @@ from types import ModuleType
 from medssl import evaluate_features, finetune_classification, finetune_detection, finetune_segmentation
 from medssl.datasets.registry import Opened, open_instances, open_labelled, open_pretraining
 from medssl.engine import options
-from medssl.engine.checkpoint import find_state_dict, load_safe
 from medssl.engine.parallel import count_gpus
 from medssl.engine.runs import refuse_changes, refuse_older
 from medssl.errors import InputError
-from medssl.files import read_json
-from medssl.models.encoders import DEFAULT_ARCH, arch_of
+from medssl.files import read_json, split_init
+from medssl.models.encoders import DEFAULT_ARCH, arch_of, check_weights
 from medssl.reading.tables import list_text
 from medssl.study.jobs import Job
 from medssl.study.results import Cell
@@ -57,8 +56,10 @@ def labels_of(inits: Sequence[str]) -> dict[str, str]:
 
     def parts(path: str) -> tuple[str, ...]:
         # A run's export is called encoder.pt in every run: the folder's name is what tells them apart.
-        names = Path(path).absolute().with_suffix("").parts[1:]
-        return names[:-1] if names[-1] == "encoder" and len(names) > 1 else names
+        file, prefix = split_init(path)
+        names = Path(file).absolute().with_suffix("").parts[1:]
+        names = names[:-1] if names[-1] == "encoder" and len(names) > 1 else names
+        return names if prefix is None else (*names[:-1], f"{names[-1]}-{prefix.strip('.')}")
 
     for init in inits:
         if init in labels:
@@ -283,7 +284,7 @@ class Draft:
         """What a job that starts from an init needs."""
         if init in self.pretraining:
             return {"needs": self.pretraining[init], "weights": self.pretraining[init].folder / "encoder.pt"}
-        return {} if init in ("random", "imagenet") else {"weights": Path(init)}
+        return {} if init in ("random", "imagenet") else {"weights": Path(split_init(init)[0])}
 
     def value(self, init: str) -> str:
         """An init as scripts take it."""
@@ -345,11 +346,12 @@ def check(study: Study, opened: dict[str, OpenedTask]) -> None:
     """
     for job in study.jobs:
         job.check()
-    for path in {job.weights: None for job in study.jobs if job.weights and not job.needs}:
-        find_state_dict(load_safe(path), path)
+    starts: dict[tuple[str, str], None] = {}  # weights and encoders, once each
     for cell in study.cells:
         task = opened[cell.task]
         arch = task.args.arch or DEFAULT_ARCH[task.data.info.dims]
+        if cell.job.weights and not cell.job.needs:
+            starts[cell.job.argv[cell.job.argv.index("--init") + 1], arch] = None
         made = cell.job.needs and cell.job.needs.options().arch
         if made not in (None, arch):
             raise InputError(f"{cell.job.needs.name}: --arch {made}, but {cell.task} has {arch}; give one for both")
@@ -358,6 +360,8 @@ def check(study: Study, opened: dict[str, OpenedTask]) -> None:
             refuse_other_data(entry["config"], task.data.digest, cell.job)
             since = TASKS[cell.task].since(task.data.info.dims)
             refuse_older(entry["config"], since, cell.job.folder, "or another --output")
+    for init, arch in starts:
+        check_weights(init, arch)
     for job in study.jobs[: -len(study.cells)]:
         if job.finished():
             job.write_lists()  # those that were removed

@@ -21,6 +21,7 @@ from medssl.engine.export import export_encoder
 from medssl.engine.monitor import middle_slices, stretch
 from medssl.engine.options import complete
 from medssl.engine.parallel import Run
+from medssl.engine.plain_pickle import Inert
 from medssl.errors import InputError
 from medssl.losses.contrastive import negative_cosine
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
@@ -500,11 +501,13 @@ def test_unknown_architecture():
         make_encoder("resnet19")
 
 
-def test_namespace_is_the_only_class_allowed(tmp_path):
-    torch.save({"opt": argparse.Namespace(lr=0.1), "x": torch.ones(2)}, tmp_path / "a.pt")
-    assert load_safe(tmp_path / "a.pt")["opt"].lr == 0.1
-    torch.save({"path": tmp_path, "x": torch.ones(2)}, tmp_path / "b.pt")
-    with pytest.raises(InputError, match="wants to run code"):
+def test_namespace_is_the_only_class_made(tmp_path):
+    torch.save({"opt": argparse.Namespace(lr=0.1), "path": tmp_path, "x": torch.ones(2)}, tmp_path / "a.pt")
+    content = load_safe(tmp_path / "a.pt")
+    assert content["opt"].lr == 0.1
+    assert type(content["path"]) is Inert
+    torch.save({"opt": torch.nn.ReLU(), "x": torch.ones(2)}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="wants to run code on loading: it holds torch.nn.modules.activation.ReLU"):
         load_safe(tmp_path / "b.pt")
 
 

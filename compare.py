@@ -96,8 +96,8 @@ def get_parser() -> options.Parser:
     )  # fmt: skip
     group.add_argument(
         "--init", nargs="+", default=["random"], metavar="INIT",
-        help="weights to compare, the first the baseline: random, imagenet, a file, a model's name in --proxy-dir, or "
-        f"a method, {', '.join(METHODS)}",
+        help="weights to compare, the first the baseline: random, imagenet, a file (FILE:PREFIX where it has several), "
+        f"a model's name in --proxy-dir, or a method, {', '.join(METHODS)}",
     )  # fmt: skip
     options.add_proxy_folder(group)
     group.add_argument(

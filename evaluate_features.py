@@ -220,8 +220,8 @@ def get_parser() -> options.Parser:
         nargs="+",
         default=["random"],
         metavar="INIT",
-        help="encoder weights to judge: random, imagenet, a file, or a model's name in --proxy-dir; several stand side "
-        "by side",
+        help="encoder weights to judge: random, imagenet, a file (FILE:PREFIX where it has several), or a model's name "
+        "in --proxy-dir; several stand side by side",
     )
     options.add_proxy_folder(group)
     group.add_argument("--image-size", type=options.positive_int, default=224, help="side of an image's view, pixels")

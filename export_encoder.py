@@ -282,7 +282,9 @@ def get_parser() -> options.Parser:
         help="as published by ConCL: write the encoder of the one to the other, by torchvision's names",
     )  # fmt: skip
     group.add_argument(
-        "--file", metavar="FILE", help="encoder.pt or last.pt of a 2D pre-training run, or a published checkpoint"
+        "--file",
+        metavar="FILE",
+        help="encoder.pt or last.pt of a 2D pre-training run, or another checkpoint; FILE:PREFIX where it has several",
     )
     group.add_argument("--output", metavar="DIR", default="exports", help="where the files go")
     group = parser.add_argument_group("tools")

@@ -210,8 +210,8 @@ def asked_for(places: Sequence[Place], prefix: str) -> list[Place]:
 
 def in_order(places: Sequence[Place], tables: Sequence[Table], own_run: bool) -> list[tuple[int, Place]]:
     """Places, first what a paper would judge, each with what its name says of it: 0 a teacher or an average, 2 a
-    momentum twin, which makes keys and targets, 1 anything else. Of one number: `FIRST`, the most entries, the file's
-    order.
+    momentum twin, which makes keys and targets, 1 anything else. Of one number: `FIRST`, the most entries, the
+    network's own names, the file's order. Entries that two spellings find are there once.
 
     Args:
         tables: of the whole file. own_run: it is a run's of this project, where the student is judged.
@@ -226,9 +226,13 @@ def in_order(places: Sequence[Place], tables: Sequence[Table], own_run: bool) ->
             return 2
         return 1 if not AVERAGES & parts else 2 if contrast else 0
 
-    def key(entry: tuple[int, Place]) -> tuple[int, int, int]:
+    def key(entry: tuple[int, Place]) -> tuple[int, int, int, int]:
         said, place = entry
         outer = place.table.path[0] if place.table.path else ""
-        return said, FIRST.index(outer) if outer in FIRST else len(FIRST), -len(place.fitting)
+        return said, FIRST.index(outer) if outer in FIRST else len(FIRST), -len(place.fitting), place.spelling
 
-    return sorted(((says(place), place) for place in places), key=key)
+    out: list[tuple[int, Place]] = []
+    for said, place in sorted(((says(place), place) for place in places), key=key):
+        if not any(place.table is other.table and place.names == other.names for _, other in out):
+            out.append((said, place))
+    return out

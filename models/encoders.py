@@ -213,10 +213,10 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
 
 
 def check_weights(init: str, arch: str) -> None:
-    """Raise the InputError with which `initialise` would refuse a checkpoint file for an encoder."""
+    """Raise InputError for a file that cannot be read or holds no entries, and for a prefix that is not in it."""
     weights, dims = Weights.read(init), 3 if arch in WIDTHS else 2
-    _check_said(weights, arch, dims)
-    _find(weights, make_encoder(arch, dims=dims), arch)
+    if weights.tables and weights.prefix is not None:
+        weights.check_prefix(make_encoder(arch, dims=dims), PARTIAL[dims])
 
 
 def _check_said(weights: Weights, arch: str, dims: int) -> None:

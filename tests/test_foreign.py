@@ -29,6 +29,8 @@ from medssl.files import split_init
 from medssl.models.encoders import arch_of, check_weights, initialise, make_encoder, read_encoder
 from medssl.study.plan import labels_of
 
+SPLITS = ("train", "val", "test")
+
 
 def marked(encoder, first=1.0):
     """A state dict of one number an entry, which differs from entry to entry; files of it are small, as only one
@@ -194,7 +196,7 @@ def test_a_sequential_of_a_resnets_parts(encoder, state, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["whole", "features", "sequential", "before torchvision 0.3"])
-def test_densenets(kind, tmp_path):
+def test_densenets(kind, tmp_path, capsys):
     encoder = make_encoder("densenet121")
     state = marked(encoder)
     names = {
@@ -209,6 +211,7 @@ def test_densenets(kind, tmp_path):
     torch.save({"state_dict": content, "epoch": 3}, tmp_path / "a.pth")
     start(encoder, tmp_path / "a.pth", "densenet121")
     assert has(encoder, state)
+    assert "would fit" not in capsys.readouterr().out  # one network, however it is spelled
     assert arch_of(str(tmp_path / "a.pth"), 2) == "densenet121"
 
 
@@ -344,8 +347,8 @@ def test_a_run_of_ours_is_judged_by_its_student(encoder, state, twin, tmp_path):
 @pytest.fixture
 def moco(state, twin, tmp_path):
     content = under("module.encoder_q.", state) | under("module.encoder_k.", twin) | {"module.queue": torch.zeros(8, 4)}
-    torch.save({"state_dict": content, "epoch": 3}, tmp_path / "moco.pth")
-    return tmp_path / "moco.pth"
+    torch.save({"state_dict": content, "epoch": 3}, tmp_path / "queries.pth")
+    return tmp_path / "queries.pth"
 
 
 def test_files_and_prefixes_are_told_apart(tmp_path, monkeypatch):
@@ -404,17 +407,21 @@ def test_a_prefix_wherever_weights_are_named(twin, moco, tmp_path):
     found = load_safe(tmp_path / "key.pth")["state_dict"]
     assert all(torch.equal(value, twin[key]) for key, value in found.items())
     assert labels_of([wanted, str(moco), f"{moco}:module.encoder_q."]) == {
-        wanted: "moco-encoder_k", str(moco): "moco", f"{moco}:module.encoder_q.": "moco-module.encoder_q",
+        wanted: "queries-encoder_k", str(moco): "queries", f"{moco}:module.encoder_q.": "queries-module.encoder_q",
     }  # fmt: skip
 
 
 def test_features_of_both(twin, tmp_path, capsys):
     """Side by side, from one file."""
     torch.manual_seed(0)
-    query, path = make_encoder("resnet18").state_dict(), tmp_path / "moco.pth"
+    rng, query, path = np.random.default_rng(0), make_encoder("resnet18").state_dict(), tmp_path / "moco.pth"
+    images = {f"{split}_images": rng.integers(0, 256, (24, 28, 28, 3)).astype(np.uint8) for split in SPLITS}
+    labels = {f"{split}_labels": np.arange(24, dtype=np.uint8)[:, None] % 8 for split in SPLITS}
+    np.savez(tmp_path / "bloodmnist.npz", **images, **labels)
     torch.save(under("encoder_q.", query) | under("encoder_k.", make_encoder("resnet18").state_dict()), path)
-    run = ["--init", f"{path}:encoder_q", f"{path}:encoder_k", "--image-size", "32", "--texture-size", "32"]
-    evaluate_features.main([*run, "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "out")])
+    run = ["--init", f"{path}:encoder_q", f"{path}:encoder_k", "--image-size", "32", "--workers", "0"]
+    run += ["--data", str(tmp_path), "--dataset", "bloodmnist"]
+    evaluate_features.main([*run, "--device", "cpu", "--output", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "features.json").read_text())["results"]
     assert [row["init"] for row in results] == [f"{path}:encoder_q", f"{path}:encoder_k"]
     assert results[0]["probe"] != results[1]["probe"]

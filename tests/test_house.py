@@ -236,7 +236,9 @@ def test_renames_stand_in_one_file():
         (str(place), ast.unparse(node))
         for tree, place in MODULES.values()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.replace", "os.rename", "os.fsync")
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node) in ("os.replace", "os.rename", "os.fsync")
+        and place.parts[0] != "benchmarks"  # one of which slows them down
     }
     # A cache's blocks are places in one file, whose progress is noted when they are on the disk.
     assert found == {("files.py", "os.replace"), ("files.py", "os.fsync"), ("datasets/cache.py", "os.fsync")}

@@ -161,7 +161,7 @@ class Faults:
         return Case(self.command(folder / "run"), folder, folder / "run", limits=limits)
 
 
-KINDS = (
+FAULTS = (
     "full_disk", "read_only_disk", "small_shared_memory", "deleted_data", "deleted_output", "two_in_one_folder",
     "few_open_files", "little_memory", "small_files",
 )  # fmt: skip
@@ -230,14 +230,14 @@ def has_mounts() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def run(minutes: float, seed: int, output: Path, kinds: Sequence[str] = KINDS) -> dict:
+def run(minutes: float, seed: int, output: Path, kinds: Sequence[str] = FAULTS) -> dict:
     """Try cases for some minutes, at least one of each kind; returns counts and faults, whose folders are kept."""
     until = time.monotonic() + 60 * minutes
     faults, counts, made = [], Counter(), Faults(output / "faults", random.Random(seed))
     mounted = has_mounts()
     if not mounted:
         print("note: no disks of their own without root: full, read-only and shared memory are left out")
-    kinds = [kind for kind in kinds if mounted or kind not in KINDS[:3]]
+    kinds = [kind for kind in kinds if mounted or kind not in FAULTS[:3]]
     for turn in itertools.count():
         for kind in kinds:
             if turn and time.monotonic() > until:
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=FAULTS)
     args = parser.parse_args()
     found = run(args.minutes, args.seed, args.output, args.kinds)
     print(found["cases"])

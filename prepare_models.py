@@ -23,6 +23,7 @@ import io
 import math
 import pickle
 import re
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -355,6 +356,14 @@ class PlainUnpickler(pickle._Unpickler):
     def load_setitems(self) -> None:
         self._set(self.pop_mark())
 
+    def load_bytearray8(self) -> None:
+        """As the interpreter's, which allocates before it reads."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        raw = bytearray(self.read(length))
+        if len(raw) != length:
+            raise REFUSED("bytes end early")
+        self.append(raw)
+
     def load_dict(self) -> None:
         pairs = self.pop_mark()
         self.append({})
@@ -368,7 +377,7 @@ class PlainUnpickler(pickle._Unpickler):
     dispatch.update(
         {
             **dict.fromkeys((pickle.REDUCE[0], pickle.NEWOBJ[0]), load_call),
-            **{pickle.BUILD[0]: load_build, pickle.DICT[0]: load_dict},
+            **{pickle.BUILD[0]: load_build, pickle.DICT[0]: load_dict, pickle.BYTEARRAY8[0]: load_bytearray8},
             **{pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems},
         }
     )

@@ -299,7 +299,7 @@ SHAPES = (
     *((), (0,), (1,), (-1,), (2**31,), (2**62, 2**62), (2**20, 2**20), (0, 2**62), (2, 3), ("a",), (1.5,), (None,)),
     *((1,) * 33, (1,) * 70, (True, 2), 5, [2], "x", (10**30,), (2, -3, 4)),
 )
-DESCRIPTIONS = (
+DTYPES = (
     *("|O", "<f4", "<f8", ">f4", "<f2", "|u1", "<i8", "<U4", "|S9", "<M8[s]", "<m8[ns]", "|V8", "<c16", "|b1", "<f16"),
     *("x", "", 3, None, [("a", "<f4")], [("a", "|O"), ("b", "<f4")], [("a", "<f4", (2**20, 2**20))], "<U999999999"),
     *(("<f4", (4,)), "O,O", "2f4", "<V0", "|S0", "<f3"),
@@ -324,7 +324,7 @@ def npy(data: bytes, rng: Random, marker: str) -> bytes:
     if kind < 3:
         header["shape"] = rng.choice((*SHAPES, (*header["shape"], rng.choice((1, 2, 2**40)))))
     elif kind < 5:
-        header["descr"] = rng.choice(DESCRIPTIONS)
+        header["descr"] = rng.choice(DTYPES)
     elif kind == 5:
         header["fortran_order"] = rng.choice((True, 1, None, "x"))
     elif kind == 6:

@@ -106,8 +106,9 @@ class State:
             self.step, self.best, self.since_best = int(saved["step"]), saved["best"], int(saved["since_best"])
             self.over = bool(saved["over"])
             if self.best is not None:
-                self.best = {"score": float(self.best["score"]), "epoch": float(self.best["epoch"]),
-                             "state": {key: value.cpu() for key, value in self.best["state"].items()}}  # fmt: skip
+                weights = {key: value.detach().cpu() for key, value in self.best["state"].items()}
+                score, epoch = float(self.best["score"]), float(self.best["epoch"])
+                self.best = {"score": score, "epoch": epoch, "state": weights}
         if saved["images"] != self.images:
             raise InputError(
                 f"{folder}: the data set had {saved['images']} images, now {self.images}; use another --output"
@@ -126,8 +127,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         raise ValueError("the optimizer's options differ")
     for parameter, own in optimizer.state.items():
         for key, value in own.items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.ndim and value.shape != parameter.shape:
                 raise ValueError(f"the optimizer's {key} has shape {tuple(value.shape)}")
+            own[key] = value.detach()  # without the hooks that a file may have given it
 
 
 def start(

@@ -195,6 +195,6 @@ def is_series(folder: Path) -> bool:
             header = pydicom.dcmread(head, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
         except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read
             continue
-        uids[header.get("SeriesInstanceUID")] += 1
-    del uids[None]
+        uid = header.get("SeriesInstanceUID")
+        uids.update([str(uid)] if uid else [])
     return max(uids.values(), default=0) > 2

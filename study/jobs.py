@@ -144,14 +144,14 @@ class Job:
             raise InputError(f"{self.folder}: was run with --steps {before.get('steps')}; give another --output")
 
 
-FIELD_TYPES = {
+RECORD = {
     "status": str, "reason": str | None, "began": str, "seconds": float | int, "machine": str, "options": dict,
 }  # fmt: skip
 
 
 def is_record(found: dict) -> bool:
     """Whether a JSON object is as `note` writes it."""
-    if not all(isinstance(value, FIELD_TYPES[key]) for key, value in found.items() if key in FIELD_TYPES):
+    if not all(isinstance(value, RECORD[key]) for key, value in found.items() if key in RECORD):
         return False
     try:
         return found.get("reason") != INTERRUPTION or bool(datetime.fromisoformat(found["began"]) and found["seconds"])

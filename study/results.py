@@ -77,7 +77,14 @@ def check_entry(entry: dict, metric: str) -> None:
     per_class([entry])
     if not (isinstance(entry["device"], str) and isinstance(entry["config"], dict)):
         raise TypeError("device or config")
-    float(entry["seconds"]), int(entry["train_images"]), str(entry["versions"]["torch"]), int(entry["start"]["missing"])
+    numbers = (
+        entry["seconds"], entry["train_images"], entry["start"]["missing"], entry.get("best_epoch", 0),
+        entry["config"].get("epochs", 0),
+    )  # fmt: skip
+    if not all(isinstance(number, int | float) for number in numbers) or not isinstance(
+        entry["versions"]["torch"], str
+    ):
+        raise TypeError("numbers or versions")
 
 
 def value_of(entry: dict, metric: str) -> float | None:

@@ -3,21 +3,41 @@
 What ended the process once is read in a process of its own, so that it fails its test and not all of them.
 """
 
+import contextlib
 import io
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from medssl.benchmarks import readers
+from medssl.datasets import cache as caches
+from medssl.datasets import chest, chexpert, luna, pathology
+from medssl.datasets.base import Request
+from medssl.engine.runs import refuse_changes
 from medssl.errors import InputError, UnreadableImage
+from medssl.files import read_json, read_lines
 from medssl.prepare_models import read_pickle
+from medssl.preprocess.luna import read_candidates
 from medssl.reading.arrays import read_npy, read_npz
+from medssl.reading.dicom import is_series
+from medssl.reading.elements import check_elements
+from medssl.reading.masks import read_mask, run_lengths
+from medssl.reading.pictures import describe, read_image
+from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_header, read_volume
+from medssl.study.jobs import INTERRUPTION, Job
+from medssl.study.results import Cell
 
 sitk = pytest.importorskip("SimpleITK")
 
@@ -119,6 +139,7 @@ CRASHES = {
     "a view of an array": array_of(dtype_of("f8", PLAIN_STATE)) + b"\x98",
     "a memo of 32 GB": b"Nr\xff\xff\xff\xff",
     "bytes of an exabyte": b"\x8e" + struct.pack("<Q", 2**60) + b"abc",
+    "an array of an exabyte": b"\x96" + struct.pack("<Q", 2**34) + b"abc",
     "a frame of an exabyte": b"\x95" + struct.pack("<Q", 2**60) + b"N",
     "a long of 2 GB": b"\x8b\xff\xff\xff\x7fabc",
     "an extension": b"\x82\x01",
@@ -420,3 +441,229 @@ def test_content_of_another_format_does_not_choose_the_reader(tmp_path):
     for end, reason in (("nii", "not a NIfTI"), ("mha", "header"), ("nrrd", "not an NRRD")):
         (tmp_path / f"a.{end}").write_bytes((tmp_path / "a.vtk").read_bytes())
         refused(read_volume, tmp_path / f"a.{end}", reason)
+
+
+# DICOM and pictures --------------------------------------------------------------------------------
+
+
+def test_elements_that_claim_more_than_their_file(tmp_path):
+    """GDCM and pydicom allocated what an element claims: gigabytes for a file of a kilobyte."""
+    readers.make_series(tmp_path)
+    whole = (tmp_path / "2.dcm").read_bytes()
+    check_elements(whole)
+    place = whole.index(b"OW\0\0") + 4  # of the length of the values
+    claims = whole[:place] + struct.pack("<I", 2**32 - 16) + whole[place + 4 :]
+    nested = (
+        b"\x08\x00\x15\x11SQ\0\0" + struct.pack("<I", 16) + b"\xfe\xff\x00\xe0" + struct.pack("<I", 2**31) + bytes(8)
+    )
+    rows = whole.replace(b"\x28\x00\x10\x00US\x02\x00\x06\x00", b"\x28\x00\x10\x00US\x02\x00\xff\xff")
+    assert rows != whole
+    middle = whole.index(b"\x28\x00\x10\x00US")
+    for forged, reason in ((claims, "claims 4294967280 bytes"), (rows, "claims 524280 values"), (
+        whole[:middle] + nested + whole[middle:], "claims 2147483648 bytes")):  # fmt: skip
+        with pytest.raises(ValueError, match=reason):
+            check_elements(forged)
+        (tmp_path / "2.dcm").write_bytes(forged)
+        with pytest.raises(UnreadableImage, match=f"2.dcm is damaged .*{reason}"):
+            read_volume(tmp_path)
+    (tmp_path / "2.dcm").write_bytes(claims)
+    tracemalloc.start()
+    with contextlib.suppress(UnreadableImage):
+        read_image(tmp_path / "2.dcm")
+    describe(tmp_path / "2.dcm")
+    is_series(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+    (tmp_path / "2.dcm").write_bytes(whole)
+    (tmp_path / "notes.txt").write_bytes(b"\x08\0\x05\0" + b"\xff" * 300)  # no slice: GDCM never sees it
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+
+
+def test_depths_of_sequences_are_bounded():
+    item = b"\x08\x00\x15\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
+    with pytest.raises(ValueError, match="in too many sequences"):
+        check_elements(b"\0" * 128 + b"DICM" + item * 5000)
+
+
+def test_pictures_that_claim_more_than_their_file(tmp_path):
+    """Half a minute was spent on 12 000 × 12 000 pixels of nothing."""
+    Image.fromarray(np.zeros((3000, 3000), np.uint8)).save(tmp_path / "flat.png")
+    assert (tmp_path / "flat.png").stat().st_size < 12_000
+    assert read_image(tmp_path / "flat.png").shape == (3000, 3000)
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 12_000, 12_000) + data[24:29]
+    (tmp_path / "a.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    for read in (read_image, read_mask):
+        with pytest.raises(UnreadableImage, match="claims 12000 x 12000 pixels in"):
+            read(tmp_path / "a.png")
+
+
+# Tables and JSON -----------------------------------------------------------------------------------
+
+
+def test_run_lengths_are_cocos():
+    coco = pytest.importorskip("pycocotools.mask")
+    for seed in range(20):
+        mask = np.random.default_rng(seed).random((37, 51)) > seed / 20
+        written = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+        lengths = np.diff(np.flatnonzero(np.diff(mask.T.ravel(), prepend=False, append=not mask.T.ravel()[-1])))
+        assert run_lengths(written)[1:] == lengths.tolist()
+        assert sum(run_lengths(written.decode())) == mask.size
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"size": [20, 30], "counts": "o" * 200}, {"size": [20, 30], "counts": "_" * 40},
+        {"size": [20, 30], "counts": "PP"},
+        {"size": [99999, 99999], "counts": "`" * 9}, {"size": [20, 30], "counts": [300, 301]}, {"counts": 5},
+        {"size": [20, 30], "counts": [2**40, 600 - 2**40]}, {"size": [20, 30], "counts": [600.0]}, [[1e9] * 8],
+        [[0, 0, 5, float("inf"), 3, 3]], [[1, 2, 3]], [["a"] * 6], "x", None, [[[1, 2], [3, 4]]],
+    ],
+)  # fmt: skip
+def test_shapes_that_pycocotools_would_follow_out_of_the_image(shape, tmp_path):
+    shapes = pathology.Shapes([[[1, 1, 10, 1, 10, 10]], shape], 20, 30)
+    refused(lambda _: shapes(), tmp_path, "its annotation 2 is no polygon and no run lengths")
+
+
+def test_json_that_is_damaged_or_something_else_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    for text in ("", "{", "[1]", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\udcff"):
+        path.write_text(text, errors="surrogateescape")
+        with pytest.raises(InputError, match=r"a.json: (damaged, or )?no JSON.*restore it from a copy, or remove it"):
+            read_json(path)
+    path.write_text('{"step": 1}\n[2]\n{"step": \nnull\n' + "[" * 100_000 + '\n{"step": 3}')
+    assert read_lines(path) == [{"step": 1}, {"step": 3}]
+
+
+def test_damaged_records_of_a_study(tmp_path):
+    readers.make_study(tmp_path)
+    job = Job("run", "finetune_classification", ("--init", "x"), tmp_path / "run", "results.json")
+    cell = Cell("classification", 1, "x", 0, "auroc", job)
+    assert cell.results()["auroc"] == 0.7
+    path = tmp_path / "run" / "results.json"
+    whole = json.loads(path.read_text())
+    (entry,) = whole["trials"]
+    for changes in (
+        {"trials": []}, {"trials": 3}, {"config": "x"}, {"versions": None}, {"device": 1},
+        {"trials": [entry | {"auroc": "0.7"}]}, {"trials": [entry | {"per_class": {"a": 1}}]},
+        {"trials": [entry | {"best_epoch": {}}]}, {"config": {"epochs": "x"}},
+    ):  # fmt: skip
+        path.write_text(json.dumps({**whole, **changes, "more": len(str(changes)) * "x"}))
+        os.utime(path, ns=(0, len(str(changes)) * 1000))  # a file is read again when it has changed
+        with pytest.raises(InputError, match="results.json: damaged; restore it from a copy, or remove its folder"):
+            cell.results()
+    for record in ([1], {"status": 3}, {"status": "finished", "options": [1]}, {"reason": INTERRUPTION, "began": "x"}):
+        (job.folder / "job.json").write_text(json.dumps(record))
+        assert job.record() == {}
+    with pytest.raises(InputError, match="its options are damaged; use another --output"):
+        refuse_changes({"arch": {"a": 1}, "format": 1}, {"arch": "densenet121"}, tmp_path, "another --output")
+
+
+@pytest.mark.parametrize("change", [{"val_score": "1"}, {"seconds": None}, {"auroc": []}, {"val_score": None}])
+def test_damaged_results_of_a_trial(tmp_path, change):
+    readers.make_trials(tmp_path)
+    readers.read_trials(tmp_path)
+    path = tmp_path / "trial_0" / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match="result.json: damaged; remove it, and the trial is run again"):
+        readers.read_trials(tmp_path)
+
+
+def test_damaged_indices_of_caches(tmp_path):
+    readers.make_cache(tmp_path)
+    path = tmp_path / "cache" / "index.json"
+    whole = json.loads(path.read_text())
+    for change in ({"ids": 3}, {"ids": [1] * 5}, {"size": "8"}, {"size": -8}, {"sizes": [[1, 2]]}, {"bad": {"x": "y"}},
+                   {"sizes": [["a", 2]] * 5}, {"fingerprints": [None] * 5}, {"block": 0}, {"bad": [1]}):  # fmt: skip
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(InputError, match=r"index.json: not the index of a cache; choose another folder"):
+            readers.read_cache(tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    readers.make_begun(tmp_path)
+    progress = tmp_path / "cache" / "progress.jsonl"
+    lines = progress.read_text().splitlines()
+    damaged = ('{"block": 7}', "[1]", lines[0].replace('"block": 0', '"block": -1'), lines[0].replace("[[", '[["a",'))
+    progress.write_text("\n".join([lines[1], *damaged, "[" * 9000]))
+    built = caches.build(readers.cached_images(tmp_path), tmp_path / "cache")
+    assert (len(built["sizes"]), built["finished"]) == (5, True)
+    readers.read_cache(tmp_path)
+
+
+def test_what_a_kept_volume_lacks_is_made_anew(tmp_path):
+    readers.make_kept(tmp_path)
+    data = readers.kept_volumes(tmp_path)
+    name = tmp_path / data._name(tmp_path / "a.mha")
+    wanted = data.load(0)["image"]
+    whole = name.read_bytes()
+    for forged in (whole[:-100], b"PK", npy(claims((2, 2))), {"image": np.zeros(3)}, {"size": np.zeros(3)}, {
+        "image": np.zeros((1, 2, 2, 2), ">f4"), "size": np.zeros(3)}, {"image": np.array([None])}):  # fmt: skip
+        if isinstance(forged, dict):
+            np.savez(name, **forged)
+        else:
+            name.write_bytes(forged)
+        assert data.load(0)["image"].equal(wanted)
+
+
+def test_a_cube_that_claims_terabytes_is_a_bad_file(tmp_path):
+    readers.make_cubes(tmp_path)
+    path = tmp_path / "subset0" / "1.2_global_0.npy"
+    shutil.copy(path, path.with_name("1.3_global_0.npy"))
+    (tmp_path / "subset0" / "1.2_local_0.npy").unlink()
+    data = luna.open_splits(Request("luna", str(tmp_path)), ["train"])["train"]
+    for form in ("terabytes", "overflow", "brackets", "objects", "another version"):
+        (tmp_path / f"{data.ids[0]}.npy").write_bytes(FORGED[form])
+        item = data[0]
+        assert (item["index"], len(item["bad"])) == (1, 1)
+        assert "not an .npy file of numbers, or a truncated one" in item["bad"][0]
+
+
+def test_tables_with_fields_that_are_too_large(tmp_path):
+    readers.make_tables(tmp_path)
+    readers.read_tables(tmp_path)
+    for name, read in (
+        ("nodules.csv", luna.read_nodules), ("candidates_V2.csv", read_candidates),
+        ("Data_Entry_2017.csv", lambda path: chest.read_entries(path.parent)), ("train.csv", chexpert.read_table),
+        ("patients.csv", lambda path: read_patients(path.parent)),
+    ):  # fmt: skip
+        path = tmp_path / name
+        path.write_text(path.read_text() + "c" * 200_000 + ',"' + "d" * 200_000)
+        with pytest.raises(InputError, match=f"{name}: not a t"):
+            read(path)
+
+
+# Checkpoints ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {"state": {}, "param_groups": []}}, {"method": 3}, {"step": "x"}, {"best": [1]},
+        {"best": {"score": 1}}, {"reads": None}, {"name": 5}, {"config": [1]}, {"images": 3},
+    ],
+)  # fmt: skip
+def test_damaged_states_of_runs(tmp_path, change):
+    readers.make_run(tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(saved | change, tmp_path / "last.pt")
+    with pytest.raises(InputError) as caught:
+        readers.read_run(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_optimizers_state_must_fit_its_parameters(tmp_path):
+    readers.make_run(tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    moment = saved["optimizer"]["state"][0]["exp_avg"]
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(7)
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"its checkpoint does not fit: the optimizer's exp_avg has shape \(7,\)"):
+        readers.read_run(tmp_path)
+    saved["optimizer"]["state"][0]["exp_avg"] = moment
+    saved["optimizer"]["param_groups"][0]["betas"] = "x"
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="the optimizer's options differ"):
+        readers.read_run(tmp_path)

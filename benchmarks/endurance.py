@@ -41,7 +41,8 @@ def main() -> None:
         found = read_json(path)
         seed = len(found.get("runs", [])) if args.seed is None else args.seed
         since, (run, share) = time.monotonic(), PARTS[part]
-        more = run(args.minutes * share / whole, seed, args.output)
+        more = run(60 * args.minutes * share / whole, seed, args.output / part)
+        more.pop("seed", None)
         minutes = round((time.monotonic() - since) / 60, 1)
         note = {"part": part, "seed": seed, "minutes": minutes, "machine": describe_machine()}
         write_json(path, {**found, part: add(found.get(part), more), "runs": [*found.get("runs", []), note]})

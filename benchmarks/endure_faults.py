@@ -230,10 +230,10 @@ def has_mounts() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def run(minutes: float, seed: int, output: Path, kinds: Sequence[str] = FAULTS) -> dict:
-    """Try cases for some minutes, at least one of each kind; returns counts and faults, whose folders are kept."""
-    until = time.monotonic() + 60 * minutes
-    faults, counts, made = [], Counter(), Faults(output / "faults", random.Random(seed))
+def run(seconds: float, seed: int, keep: Path, kinds: Sequence[str] = FAULTS) -> dict:
+    """Try cases for some time, at least one of each kind; returns counts and faults, whose folders are kept."""
+    until = time.monotonic() + seconds
+    faults, counts, made = [], Counter(), Faults(keep, random.Random(seed))
     mounted = has_mounts()
     if not mounted:
         print("note: no disks of their own without root: full, read-only and shared memory are left out")
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance")
     parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=FAULTS)
     args = parser.parse_args()
-    found = run(args.minutes, args.seed, args.output, args.kinds)
+    found = run(60 * args.minutes, args.seed, args.output, args.kinds)
     print(found["cases"])
     raise SystemExit(bool(found["faults"]))
 

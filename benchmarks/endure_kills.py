@@ -410,15 +410,15 @@ def turns(names: list[str], distributed: list[str]) -> Iterator[tuple[str, str, 
             yield next(spread), "torchrun", 3
 
 
-def run(minutes: float, seed: int, output: Path, scripts: Sequence[str] = ()) -> dict:
-    """Kill for some minutes; returns counts and faults.
+def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = ()) -> dict:
+    """Kill for some time; returns counts and faults.
 
     Args:
-        output: where cases that failed are kept. scripts: names of `tasks`, all unless given.
+        keep: where cases that failed are kept. scripts: names of `tasks`, all unless given.
     """
     torch.set_num_threads(1)  # other threads would not survive a fork
-    until = time.monotonic() + 60 * minutes
-    laboratory = Laboratory(output / "work", output / "kept", seed)
+    until = time.monotonic() + seconds
+    laboratory = Laboratory(keep / "work", keep, seed)
     names = list(scripts) or list(laboratory.tasks)
     for name in names:
         importlib.import_module(f"medssl.{laboratory.tasks[name].module}")
@@ -442,7 +442,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance")
     parser.add_argument("--scripts", nargs="*", default=[], help="such as moco, classification; all unless given")
     args = parser.parse_args()
-    found = run(args.minutes, args.seed, args.output, args.scripts)
+    found = run(60 * args.minutes, args.seed, args.output, args.scripts)
     write_json(args.output / "kills.json", found)
     print({key: value for key, value in found.items() if key != "faults"})
     raise SystemExit(bool(found["faults"]))

@@ -2,7 +2,6 @@
 
 import argparse
 import gzip
-import inspect
 import json
 import pickle
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from medssl import prepare_models
@@ -23,11 +23,11 @@ from medssl.benchmarks.damage import Change
 from medssl.datasets import cache as caches
 from medssl.datasets import chest, chexpert, folder, luna, medmnist, pathology
 from medssl.datasets.base import Files, ImageDataset, Info, Request
-from medssl.engine import checkpoint, monitor, runs, state
-from medssl.engine.checkpoint import find_state_dict, load_safe
+from medssl.engine import monitor, runs, state
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices
 from medssl.errors import InputError
+from medssl.models.encoders import initialise
 from medssl.preprocess import luna as prepared
 from medssl.preprocess.check_data import examine
 from medssl.reading.geometry import Volume
@@ -307,11 +307,21 @@ def make_checkpoints(place: Path) -> None:
 
 
 def read_checkpoints(place: Path) -> None:
-    """Each tensor is used as --init does."""
+    """As --init does."""
     for path in sorted(place.glob("*.pt")):
-        for value in find_state_dict(load_safe(path), path).values():
-            if not value.is_sparse and value.numel() < 2**16:  # of the shape that an encoder has
-                torch.empty(value.shape).copy_(value)
+        try:
+            initialise(OneLayer(), "resnet18", str(path))
+        except InputError as error:
+            if path.name != "sparse.pt" or "no state dict" not in str(error):  # which it is
+                raise
+
+
+class OneLayer(nn.Module):
+    """A network that the valid checkpoints have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3, bias=False)
 
 
 def checkpoint_changes(data: bytes, rng, marker: str) -> bytes:
@@ -350,19 +360,12 @@ def small_network() -> nn.Module:
         return torchvision.models.resnet50()
 
 
-def safetensors_reader() -> list[Reader]:
-    """Where the project reads such files: older versions of torch do not."""
-    if "safetensors" not in inspect.getsource(checkpoint):
-        return []
-    from safetensors.torch import save_file
+def make_safetensors(place: Path) -> None:
+    save_file({"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}, place / "a.safetensors")
 
-    def make(place: Path) -> None:
-        save_file({"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(2)}, place / "a.safetensors")
 
-    def read(place: Path) -> None:
-        find_state_dict(load_safe(place / "a.safetensors"), place)
-
-    return [Reader("safetensors", make, read, damage.safetensors)]
+def read_safetensors(place: Path) -> None:
+    initialise(OneLayer(), "resnet18", str(place / "a.safetensors"))
 
 
 # Tables --------------------------------------------------------------------------------------------
@@ -562,7 +565,7 @@ READERS: list[Reader] = [
     Reader("checkpoint", make_checkpoints, read_checkpoints, checkpoint_changes),
     Reader("checkpoint to resume", make_run, read_run, checkpoint_changes, "last.pt"),
     Reader("BYOL pickle", make_byol, read_byol, damage.opcodes),
-    *safetensors_reader(),
+    Reader("safetensors", make_safetensors, read_safetensors, damage.safetensors),
     Reader("lists", make_lists, read_lists, damage.table),
     Reader("tables", make_tables, read_tables, zipped_table),
     Reader("COCO", make_coco, read_coco, damage.in_json, "*.json"),

@@ -27,12 +27,12 @@ from medssl.datasets.base import Request
 from medssl.engine.runs import refuse_changes
 from medssl.errors import InputError, UnreadableImage
 from medssl.files import read_json, read_lines
-from medssl.prepare_models import read_pickle
 from medssl.preprocess.luna import read_candidates
 from medssl.reading.arrays import read_npy, read_npz
 from medssl.reading.dicom import is_series
 from medssl.reading.elements import check_elements
 from medssl.reading.masks import read_mask, run_lengths
+from medssl.reading.pickles import read_pickle
 from medssl.reading.pictures import describe, read_image
 from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_header, read_volume
@@ -642,7 +642,7 @@ def test_tables_with_fields_that_are_too_large(tmp_path):
     "change",
     [
         {"optimizer": {"state": {}, "param_groups": []}}, {"method": 3}, {"step": "x"}, {"best": [1]},
-        {"best": {"score": 1}}, {"reads": None}, {"name": 5}, {"config": [1]}, {"images": 3},
+        {"best": {"score": 1}}, {"since_best": None}, {"name": 5}, {"config": [1]}, {"images": 3},
     ],
 )  # fmt: skip
 def test_damaged_states_of_runs(tmp_path, change):

@@ -18,7 +18,8 @@ from medssl.engine import options
 from medssl.engine.checkpoint import load_safe
 from medssl.errors import InputError
 from medssl.models.encoders import IMAGENET, initialise, make_encoder
-from medssl.prepare_models import CONVERTERS, PlainUnpickler, convert, files_of, from_byol, main, model_of
+from medssl.prepare_models import CONVERTERS, convert, files_of, from_byol, main, model_of
+from medssl.reading.pickles import PlainUnpickler, read_pickle
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_nothing_in_a_pickle_runs(tmp_path, monkeypatch):
         damaged[rng.integers(len(whole))] = rng.integers(256)
         (tmp_path / "byol.pkl").write_bytes(damaged)
         with contextlib.suppress(InputError):
-            prepare_models.read_pickle(tmp_path / "byol.pkl")
+            read_pickle(tmp_path / "byol.pkl")
     for content in (b"", b"junk", pickle.dumps(arrays)[:-9]):
         (tmp_path / "byol.pkl").write_bytes(content)
         with pytest.raises(InputError, match="not a pickle"):

@@ -64,7 +64,9 @@ def outcome(read, path):
         process.kill()
         process.join()
         return "hangs"
-    return mine.recv() if mine.poll() else f"ended by {-process.exitcode}"
+    with contextlib.suppress(EOFError):
+        return mine.recv()
+    return f"ended by {-process.exitcode}"
 
 
 def refused(read, path, reason, here=False):
@@ -110,13 +112,35 @@ def array_of(dtype, raw=JUNK, shape=(4,), fortran=False):
 
 PLAIN_STATE = (3, "<", None, None, None, -1, -1, 0)
 OBJECT_STATE = (3, "|", None, None, None, -1, -1, 63)
+PLAINED_STATE = (3, "|", None, None, None, -1, -1, 0)  # of objects that say that they are none
+FIELD = {"a": (np.dtype("O"), 0)}
+FIELD_STATE = (3, "|", None, ("a",), FIELD, 8, 1, 0)
+
+
+def touched(form):
+    """A form whose values are looked at while the file is read: a mapping is made of them."""
+    return call("ordered", form)
+
+
 NESTED = b"N" + b"\x85" * 300_000  # a tuple in a tuple in …
 CRASHES = {
+    "objects as plain": touched(array_of(dtype_of("O8", PLAINED_STATE))),
+    "scalar object as plain": call("scalar", dtype_of("O8", PLAINED_STATE), plain(JUNK[:8])),
+    "buffer of objects as plain": touched(
+        call("buffer", plain(JUNK), dtype_of("O8", PLAINED_STATE), plain((4,)), plain("C"))
+    ),
+    "field of objects as plain": touched(array_of(dtype_of("V8", FIELD_STATE))),
+    "field in a scalar": touched(call("scalar", dtype_of("V8", FIELD_STATE), plain(JUNK[:8]))),
+    "field in a buffer": touched(
+        call("buffer", plain(JUNK), dtype_of("V8", FIELD_STATE), plain((4,)), plain("C"))
+    ),
+    "objects in Fortran's order": touched(array_of(dtype_of("O8", PLAINED_STATE), shape=(2, 2), fortran=True)),
+    "an object of no axes": touched(array_of(dtype_of("O8", PLAINED_STATE), JUNK[:8], ())),
     "array of objects": array_of(dtype_of("O8", OBJECT_STATE)),
     "scalar object": call("scalar", dtype_of("O8", OBJECT_STATE), plain(JUNK[:8])),
     "buffer of objects": call("buffer", plain(JUNK), dtype_of("O8"), plain((4,)), plain("C")),
     "field of objects": array_of(
-        dtype_of("V8", (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 63))
+        dtype_of("V8", (3, "|", None, ("a",), FIELD, 8, 1, 63))
     ),
     "state makes objects": array_of(dtype_of("f8", OBJECT_STATE)),
     "sub-array of objects": array_of(dtype_of("f8", (3, "|", ("O", (4,)), None, None, 8, 8, 63))),

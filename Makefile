@@ -4,7 +4,7 @@ BIN := .venv/bin
 LOWEST := .venv-lowest/bin
 TESTS := -n 2 --dist worksteal
 
-.PHONY: demo test test-full test-lowest lint docs clean
+.PHONY: demo test test-full test-lowest endurance lint docs clean
 
 .venv/installed: requirements.txt setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +31,11 @@ test-full: .venv/installed
 
 test-lowest: .venv-lowest/installed
 	@OMP_NUM_THREADS=1 $(LOWEST)/python -m pytest $(TESTS) -m "not slow"
+
+# Kills, damaged files and failing environments; counts of several times add up. Not a part of the tests.
+MINUTES ?= 60
+endurance: .venv/installed
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py --minutes $(MINUTES)
 
 lint: .venv/installed
 	@$(BIN)/ruff check .

@@ -208,7 +208,7 @@ def try_case(case: Case) -> list[str]:
         text = log.read_text(errors="replace")
         if "Traceback" in text:
             wrong.append("leaves a traceback")
-        if process.returncode == 2 and not text.strip().splitlines()[-1:][0].startswith("error: "):
+        if process.returncode == 2 and not text.rstrip().rpartition("\n")[2].startswith("error: "):
             wrong.append("its last line is not the error's")
     return wrong + unreadable(case)
 

@@ -163,7 +163,7 @@ def test_numbers_on_a_full_disk(tmp_path):
     """/dev/full takes nothing."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     monitor = Monitor.__new__(Monitor)
-    monitor.folder, monitor.events = tmp_path, None
+    monitor.folder, monitor.events, monitor.wrote = tmp_path, None, False
     with pytest.raises(OSError) as raised:  # noqa: PT011, what it names is compared
         monitor.write({"step": 1})
     assert explain(raised.value) == f"{tmp_path}/metrics.jsonl: {FULL}"

@@ -82,6 +82,7 @@ class ImageDataset(torch.utils.data.Dataset):
     order: Sequence[str] | None = None
     contents: str | None = None
     digest: str | None = None
+    whole = 0  # files of all splits together, where they are known
     cached: Callable[[int], dict[str, Tensor]] | None = None
 
     def __init__(
@@ -102,6 +103,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def files(self) -> int:
+        """Files of the data set, against which unreadable ones are judged: of all its splits, as far as it has any."""
+        return self.whole or len(set(self.ids))
 
     def subset(self, indices: Sequence[int]) -> "ImageDataset":
         """The same data set with the images at `indices` only, in that order."""

@@ -192,8 +192,9 @@ class Opened(Mapping[str, ImageDataset]):
 def known(splits: Mapping[str, ImageDataset], labels: bool = True) -> Opened:
     """Splits with their digest, which depends on their labels where these are used."""
     digest = data_digest(splits, labels)
+    whole = len({name for data in splits.values() for name in data.ids})
     for data in splits.values():
-        data.digest = digest
+        data.digest, data.whole = digest, whole
     return Opened(dict(splits), digest)
 
 

@@ -69,7 +69,7 @@ def evaluation_batches(data: ImageDataset, b: int, args: argparse.Namespace, dev
         InputError: when more than `--max-bad` of the files cannot be read, or a decoding process is lost.
     """
     loader = DataLoader(data, b, num_workers=decoders(args), collate_fn=collate, worker_init_fn=processes.begin)
-    bad = BadFiles(Path(args.output), args.max_bad, len(set(data.ids)))
+    bad = BadFiles(Path(args.output), args.max_bad, data.files)
     asked = 0
     with iterating(loader, args.worker_timeout) as batches:
         for batch in batches:

@@ -4,6 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,30 +19,38 @@ from medssl.markup import one_line
 LONGEST_UNSAVED = 300
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+@cache
+def _lines_at_start(path: Path) -> int:
+    """Lines of a file when this process first asked."""
+    return len(_lines(path))
+
+
 class BadFiles:
     """Names unreadable files in bad_files.txt, and stops a run that meets too many.
 
     Files are judged, not reads: each counts once, against all files of the set, so that the same set is refused or not
-    whatever part of a pass was read, and how often. Processes of one run tell each other through bad_files.txt.
+    whatever part of a pass was read, and how often. Splits, and processes, of one run tell each other through
+    bad_files.txt; what earlier runs have left there may have been mended since, and does not count.
 
     Args:
-        limit: largest share of files that may be unreadable. count: files in the set.
+        limit: largest share of files that may be unreadable. count: files in the set, of all splits.
     """
 
     def __init__(self, folder: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = folder / "bad_files.txt", limit, count
-        self.before = len(self._lines())  # of earlier runs: they may have been mended since
+        self.before = _lines_at_start(self.path)
         self.met: set[str] = set()
-
-    def _lines(self) -> list[str]:
-        return self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
 
     def note(self, bad: list[str]) -> None:
         """Add the unreadable files of one batch, as lines; raises InputError above the limit."""
         bad = [one_line(line) for line in bad]
         if self.met.issuperset(bad):
             return
-        lines = self._lines()
+        lines = _lines(self.path)
         new = sorted(set(bad) - set(lines))
         append_text(self.path, "".join(line + "\n" for line in new))
         self.met |= {*bad, *lines[self.before :]}

@@ -61,7 +61,7 @@ def fit(
     monitor = Monitor(folder, last, state.step, args.log_every, state.name, tensorboard) if devices.main else None
     closing = contextlib.closing(monitor) if monitor else contextlib.nullcontext()
     finite, clock = FiniteCheck(folder, data.ids, devices), Clock()
-    bad = BadFiles(folder, args.max_bad, len(set(data.ids)))
+    bad = BadFiles(folder, args.max_bad, data.files)
     with closing, Stop() as stop, training_batches(data, args, devices, rows, state.step, last) as batches:
         while state.step < last and not state.over:
             # data

@@ -25,6 +25,7 @@ FREE_OPTIONS = {
 # Options that are newer than some runs, and the value by which these were made.
 AS_EVER = {"augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells"}
 OR_RESUME = "another --output, or --resume never"
+MOST_STEPS = 2**40  # of any run
 
 
 def alone_in(output: str, devices: Devices) -> contextlib.AbstractContextManager:
@@ -56,6 +57,8 @@ def open_output(
         saved = load_safe(source)
         if not isinstance(saved, dict) or not {"name", "config", "step"} <= saved.keys():
             raise InputError(f"--resume {source}: not a checkpoint that can be continued")
+        if type(saved["step"]) is not int or not 0 <= saved["step"] < MOST_STEPS:
+            raise InputError(f"{source}: damaged: no number of steps; use {OR_RESUME}")
         if saved["name"] != method_name:
             raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
         refuse_changes(saved["config"], settings(args, data_digest), source)

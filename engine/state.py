@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from medssl.datasets.base import ImageDataset
 from medssl.engine.checkpoint import FORMAT_VERSION, save_atomic
@@ -97,28 +98,38 @@ class State:
             InputError: for weights of other shapes, and another number of images.
         """
         with unusable(folder, "its checkpoint is damaged; use another --output, or --resume never"):
+            if saved["images"] != self.images:
+                raise InputError(
+                    f"{folder}: the data set had {saved['images']} images, now {self.images}; use another --output"
+                )
             try:
                 self.method.load_state_dict(saved["method"])
                 load_optimizer(self.optimizer, saved["optimizer"])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise InputError(f"{folder}: its checkpoint does not fit: {str(error).splitlines()[0]}") from None
             self.scaler.load_state_dict(saved["scaler"])
-            self.step, self.best, self.since_best = int(saved["step"]), saved["best"], int(saved["since_best"])
-            self.over = bool(saved["over"])
-            if self.best is not None:
-                weights = {key: value.detach().cpu() for key, value in self.best["state"].items()}
-                score, epoch = float(self.best["score"]), float(self.best["epoch"])
-                self.best = {"score": score, "epoch": epoch, "state": weights}
-        if saved["images"] != self.images:
-            raise InputError(
-                f"{folder}: the data set had {saved['images']} images, now {self.images}; use another --output"
-            )
+            self.step, self.since_best, self.over = saved["step"], saved["since_best"], saved["over"]
+            if type(self.since_best) is not int or type(self.over) is not bool:
+                raise ValueError("no counts of validations")
+            if saved["best"] is not None:
+                score, epoch = float(saved["best"]["score"]), float(saved["best"]["epoch"])
+                self.best = {"score": score, "epoch": epoch, "state": self.like_method(saved["best"]["state"])}
+
+    def like_method(self, saved: dict) -> dict[str, Tensor]:
+        """A saved state dict on the CPU; a ValueError where it is not one of the method's."""
+        own = self.method.state_dict()
+        if {key: value.shape for key, value in saved.items()} != {key: value.shape for key, value in own.items()}:
+            raise ValueError("other entries")
+        return {key: torch.empty_like(own[key], device="cpu").copy_(saved[key].detach()) for key in saved}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Give an optimizer its saved state; a ValueError for one of other options, or of tensors of other shapes."""
-
+    """Give an optimizer its saved state; a ValueError for one of other options, shapes or kinds."""
     before = [dict(group) for group in optimizer.param_groups]
+    for value in (value for values in saved["state"].values() for value in values.values()):
+        plain = value.layout == torch.strided if isinstance(value, Tensor) else isinstance(value, int | float | None)
+        if not plain:
+            raise ValueError("the optimizer's state holds no plain numbers")
     optimizer.load_state_dict(saved)
     for own, group in zip(before, optimizer.param_groups, strict=True):
         known = own.keys() & group.keys() - {"params", "lr"}  # another version of torch may have more
@@ -126,7 +137,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             raise ValueError("the optimizer's options differ")
     for parameter, own in optimizer.state.items():
         for key, value in own.items():
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Tensor):
                 continue
             if value.ndim and value.shape != parameter.shape:
                 raise ValueError(f"the optimizer's {key} has shape {tuple(value.shape)}")

@@ -20,10 +20,12 @@ from PIL import Image
 from torch import nn
 
 from medssl import errors, train_pcrlv2, train_simclr
+from medssl.datasets import registry
 from medssl.datasets.base import ImageDataset, Info, to_texture
 from medssl.datasets.identity import data_digest
 from medssl.datasets.phantoms.radiograph import radiographs
-from medssl.engine import checkpoint, options, parallel
+from medssl.engine import checkpoint, guards, options, parallel
+from medssl.engine.batches import evaluation_batches
 from medssl.engine.guards import BadFiles, Stop
 from medssl.engine.loop import fit
 from medssl.engine.method import Method
@@ -549,10 +551,34 @@ def test_processes_of_a_run_count_bad_files_together_and_mended_ones_no_more(tmp
     second.note(["b: cut", "a: cut"])
     with pytest.raises(InputError, match="3 of 200"):
         first.note(["c: cut"])
+    guards._lines_at_start.cache_clear()  # as in another process
     later = BadFiles(tmp_path, 0.01, 200)  # the user mended b
     later.note(["a: cut"])
     later.note(["c: cut"])
     assert (tmp_path / "bad_files.txt").read_text().splitlines() == ["a: cut", "b: cut", "c: cut"]
+
+
+def test_splits_are_judged_together(tmp_path):
+    """Two damaged files of two hundred are one in a hundred, wherever they are; three are more."""
+    parts = {"train": range(160), "val": range(160, 180), "test": range(180, 200)}
+
+    def splits(broken):
+        def read(i):
+            if i in broken:
+                raise UnreadableImage("cut short")
+            return np.zeros((8, 8), np.uint8)
+
+        whole = ImageDataset(Info("tiny"), read, [f"image{i}" for i in range(200)], texture_size=8)
+        return registry.known({name: whole.subset(part) for name, part in parts.items()})
+
+    def judge(broken, output):
+        for data in splits(broken).values():
+            list(evaluation_batches(data, 20, arguments(output), CPU))
+
+    judge({170, 185}, tmp_path / "two")
+    assert len((tmp_path / "two" / "bad_files.txt").read_text().splitlines()) == 2
+    with pytest.raises(InputError, match="3 of 200 files cannot be read"):
+        judge({5, 170, 185}, tmp_path / "three")
 
 
 def test_all_files_bad(tmp_path):

@@ -666,7 +666,9 @@ def test_tables_with_fields_that_are_too_large(tmp_path):
     "change",
     [
         {"optimizer": {"state": {}, "param_groups": []}}, {"method": 3}, {"step": "x"}, {"best": [1]},
-        {"best": {"score": 1}}, {"since_best": None}, {"name": 5}, {"config": [1]}, {"images": 3},
+        {"best": {"score": 1}}, {"since_best": None}, {"name": 5}, {"config": [1]}, {"images": 3}, {"images": None},
+        {"step": -5}, {"step": 2.5}, {"step": True}, {"step": 10**30}, {"step": float("nan")}, {"over": "yes"},
+        {"step": torch.tensor([1, 2])}, {"best": {"score": 1.0, "epoch": 1.0, "state": {"a": torch.ones(1)}}},
     ],
 )  # fmt: skip
 def test_damaged_states_of_runs(tmp_path, change):
@@ -686,6 +688,11 @@ def test_an_optimizers_state_must_fit_its_parameters(tmp_path):
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(InputError, match=r"its checkpoint does not fit: the optimizer's exp_avg has shape \(7,\)"):
         readers.read_run(tmp_path)
+    for forged in ("x", torch.eye(len(moment)).to_sparse()):
+        saved["optimizer"]["state"][0]["exp_avg"] = forged
+        torch.save(saved, tmp_path / "last.pt")
+        with pytest.raises(InputError, match="the optimizer's state holds no plain numbers"):
+            readers.read_run(tmp_path)
     saved["optimizer"]["state"][0]["exp_avg"] = moment
     saved["optimizer"]["param_groups"][0]["betas"] = "x"
     torch.save(saved, tmp_path / "last.pt")

@@ -345,7 +345,7 @@ def test_a_folders_report_keeps_to_its_lines(tmp_path, capsys):
 
 def test_a_bad_file_has_one_line_and_is_known_again(tmp_path):
     for _ in range(2):
-        BadFiles(tmp_path, 1, 9).note([f"{NASTY}\udce9: cut"], 1)
+        BadFiles(tmp_path, 1, 9).note([f"{NASTY}\udce9: cut"])
     assert (tmp_path / "bad_files.txt").read_text(encoding="utf-8") == f"{IN_A_LINE}\\udce9: cut\n"
 
 

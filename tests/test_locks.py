@@ -15,8 +15,7 @@ from medssl.errors import InputError
 
 HOLD = """
 import sys, time
-from pathlib import Path
-from medssl import compare, files, locks, finetune_classification, finetune_segmentation, train_moco
+from medssl import locks
 with locks.own_folder(sys.argv[1]):
     print("mine", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -24,7 +23,7 @@ with locks.own_folder(sys.argv[1]):
 WRITE = """
 import sys, time
 from pathlib import Path
-from medssl import compare, files, locks, finetune_classification, finetune_segmentation, train_moco
+from medssl import files
 def slowly(part):
     part.mkdir(exist_ok=True) if sys.argv[2] == "folder" else part.write_text("half")
     print(part, flush=True)

@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
+import multiprocessing.synchronize
 import multiprocessing.util  # whose own handler at exit, which waits for children, runs after the one that is here
 import os
 import re
@@ -25,6 +26,7 @@ from medssl.errors import FEW_FILES, NO_SHARED_MEMORY, InputError, error_number
 # What `end` sends to workers, as they ignore SIGTERM: an error is raised in them, so that they leave no lock held, in
 # which torch's own ending of a loader would be caught, and no unfinished file.
 END = signal.SIGUSR2
+LAST = -1000  # the priority of what a process does at its end when all it put into queues is handed over
 ASKED, KILLED = 1.0, 5.0  # seconds that they have to be gone after it, and after they are killed
 LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")  # what torch says of a worker that is no more
 KILLED_LINE = "a worker was killed, probably for want of memory; run the command again with fewer --workers"
@@ -48,6 +50,16 @@ def begin(_number: int = 0) -> None:
     sys.excepthook = lambda _kind, error, _trace: _give_up(error)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, _item: _give_up(error))
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    for value in multiprocessing.current_process()._args:
+        if isinstance(value, multiprocessing.synchronize.Event):  # by which torch has a worker end
+            multiprocessing.util.Finalize(None, _fail_unless, (value,), exitpriority=LAST)
+
+
+def _fail_unless(asked: multiprocessing.synchronize.Event) -> None:
+    """Make a worker's end a failure unless it was asked for: at a KeyboardInterrupt torch ends it as if all were well,
+    which the parent notices only after 5 s without a batch, and then waits for others."""
+    if not asked.is_set():
+        os._exit(1)
 
 
 def _give_up(error: BaseException) -> None:
@@ -160,7 +172,7 @@ def iterating(loader: Iterable, limit: float = 0) -> Iterator[Watch]:
         limit: seconds to wait for a batch; 0: for ever.
 
     Raises:
-        InputError: when a worker died, or no batch came within `limit`.
+        InputError: when a worker died, no batch came within `limit`, or there is no shared memory for the workers.
     """
     before = set(multiprocessing.active_children())
     workers: list[BaseProcess] = []
@@ -179,6 +191,9 @@ def iterating(loader: Iterable, limit: float = 0) -> Iterator[Watch]:
         raise
     except Exception as error:
         line = _why_lost(error, workers, watch)
+        if watch is None:
+            end(workers)
+            _forget_half_built(error)
         if line is None:
             raise
         raise InputError(line) from error
@@ -189,8 +204,20 @@ def iterating(loader: Iterable, limit: float = 0) -> Iterator[Watch]:
         _own.difference_update(workers)
 
 
+def _forget_half_built(error: Exception) -> None:
+    """Delete what an error's frames hold: torch's iterator, whose own end fails where its beginning did, and would
+    print a traceback."""
+    previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = previous
+
+
 def _why_lost(error: Exception, workers: Sequence[BaseProcess], watch: Watch | None) -> str | None:
     """What became of the workers, if an error tells of that."""
+    if watch is None and error_number(error) == errno.ENOSPC:  # their queues have locks there
+        return NO_SHARED_MEMORY
     if watch is not None and watch.expired:
         return (
             f"no batch came from the workers for {watch.limit:g} s (--worker-timeout); does a disk hang? Where reading "
@@ -214,10 +241,16 @@ def pool(workers: int, start: Callable[[], object] | None = None) -> Iterator[co
         start: called first in each.
 
     Raises:
-        InputError: when one of them died.
+        InputError: when one of them died, or there is no shared memory for them.
     """
     before = set(multiprocessing.active_children())
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_begin_with, initargs=(start,)) as executor:
+    try:
+        made = concurrent.futures.ProcessPoolExecutor(workers, initializer=_begin_with, initargs=(start,))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(NO_SHARED_MEMORY) from error
+    with made as executor:
         try:
             yield executor
         except BaseException as error:

@@ -44,6 +44,7 @@ class Case:
         mount: shell words that are run first, in a mount namespace of the case's own. limits: of the run's process, by
             the names of the module resource. meanwhile: called again and again while it runs.
         second: a command that is started half a second later, in the same folder.
+        unhelpful: an option that does not mend it, which the last line must not name.
     """
 
     command: list[str]
@@ -53,6 +54,7 @@ class Case:
     limits: dict[int, int] = field(default_factory=dict)
     meanwhile: Callable[[], None] | None = None
     second: list[str] | None = None
+    unhelpful: str | None = None
 
 
 def pictures(folder: Path, count: int = 24) -> Path:
@@ -110,9 +112,9 @@ class Faults:
 
     def small_shared_memory(self) -> Case:
         folder = self.folder()
-        mount = f"mount -t tmpfs -o size={self.rng.choice((4, 64, 512))}k tmpfs /dev/shm"
+        mount = f"mount -t tmpfs -o size={self.rng.choice((4, 16, 32, 48, 64, 512))}k tmpfs /dev/shm"
         command = self.command(folder / "run", pictures(folder / "pictures"), workers=2)
-        return Case(command, folder, folder / "run", mount)
+        return Case(command, folder, folder / "run", mount, unhelpful="--output")
 
     def deleted_data(self) -> Case:
         folder = self.folder()
@@ -208,8 +210,11 @@ def try_case(case: Case) -> list[str]:
         text = log.read_text(errors="replace")
         if "Traceback" in text:
             wrong.append("leaves a traceback")
-        if process.returncode == 2 and not text.rstrip().rpartition("\n")[2].startswith("error: "):
+        last = text.rstrip().rpartition("\n")[2]
+        if process.returncode == 2 and not last.startswith("error: "):
             wrong.append("its last line is not the error's")
+        if case.unhelpful and case.unhelpful in last:
+            wrong.append(f"its last line names {case.unhelpful}, which does not help")
     return wrong + unreadable(case)
 
 

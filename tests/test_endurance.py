@@ -72,6 +72,7 @@ def test_a_run_is_killed_continued_and_compared(way, tmp_path):
         ("print('no'); sys.exit(2)", ["its last line is not the error's"]),
         ("sys.exit(2)", ["its last line is not the error's"]),
         ("time.sleep(60)", ["hangs for 3 s"]),
+        ("print('error: choose another --output'); sys.exit(2)", ["its last line names --output"]),
         ("open(sys.argv[1] + '/last.pt', 'w').write('half')", ["last.pt cannot be read"]),
     ],
 )
@@ -79,7 +80,7 @@ def test_faults_of_a_run_in_an_environment_are_found(code, found, tmp_path, monk
     monkeypatch.setattr(endure_faults, "LONGEST", 3)
     script = tmp_path / "script.py"
     script.write_text(f"import os, sys, time\n{code}\n")
-    case = endure_faults.Case([str(script), str(tmp_path)], tmp_path, tmp_path)
+    case = endure_faults.Case([str(script), str(tmp_path)], tmp_path, tmp_path, unhelpful="--output")
     wrong = endure_faults.try_case(case)
     assert [text[: len(start)] for text, start in zip(wrong, found)] == found
     assert len(wrong) == len(found)

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import errno
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import re
 import resource
@@ -60,6 +61,7 @@ def run_forked(main, log):
     os.setsid()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.unraisablehook = sys.__unraisablehook__  # pytest's own prints nothing here
     code = 0
     try:
         errors.run_script(main)
@@ -309,6 +311,47 @@ def test_a_worker_without_shared_memory(tmp_path, monkeypatch):
 
 def throw(error):
     raise error
+
+
+def few_semaphores(monkeypatch, count):
+    """A /dev/shm in which there is room for so many."""
+    left, make = [None] * count, multiprocessing.synchronize.SemLock.__init__
+
+    def take(self, *args, **more):
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+        make(self, *args, **more)
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", take)
+
+
+@pytest.mark.parametrize("count", [0, 2, 5, 8, 11])
+def test_workers_that_cannot_be_begun_for_want_of_shared_memory(count, tmp_path, monkeypatch):
+    """The locks of queues take it too: what torch has built until then prints nothing at its end."""
+
+    def main():
+        few_semaphores(monkeypatch, count)
+        train(tmp_path / "run")
+
+    assert outcome(main, tmp_path) == (2, f"error: {errors.NO_SHARED_MEMORY}\n")
+
+
+def test_a_pool_that_cannot_be_begun_for_want_of_shared_memory(tmp_path, monkeypatch):
+    def main():
+        few_semaphores(monkeypatch, 1)
+        with processes.pool(2):
+            pass
+
+    assert outcome(main, tmp_path) == (2, f"error: {errors.NO_SHARED_MEMORY}\n")
+
+
+def test_a_worker_that_ends_as_if_all_were_well(tmp_path):
+    """torch's ends so at a KeyboardInterrupt, and looks for it only after each 5 s without a batch."""
+    since = time.monotonic()
+    code, said = outcome(lambda: train(tmp_path / "run", fail(KeyboardInterrupt())), tmp_path)
+    assert (code, time.monotonic() - since < 4) == (1, True)
+    assert "exited unexpectedly" in said
 
 
 @pytest.mark.parametrize("spare", [3, 8, 14])

@@ -4,24 +4,12 @@ import struct
 import zlib
 
 UNDEFINED = 2**32 - 1
-LONG = (
-    b"OB",
-    b"OD",
-    b"OF",
-    b"OL",
-    b"OV",
-    b"OW",
-    b"SQ",
-    b"SV",
-    b"UC",
-    b"UN",
-    b"UR",
-    b"UT",
-    b"UV",
-)  # of four bytes' length
+# Of four bytes' length.
+LONG = tuple(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 DEEPEST = 32  # sequences in sequences
 MOST_INFLATED = 2**30  # bytes of a deflated file
-MOST_SQUEEZED = 4096  # values that a byte of a compressed picture can stand for
+# Values of any compressed picture, since a blank one of 8192 x 8192 has some hundred bytes; and for each byte of others.
+ALWAYS, MOST_SQUEEZED = 2**26, 4096
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 SYNTAX, SAMPLES, FRAMES, ROWS, COLUMNS, BITS, PIXELS = (
     *((2, 0x10), (0x28, 2), (0x28, 8), (0x28, 0x10), (0x28, 0x11), (0x28, 0x100)),
@@ -125,10 +113,9 @@ class Walk:
         place, length = self.found[PIXELS]
         frames = int(self.text(FRAMES) or 1)
         count = frames * self.number(SAMPLES, 1) * self.number(ROWS, 0) * self.number(COLUMNS, 0)
-        held = (
-            (len(self.data) - place) * MOST_SQUEEZED
-            if length == UNDEFINED
-            else length * 8 // max(1, self.number(BITS, 8))
-        )
+        if length == UNDEFINED:
+            held = max(ALWAYS, (len(self.data) - place) * MOST_SQUEEZED)
+        else:
+            held = length * 8 // max(1, self.number(BITS, 8))
         if frames < 0 or count > held:
             raise ValueError(f"claims {count} values, and holds at most {held}")

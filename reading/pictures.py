@@ -15,6 +15,7 @@ What comes out:
 
 import gzip
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from medssl.errors import UnreadableImage, unreadable
+from medssl.reading.arrays import DEFLATE
 from medssl.reading.dicom import read_frame
 from medssl.reading.find import is_dicom
 from medssl.reading.intensities import to_uint8
@@ -102,17 +104,20 @@ def _read_picture(file: BinaryIO) -> np.ndarray:
     return np.ascontiguousarray(colour[..., 0]) if is_grey else colour
 
 
-ALWAYS, MOST_SQUEEZED = 2**22, 4096  # pixels of any picture, and for each byte of a larger one; no format packs more
+# Pixels for each byte of a file, where the format sets a bound: eight in a byte of what deflate packs. The codes of
+# others (WebP, JPEG 2000, AVIF, …) have none, and for them Pillow's own limit of pixels is the only one.
+MOST_PIXELS = {"PNG": 8 * DEFLATE}
 
 
 def opened(file: BinaryIO) -> Image.Image:
-    """A picture whose header was read; an UnreadableImage for one that claims more pixels than its bytes can hold."""
+    """A picture whose header was read; an UnreadableImage for one that claims more pixels than its bytes can hold, and
+    for more than Pillow's limit."""
     image = Image.open(file)
     place = file.tell()
     length = file.seek(0, os.SEEK_END)
     file.seek(place)
     width, height = image.size
-    if image.mode != "1" and width * height > max(ALWAYS, MOST_SQUEEZED * length):
+    if width * height > MOST_PIXELS.get(image.format or "", math.inf) * length:
         raise UnreadableImage(f"claims {width} x {height} pixels in {length} bytes")
     return image
 

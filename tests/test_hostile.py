@@ -16,6 +16,7 @@ import zipfile
 import zlib
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image
@@ -521,6 +522,49 @@ def test_pictures_that_claim_more_than_their_file(tmp_path):
     for read in (read_image, read_mask):
         with pytest.raises(UnreadableImage, match="claims 12000 x 12000 pixels in"):
             read(tmp_path / "a.png")
+
+
+BLANK = Image.new("P", (2400, 2400))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("png", {"bits": 1}),
+        ("png", {"bits": 2}),
+        ("webp", {"lossless": True}),
+        ("jp2", {}),
+        ("avif", {"speed": 10}),
+        ("gif", {}),
+        ("tif", {"compression": "zstd"}),
+    ],
+)
+def test_blank_pictures_are_read(tmp_path, kind, options):
+    """Of nothing, some formats pack a hundred thousand pixels in a byte."""
+    path = tmp_path / f"a.{kind}"
+    image = BLANK if kind in ("png", "gif") else BLANK.convert("L" if kind in ("jp2", "tif") else "RGB")
+    try:
+        image.save(path, **options)
+    except (OSError, ValueError, KeyError) as error:
+        pytest.skip(f"this Pillow does not write it: {error}")
+    for read in (read_image, read_mask):
+        values = read(path)
+        assert values.shape[:2] == (2400, 2400)
+        assert not values.any()
+
+
+def test_blank_slices_of_compressed_series_pass(tmp_path):
+    """JPEG 2000, JPEG-LS and run lengths of a blank slice are as short as those of a picture."""
+    readers.make_series(tmp_path)
+    data = pydicom.dcmread(tmp_path / "2.dcm")
+    data.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000Lossless
+    data["PixelData"].is_undefined_length = True
+    for rows, fits in ((4096, True), (32_768, False)):
+        data.Rows = data.Columns = rows
+        data.PixelData = pydicom.encaps.encapsulate([bytes(300)])
+        data.save_as(tmp_path / "2.dcm")
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="claims 1073741824 values"):
+            check_elements((tmp_path / "2.dcm").read_bytes())
 
 
 # Tables and JSON -----------------------------------------------------------------------------------

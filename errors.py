@@ -58,13 +58,13 @@ def unusable(path: object, what: str) -> contextlib.AbstractContextManager[None]
 @contextlib.contextmanager
 def _blaming(refuse: Callable[[Exception], Exception]) -> Iterator[None]:
     """Decoders raise nearly anything for damaged files. What is not the file's fault passes as it is: the exceptions of
-    this module, what the machine lacks (memory, open files), and Ctrl-C."""
+    this module, what the machine lacks (memory, open files, room on a disk), and Ctrl-C."""
     try:
         yield
     except (InputError, UnreadableImage, MemoryError):
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in LACKS:
+        if getattr(error, "errno", None) in (*LACKS, *DISK):
             raise
         refused = refuse(error)
         if refused is error:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from medssl.errors import UnreadableImage, unreadable
+from medssl.errors import LACKS, InputError, UnreadableImage, unreadable
 from medssl.reading.elements import check_elements
 from medssl.reading.find import DICOM_EXTENSIONS, is_dicom
 from medssl.reading.geometry import volume_size
@@ -131,18 +131,29 @@ def slices_alone(folder: Path) -> Iterator[Path]:
     """A folder with links to the DICOM files of a folder, each of which holds what its elements claim.
 
     Raises:
-        UnreadableImage: for one that does not.
+        UnreadableImage: for one that does not. InputError: where no temporary folder can be written.
     """
-    with tempfile.TemporaryDirectory() as links:
-        for path in sorted(folder.iterdir()):
-            if not path.is_file() or path.name.startswith("."):
-                continue
-            with unreadable(f"{path.name} is damaged"), open(path, "rb") as file:
-                if not is_dicom(file, path):
-                    continue
+    slices = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        with unreadable(f"{path.name} is damaged"), open(path, "rb") as file:
+            if is_dicom(file, path):
                 check_elements(file.read())
-            (Path(links) / path.name).symlink_to(path.resolve())
-        yield Path(links)
+                slices.append(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            links = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+            for path in slices:
+                (links / path.name).symlink_to(path.resolve())
+        except OSError as error:  # not the series' fault
+            if error.errno in LACKS:
+                raise
+            raise InputError(
+                f"cannot link DICOM slices in a temporary folder ({error.strerror or error}); set TMPDIR to a folder"
+                " that can be written, on a disk with room"
+            ) from error
+        yield links
 
 
 def _load_checked(folder: Path, dtype: type | None):

@@ -8,7 +8,7 @@ UNDEFINED = 2**32 - 1
 LONG = tuple(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 DEEPEST = 32  # sequences in sequences
 MOST_INFLATED = 2**30  # bytes of a deflated file
-# Values of any compressed picture, since a blank one of 8192 x 8192 has some hundred bytes; and for each byte of others.
+# Values of any compressed picture, since a blank one of 8192 x 8192 has some hundred bytes; for each byte of a larger.
 ALWAYS, MOST_SQUEEZED = 2**26, 4096
 IMPLICIT, BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 SYNTAX, SAMPLES, FRAMES, ROWS, COLUMNS, BITS, PIXELS = (

@@ -4,6 +4,7 @@ What ended the process once is read in a process of its own, so that it fails it
 """
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import os
 import pickle
 import shutil
 import struct
+import tempfile
 import tracemalloc
 import zipfile
 import zlib
@@ -26,7 +28,7 @@ from medssl.datasets import cache as caches
 from medssl.datasets import chest, chexpert, luna, pathology
 from medssl.datasets.base import Request
 from medssl.engine.runs import refuse_changes
-from medssl.errors import InputError, UnreadableImage
+from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
 from medssl.reading.arrays import read_npy, read_npz
@@ -502,6 +504,39 @@ def test_elements_that_claim_more_than_their_file(tmp_path):
     (tmp_path / "2.dcm").write_bytes(whole)
     (tmp_path / "notes.txt").write_bytes(b"\x08\0\x05\0" + b"\xff" * 300)  # no slice: GDCM never sees it
     assert read_volume(tmp_path).array.shape == (8, 6, 4)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM])
+@pytest.mark.parametrize("call", ["mkdir", "symlink"])
+def test_a_full_temporary_folder_is_not_the_series_fault(tmp_path, monkeypatch, call, number):
+    def fails(*_args, **_more):
+        raise OSError(number, os.strerror(number), "/tmp/x")
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "series").mkdir()
+    readers.make_series(tmp_path / "series")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(InputError, match=rf"\({os.strerror(number)}\); set TMPDIR to a folder that can be written"):
+            read_volume(tmp_path / "series")
+    assert read_volume(tmp_path / "series").array.shape == (8, 6, 4)
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_no_temporary_folder_at_all(tmp_path, monkeypatch):
+    readers.make_series(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    with pytest.raises(InputError, match=r"No usable temporary directory.*set TMPDIR to a folder"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("number", [*LACKS, *DISK])
+def test_what_the_machine_lacks_is_no_files_fault(number):
+    for block in (unreadable("damaged"), unusable("a.pt", "damaged")):
+        with pytest.raises(OSError, match=os.strerror(number)), block:
+            raise OSError(number, os.strerror(number))
 
 
 def test_depths_of_sequences_are_bounded():

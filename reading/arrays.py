@@ -4,8 +4,13 @@ Nothing is unpickled, and nothing is allocated before what a header claims was c
 claims terabytes is refused as any damaged file.
 """
 
+import bz2
+import copy
+import io
+import lzma
 import math
 import os
+import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +21,17 @@ from numpy.lib import format as npy
 
 from medssl.errors import unreadable
 
-READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+READ_HEADER = {
+    (1, 0): npy.read_array_header_1_0,
+    (2, 0): npy.read_array_header_2_0,
+    (3, 0): npy.read_array_header_2_0,  # which differs in how names of fields are encoded; arrays of numbers have none
+}
 NUMBERS = "biuf"  # kinds of dtypes
 MOST_AXES = 32  # of arrays in every version of numpy
 DEFLATE = 1032  # bytes that deflate makes of one at most
+UNBOUNDED = 2**30  # bytes of an array that bzip2 or lzma packed: of these, a kilobyte can hold gigabytes
+BLOCK = 2**20  # bytes decompressed at a time
+ENDS, UNKNOWN = 2, 2**64 - 1  # zip's flag that LZMA's data mark their own end, and how LZMA's header says so
 NPY, NPZ = "not an .npy file of numbers, or a truncated one", "not a readable .npz file of numbers"
 
 
@@ -44,13 +56,13 @@ def read_npz(path: str | Path, names: Sequence[str] | None = None) -> dict[str, 
     """Read arrays of numbers by their names in a file, which may be compressed; others are not decompressed.
 
     Args:
-        names: of those to read, less those that are not there; all by default.
+        names: of those to read, less those that are not there; all by default. Members that are no `.npy` do not count.
 
     Raises:
         UnreadableImage: as `read_npy`.
     """
     with unreadable(NPZ), zipfile.ZipFile(path) as archive:
-        members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+        members = {name.removesuffix(".npy"): archive.getinfo(name) for name in _arrays(archive)}
         wanted = members if names is None else [name for name in names if name in members]
         return {name: _read_member(archive, members[name], os.path.getsize(path)) for name in wanted}
 
@@ -58,7 +70,11 @@ def read_npz(path: str | Path, names: Sequence[str] | None = None) -> dict[str, 
 def names_in(path: str | Path) -> list[str]:
     """The names of the arrays of an .npz file, sorted; raises UnreadableImage for another file."""
     with unreadable(NPZ), zipfile.ZipFile(path) as archive:
-        return sorted(name.removesuffix(".npy") for name in archive.namelist())
+        return sorted(name.removesuffix(".npy") for name in _arrays(archive))
+
+
+def _arrays(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if name.endswith(".npy")]
 
 
 def _check_header(file: BinaryIO, length: int) -> None:
@@ -85,10 +101,36 @@ def _check_header(file: BinaryIO, length: int) -> None:
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, length: int) -> np.ndarray:
     """One array of an archive of `length` bytes."""
-    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE}.get(member.compress_type, 0)
-    if member.file_size > most * min(member.compress_size, length):
+    packed = min(member.compress_size, length)
+    most = {zipfile.ZIP_STORED: packed, zipfile.ZIP_DEFLATED: DEFLATE * packed}
+    if member.file_size > most.get(member.compress_type, max(UNBOUNDED, DEFLATE * packed)):
         raise ValueError(f"{member.filename} claims {member.file_size} bytes")
-    with archive.open(member) as file:
-        _check_header(file, member.file_size)
+    held = member.file_size if member.compress_type in most else _unpacked(archive, member)
+    with _opened(archive, member) as file:
+        _check_header(file, held)
         file.seek(0)
         return npy.read_array(file, allow_pickle=False)
+
+
+def _opened(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> BinaryIO:
+    """A member to read from, of which no more is decompressed at a time than is read."""
+    if member.compress_type not in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        return archive.open(member)
+    stored = copy.copy(member)  # of these, the zipfile module decompresses all that a block holds, as gigabytes
+    stored.compress_type, stored.file_size = zipfile.ZIP_STORED, member.compress_size
+    del stored.CRC  # of what is packed
+    file = io.BytesIO(archive.open(stored).read())
+    if member.compress_type == zipfile.ZIP_BZIP2:
+        return bz2.BZ2File(file)
+    properties = file.read(9)[4:]  # of LZMA, behind a version and their length
+    length = UNKNOWN if member.flag_bits & ENDS else member.file_size
+    return lzma.LZMAFile(io.BytesIO(properties + struct.pack("<Q", length) + file.read()))
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """How many bytes a member holds, of those that it claims, however few it has."""
+    found = 0
+    with _opened(archive, member) as file:
+        while found < member.file_size and (block := file.read(BLOCK)):
+            found += len(block)
+    return min(found, member.file_size)

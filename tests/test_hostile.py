@@ -14,6 +14,7 @@ import shutil
 import struct
 import tempfile
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 
@@ -31,7 +32,7 @@ from medssl.engine.runs import refuse_changes
 from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
-from medssl.reading.arrays import read_npy, read_npz
+from medssl.reading.arrays import names_in, read_npy, read_npz
 from medssl.reading.dicom import is_series
 from medssl.reading.elements import check_elements
 from medssl.reading.masks import read_mask, run_lengths
@@ -284,11 +285,59 @@ def test_archives_that_claim_more_than_deflate_can_hold(tmp_path):
     (tmp_path / "a.npz").write_bytes(whole.replace(real, struct.pack("<I", 2**32 - 2)))
     with pytest.raises(UnreadableImage, match="a.npy claims 4294967294 bytes"):
         read_npz(tmp_path / "a.npz")
-    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # of which a kilobyte can hold gigabytes
-        with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
-            archive.writestr("a.npy", npy(claims((4,)), bytes(16)))
-        with pytest.raises(UnreadableImage, match="a.npy claims"):
-            read_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archives_of_methods_that_pack_without_bound(tmp_path, method):
+    """A kilobyte of these can hold gigabytes: an array is as long as what is unpacked, and no more is unpacked."""
+    array, path = np.arange(10**5, dtype=np.uint16).reshape(100, -1), tmp_path / "a.npz"
+
+    def write(*parts):
+        with zipfile.ZipFile(path, "w", method) as archive, archive.open("a.npy", "w") as file:
+            for part in parts:
+                file.write(part)
+
+    write(npy(claims(array.shape, "<u2"), array.tobytes()))
+    np.testing.assert_array_equal(read_npz(path)["a"], array)
+    write(npy(claims((2048, 2048), "|u1"), bytes(2**22)))
+    np.testing.assert_array_equal(read_npz(path)["a"], 0)
+    for claimed, shape, reason in (
+        (2**30, (2**28,), f"holds {10**5 * 2} of {2**29} bytes"),
+        (2**31, (2**30,), "a.npy claims 2147483648 bytes"),
+    ):
+        forged = npy(claims(shape, "<u2"), array.tobytes())
+        write(forged)
+        real = struct.pack("<I", len(forged))
+        path.write_bytes(path.read_bytes().replace(real, struct.pack("<I", claimed)))
+        tracemalloc.start()
+        with pytest.raises(UnreadableImage, match=reason):
+            read_npz(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+    write(npy(claims((4,)), bytes(16)), *[bytes(2**22)] * 8)
+    tracemalloc.start()
+    read_npz(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_members_that_are_no_arrays_are_passed_over(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("README.txt", "of whom these are")
+        archive.writestr("a.npy", npy(claims((2,)), bytes(8)))
+        archive.writestr("folder/", "")
+    assert list(read_npz(tmp_path / "a.npz")) == names_in(tmp_path / "a.npz") == ["a"]
+    assert read_npz(tmp_path / "a.npz", ["README.txt"]) == {}
+
+
+def test_every_version_of_npy_is_read(tmp_path):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for version in ((1, 0), (2, 0), (3, 0)):
+        with open(tmp_path / "a.npy", "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, that old versions of it do not read the later
+            np.lib.format.write_array(file, array, version)
+        for mapped in (False, True):
+            np.testing.assert_array_equal(read_npy(tmp_path / "a.npy", mapped=mapped), array)
 
 
 # Volumes -------------------------------------------------------------------------------------------

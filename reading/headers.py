@@ -19,7 +19,7 @@ from medssl.errors import UnreadableImage
 from medssl.reading.arrays import DEFLATE
 
 BLOCK = 2**22  # bytes decompressed at a time
-LONGEST = 4096  # bytes of a header's line
+LONGEST = 2**15  # bytes of a header's line, of which MetaIO has room for about as many
 MOST_LINES = 4096
 MOST_FILES = 100_000  # of one volume
 MOST_BYTES = 2**42  # of one volume
@@ -157,49 +157,61 @@ META_COUNTS = {  # numbers of a field, as a power of the dimensions
     **dict.fromkeys(("ElementMin", "ElementMax", "ElementToIntensityFunctionSlope", "CompressionLevel"), 0),
     **dict.fromkeys(("ElementToIntensityFunctionOffset", "ID", "ParentID"), 0),
 }
+META_NEEDED = ("NDims", "DimSize", "ElementType", "ElementDataFile")
 META_YES = ("BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData")
+META_OTHERS = ("AnatomicalOrientation", "ObjectType", "ElementNumberOfChannels", "HeaderSize", "CompressedDataSize")
+META_USED = {*META_NEEDED, *META_COUNTS, *META_YES, *META_OTHERS}
+# What MetaIO copies into places of 255 bytes, and over what is behind them: these fields, and all fields' names.
+META_TEXTS = ("Comment", "Name", "AcquisitionDate", "Modality", "DistanceUnits", "ObjectSubType")
+LONGEST_TEXT = 254
 
 
 def _check_meta(path: Path, file: BinaryIO) -> None:
     """MetaImage: the fields have their kinds of values, and the data files are there and as long as these say."""
     fields = _meta_fields(file)
-    for key in ("NDims", "DimSize", "ElementType", "ElementDataFile"):
+    for key in META_NEEDED:
         if key not in fields:
             raise UnreadableImage(f"its header lacks {key}")
     (dims,) = _numbers("NDims", fields["NDims"], 1, int)
     if not 1 <= dims <= 10:
         raise UnreadableImage(f"its header says NDims = {dims}")
-    start, local = file.tell(), fields["ElementDataFile"].lower() == "local"
-    if not local and not re.search("%|^LIST", fields["ElementDataFile"]):
-        _check_files(path, [fields["ElementDataFile"]], [0])
+    written = fields["ElementDataFile"]
+    local, many = written.lower() == "local", "%" in written or written.startswith("LIST")
+    if not local and not many:
+        _check_files(path, [written], [0])
     sizes = _sizes("DimSize", fields["DimSize"], dims)
     _check_meta_values(fields, dims)
-    needed, squeezed = _meta_bytes(fields, sizes), fields.get("CompressedData", "False").lower() == "true"
-    if local or not re.search("%|^LIST", fields["ElementDataFile"]):
-        _check_meta_data(path if local else path.parent / fields["ElementDataFile"], start * local, fields, needed)
-        return
-    names = _meta_names(file, fields["ElementDataFile"], sizes)
-    each = 0 if squeezed else needed // len(names) + max(0, int(fields.get("HeaderSize", 0)))
-    _check_files(path, names, [each] * len(names))
-    if squeezed:
-        raise UnreadableImage("its values are compressed in several files; only those of one are read")
+    needed = _meta_bytes(fields, sizes)
+    if many:
+        _check_meta_files(path, _meta_names(file, written, sizes), fields, needed)
+    elif local:
+        _check_meta_data(path, file.tell(), fields, needed)
+    else:
+        _check_meta_data(path.parent / written, 0, fields, needed)
 
 
 def _meta_fields(file: BinaryIO) -> dict[str, str]:
-    """The header's fields, the last of which is ElementDataFile; values may follow it."""
+    """The header's fields, the last of which is ElementDataFile; values may follow it. Of a field that is not used,
+    any text, and the first where there are several."""
     fields: dict[str, str] = {}
-    for line in _lines(file, r"\s*ElementDataFile\s*="):
-        key, equals, value = (part.strip() for part in line.partition("="))
+    for line in _lines(file, r"\s*ElementDataFile\s*[=:]"):
         if not line.strip():
             continue
-        if not equals or not re.fullmatch(r"[\w.|\[\] ()-]{1,80}", key):
+        key, *rest = (part.strip() for part in re.split("[=:]", line, maxsplit=1))  # MetaIO takes both
+        if not rest or not 0 < len(key) <= LONGEST_TEXT:
             raise UnreadableImage(f"its header has a line that is no field: {_shown(line)}")
-        if key in fields:
+        if key in fields and key in META_USED:
             raise UnreadableImage(f"its header says {key} twice")
-        if len(value) > 2000 or (not value and key in ("DimSize", "ElementDataFile")):
-            raise UnreadableImage(f"damaged: its header says {key} = {_shown(value)}")
-        fields[key] = value
+        if (len(rest[0]) > 2000 and key in META_USED) or (not rest[0] and key in META_NEEDED):
+            raise UnreadableImage(f"damaged: its header says {key} = {_shown(rest[0])}")
+        if key in META_TEXTS and len(rest[0]) > LONGEST_TEXT:
+            raise UnreadableImage(f"its header has a {key} of more than {LONGEST_TEXT} letters, which is not read")
+        fields.setdefault(key, rest[0])
     return fields
+
+
+def _yes(fields: dict[str, str], key: str, otherwise: str = "False") -> bool:
+    return fields.get(key, otherwise).lower() in ("true", "1")
 
 
 def _check_meta_values(fields: dict[str, str], dims: int) -> None:
@@ -223,7 +235,7 @@ def _meta_bytes(fields: dict[str, str], sizes: Sequence[int]) -> int:
     if not 1 <= channels <= 4096:
         raise UnreadableImage(f"its header says ElementNumberOfChannels = {channels}")
     count = math.prod(sizes) * channels
-    if fields.get("BinaryData", "True").lower() in ("false", "0"):
+    if not _yes(fields, "BinaryData", "True"):
         return 2 * count - 1  # a digit each, and blanks between
     return count * META_BYTES[kind]
 
@@ -234,8 +246,10 @@ def _check_meta_data(data: Path, start: int, fields: dict[str, str], needed: int
     length = data.stat().st_size - start
     if head < -1 or (head > 0 and start) or head > length:
         raise UnreadableImage(f"its header says HeaderSize = {head}")
-    if fields.get("CompressedData", "False").lower() not in ("true", "1"):
+    if not _yes(fields, "CompressedData"):
         _check_length(data.name, length - max(0, head), needed)
+        if not _yes(fields, "BinaryData", "True"):
+            _check_text(data)
         return
     (squeezed,) = _numbers("CompressedDataSize", fields.get("CompressedDataSize", "0"), 1, int)
     if squeezed < 0 or head or (start and not squeezed):  # of what is in the header's own file, ITK asks for it
@@ -246,10 +260,28 @@ def _check_meta_data(data: Path, start: int, fields: dict[str, str], needed: int
         _check_deflated(data.name, file, squeezed or length, needed)
 
 
+def _check_text(data: Path) -> None:
+    """Raise UnreadableImage where text ends in a number: MetaIO wants to see that it ends."""
+    with open(data, "rb") as file:
+        file.seek(-1, 2)
+        if not file.read().isspace():
+            raise UnreadableImage(f"{data.name} has numbers as text, which must end in a blank or a new line")
+
+
+def _check_meta_files(path: Path, names: Sequence[str], fields: dict[str, str], needed: int) -> None:
+    """Several files with the values, each after as many bytes as HeaderSize says."""
+    (head,) = _numbers("HeaderSize", fields.get("HeaderSize", "0"), 1, int)
+    squeezed = _yes(fields, "CompressedData")
+    each = 0 if squeezed else needed // len(names) + max(0, head)
+    _check_files(path, names, [each] * len(names))
+    if squeezed:
+        raise UnreadableImage("its values are compressed in several files; only those of one are read")
+
+
 def _meta_names(file: BinaryIO, written: str, sizes: Sequence[int]) -> list[str]:
     """The data files of a list, which follows the header, or of a pattern: one for each last index."""
     if written.startswith("LIST"):
-        if written not in ("LIST", f"LIST {len(sizes) - 1}"):
+        if written.split() not in (["LIST"], ["LIST", f"{len(sizes) - 1}"], ["LIST", f"{len(sizes) - 1}D"]):
             raise UnreadableImage(f"its header says ElementDataFile = {_shown(written)}; lists name slices")
         names = [line.strip() for line in _lines(file) if line.strip()]
     else:
@@ -276,6 +308,8 @@ def _check_nifti(path: Path, file: BinaryIO) -> None:
     """NIfTI: ITK fills what a truncated file lacks with zeros or noise."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
+    if zipped and not path.name.lower().endswith(".gz"):
+        raise UnreadableImage("gzipped, which its name does not say; rename it so that it ends in .nii.gz")
     with gzip.open(file) if zipped else open(path, "rb") as content:
         needed = _nifti_bytes(content.read(540))
     length = path.stat().st_size
@@ -289,7 +323,7 @@ def _check_nifti(path: Path, file: BinaryIO) -> None:
         # Cut short, or written in several parts, or with something behind: only reading it tells.
         found = 0
         with gzip.open(path) as content, contextlib.suppress(EOFError):
-            while found < needed and (block := content.read(BLOCK)):
+            while found < needed and (block := content.read1(BLOCK)):
                 found += len(block)
         _check_length(path.name, found, needed)
 
@@ -333,6 +367,7 @@ NRRD_BYTES = {
 }
 NRRD_PACKED = ("gzip", "gz")
 NRRD_TEXT = ("txt", "text", "ascii")
+NRRD_HEX = "hex"  # two digits a byte
 
 
 def _check_nrrd(path: Path, file: BinaryIO) -> None:
@@ -348,11 +383,13 @@ def _check_nrrd(path: Path, file: BinaryIO) -> None:
     if fields["type"].lower() not in NRRD_BYTES:
         raise UnreadableImage(f"its header says type: {_shown(fields['type'])}, which is not read")
     encoding = fields["encoding"].lower()
-    if encoding not in ("raw", *NRRD_TEXT, *NRRD_PACKED):
+    if encoding not in ("raw", NRRD_HEX, *NRRD_TEXT, *NRRD_PACKED):
         raise UnreadableImage(f"its header says encoding: {_shown(fields['encoding'])}, which is not read")
     needed = math.prod(sizes) * NRRD_BYTES[fields["type"].lower()]
     if encoding in NRRD_TEXT:
         needed = 2 * math.prod(sizes) - 1
+    elif encoding == NRRD_HEX:
+        needed *= 2
     skips = [_numbers(key, fields.get(key, "0"), 1, int)[0] for key in ("line skip", "byte skip")]
     if skips[0] < 0 or skips[1] < -1 or max(skips) > MOST_BYTES:
         raise UnreadableImage(f"its header says line skip: {skips[0]}, byte skip: {skips[1]}")

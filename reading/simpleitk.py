@@ -67,5 +67,8 @@ def reason_of(text: str) -> str:
     """The part of a SimpleITK error that says something: its last line, without places in the source."""
     if "Unable to determine ImageIO" in text:
         return "not a volume that SimpleITK can read"
+    if "MetaImageIO" in text:  # which gives the reason of whatever failed last in this process, such as "Success"
+        return "damaged: its values are not such as its header says"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^(sitk::ERROR:|ITK ERROR:|Reason:)\s*", "", lines[-1]) if lines else "SimpleITK gives no reason"
+    noise = r"^((sitk::ERROR:|(itk::|ITK )ERROR:|Reason:|\w+\(0x[0-9a-f]+\):)\s*)+"
+    return re.sub(noise, "", lines[-1]) if lines else "SimpleITK gives no reason"

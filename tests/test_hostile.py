@@ -38,6 +38,7 @@ from medssl.reading.elements import check_elements
 from medssl.reading.masks import read_mask, run_lengths
 from medssl.reading.pickles import read_pickle
 from medssl.reading.pictures import describe, read_image
+from medssl.reading.simpleitk import reason_of
 from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_header, read_volume
 from medssl.study.jobs import INTERRUPTION, Job
@@ -387,7 +388,11 @@ FIELDS = {
     "ObjectType": ("Mesh",),
     "DimSize = 4 3 2\nDimSize": ("9 9 9",),
     "A" * 5000: ("1",),
-    "Comment": ("A" * 9000, "a\x00b", "\x1b[2J"),
+    "A" * 255: ("1",),
+    "": ("1",),
+    "Foo": ("A" * 40_000, "a\nno field", "1\nDimSize: 9 9 9", "1\nElementDataFile: %s%s%n"),
+    "Comment": ("A" * 9000, "A" * 255, "a\x00b", "\x1b[2J"),
+    "Name": ("A" * 255,),
 }
 
 
@@ -417,7 +422,14 @@ def test_every_kind_of_meta_data_is_read(tmp_path):
         ("text.mha", " ".join(map(str, [*VALUES, ""])).encode(), {"BinaryData": "False"}),
         ("list.mhd", b"slice01.raw\nslice02.raw\n", {"ElementDataFile": "LIST"}),
         ("numbers.mhd", b"", {"ElementDataFile": "slice%02d.raw 1 2 1"}),
+        ("list2.mhd", b"slice01.raw\nslice02.raw\n", {"ElementDataFile": "LIST 2"}),
+        ("list2d.mhd", b"slice01.raw\nslice02.raw\n", {"ElementDataFile": "LIST 2D"}),
         ("more.mha", raw, {"Comment": "a CT, at 120 kV", "0008|0060": "CT", "SeriesDescription": None}),
+        ("names.mha", raw, {"MyField:x": "3", "(0008,0060)": "CT", "a/b": "1", "Größe's %": "%s", "A" * 254: "1"}),
+        ("twice.mha", raw, {"Comment": "a\nComment = b", "Foo": "1\nFoo: 2"}),
+        ("long.mha", raw, {"Foo": "A" * 30_000, "Comment": "A" * 254}),
+        ("colons.mha", raw, {"DimSize": None, "DimSize: 4 3 2\nFoo": "1"}),
+        ("one.mha", squeezed, {"CompressedData": "1", "CompressedDataSize": len(squeezed)}),
     ):
         path = meta(tmp_path / name, values, **changes)
         np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=name)
@@ -427,6 +439,7 @@ def test_every_kind_of_meta_data_is_read(tmp_path):
 def test_meta_data_that_are_cut_or_missing(tmp_path):
     squeezed = zlib.compress(np.random.default_rng(0).bytes(48))
     (tmp_path / "one.raw").write_bytes(bytes(23))
+    text = " ".join(map(str, VALUES)).encode()
     for values, changes, reason in (
         (bytes(47), {}, "holds 47 of 48 bytes"),
         (squeezed[:-20], {"CompressedData": "True", "CompressedDataSize": len(squeezed) - 20}, "truncated"),
@@ -443,6 +456,9 @@ def test_meta_data_that_are_cut_or_missing(tmp_path):
         (b"", {"ElementDataFile": "gone%d.raw 1 2 1"}, "gone1.raw is missing"),
         (b"", {"ElementDataFile": "slice%d.raw 1 3 1"}, "names 3 data files for 2 slices"),
         (b"1 2 3", {"BinaryData": "False"}, "holds 5 of 47 bytes"),
+        (text, {"BinaryData": "False"}, "numbers as text, which must end in a blank or a new line"),
+        (text.replace(b"7", b"x") + b"\n", {"BinaryData": "False"}, "its values are not such as its header says"),
+        (b"one.raw\none.raw\n", {"ElementDataFile": "LIST", "CompressedData": "1"}, "compressed in several files"),
     ):
         refused(read_volume, meta(tmp_path / "a.mha", values, **changes), reason, here=True)
 
@@ -462,6 +478,11 @@ def test_nrrd_headers_are_checked(tmp_path):
     (tmp_path / "s2.raw").write_bytes(VALUES[12:].tobytes())
     wanted = VALUES.reshape(2, 3, 4).transpose(2, 1, 0)
     np.testing.assert_array_equal(read_volume(nrrd(tmp_path / "a.nrrd")).array, wanted)
+    digits = RAW.hex("\n", 20).encode()
+    np.testing.assert_array_equal(read_volume(nrrd(tmp_path / "h.nrrd", values=digits, encoding="hex")).array, wanted)
+    refused(read_volume, nrrd(tmp_path / "h.nrrd", values=digits[:-6], encoding="hex"), "truncated", here=True)
+    long = nrrd(tmp_path / "l.nrrd", f"key:={'A' * 10_000}")
+    np.testing.assert_array_equal(read_volume(long).array, wanted)
     many = nrrd(tmp_path / "a.nhdr", "data file: s%d.raw 1 2 1", values=b"")
     np.testing.assert_array_equal(read_volume(many).array, wanted)
     for written in (
@@ -496,6 +517,29 @@ def test_nifti_headers_are_checked(tmp_path):
         struct.pack_into("<" + kind, changed, place, value)
         (tmp_path / "b.nii").write_bytes(changed)
         refused(read_volume, tmp_path / "b.nii", reason, here=True)
+
+
+def test_gzipped_nifti_says_what_is_wrong(tmp_path):
+    values = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "a.nii.gz"))
+    whole = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "a.nii").write_bytes(whole)
+    refused(read_volume, tmp_path / "a.nii", "gzipped, which its name does not say; rename it", here=True)
+    (tmp_path / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UnreadableImage, match=r"a.nii.gz holds [1-9]\d\d of 1792 bytes"):
+        read_volume(tmp_path / "a.nii.gz")
+
+
+def test_reasons_name_no_places_in_memory():
+    for text, reason in (
+        ("Exception\nITK ERROR: NiftiImageIO(0x5655a0): not such a file", "not such a file"),
+        ("itk::ERROR: NrrdImageIO(0x0f): Reason: why", "why"),
+        (
+            "ITK ERROR: MetaImageIO(0x1): File cannot be read: a.mha\nReason: Success",
+            "damaged: its values are not such",
+        ),
+    ):
+        assert reason_of(text).startswith(reason)
 
 
 def test_a_bomb_is_not_unpacked_beyond_what_is_needed(tmp_path):

@@ -24,7 +24,7 @@ class StandIn:
         raise REFUSED(f"refused: a state for {type(self).__name__.lower()}")
 
 
-class Inert(StandIn, dict):
+class Container(StandIn, dict):
     """Stands for a container class of JAX's libraries: keeps the mapping that it is made of, and does nothing else."""
 
     def __init__(self, *values: object) -> None:
@@ -125,6 +125,15 @@ def numbers(raw: object, dtype: object, shape: object, order: str) -> np.ndarray
 
 MULTIARRAY, NUMERIC = ("numpy.core.multiarray", "numpy._core.multiarray"), ("numpy.core.numeric", "numpy._core.numeric")
 KEYS = (str, bytes, int, float, bool, type(None))  # of dictionaries: hashing tuples in tuples can end the process
+# Opcodes that arrays and containers do not need: persistent names, extensions, other ways to make objects, buffers beside
+# the file, and sets, which hash what is in them.
+REFUSED_CODES = b"".join(
+    (
+        *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
+        *(pickle.NEWOBJ_EX, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EMPTY_SET, pickle.ADDITEMS),
+        pickle.FROZENSET,
+    )
+)
 
 
 class PlainUnpickler(pickle._Unpickler):
@@ -133,20 +142,9 @@ class PlainUnpickler(pickle._Unpickler):
     It is Python's own: that in C lets a file say how much memory its memo takes.
     """
 
-    dispatch = {
-        key: load
-        for key, load in pickle._Unpickler.dispatch.items()
-        if key
-        not in b"".join(
-            (
-                *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),
-                *(pickle.NEWOBJ_EX, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EMPTY_SET, pickle.ADDITEMS),
-                pickle.FROZENSET,
-            )
-        )
-    }
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED_CODES}
     KNOWN = {
-        ("collections", "OrderedDict"): Inert,
+        ("collections", "OrderedDict"): Container,
         **dict.fromkeys((("_codecs", "encode"), ("__builtin__", "bytes"), ("builtins", "bytes")), Bytes),
         ("numpy", "ndarray"): Array,
         ("numpy", "dtype"): Dtype,
@@ -161,7 +159,7 @@ class PlainUnpickler(pickle._Unpickler):
         if name == "_ByolExperimentState":
             return ByolState
         if module.split(".")[0] in ("haiku", "byol", "jax", "optax", "jaxlib"):
-            return Inert
+            return Container
         raise REFUSED(f"refused: it wants {module}.{name}, which is neither an array nor a container")
 
     def load_call(self) -> None:

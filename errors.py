@@ -86,6 +86,8 @@ def explain(error: BaseException, less: str = "a smaller --b, or fewer --workers
     if not isinstance(error, (OSError, MemoryError, RuntimeError)):
         return None
     number, file = error_number(error), file_of(error)
+    if file is None and number in (*DISK, errno.EPIPE) and isinstance(error, OSError) and not _prints("\n"):
+        return f"standard output: {os.strerror(number)}; send it elsewhere"
     if "</torch_" in text:  # the name of a piece of shared memory
         return FEW_FILES if number in (errno.EMFILE, errno.ENFILE) else NO_SHARED_MEMORY
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancillary data" in text:
@@ -135,6 +137,15 @@ def file_of(error: BaseException) -> str | None:
     return getattr(error, "filename", None) or (found["file"] if found else None)
 
 
+def _prints(text: str = "") -> bool:
+    """Whether standard output takes a text, and what was printed before and is still to be written."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        return False
+    return True
+
+
 def run_script(main: Callable[[], object], less: str = "a smaller --b, or fewer --workers") -> None:
     """Run a script's `main`, turning what `explain` knows into one line on standard error and exit code 2.
 
@@ -144,6 +155,7 @@ def run_script(main: Callable[[], object], less: str = "a smaller --b, or fewer 
     open_streams()
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -152,6 +164,9 @@ def run_script(main: Callable[[], object], less: str = "a smaller --b, or fewer 
             raise
     else:
         return
+    finally:
+        if not _prints():  # the interpreter would try once more at its end, and leave a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 

@@ -1,10 +1,15 @@
 """Files of tensors: written atomically, read without ever executing what they hold."""
 
 import argparse
+import contextlib
 import json
+import pickletools
 import re
 import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import safe_open
@@ -14,6 +19,13 @@ from medssl.errors import InputError
 from medssl.files import file_digest, split_init, write_atomic
 
 FORMAT_VERSION = 2  # of what runs leave
+
+# Classes and functions that files of weights name.
+WEIGHTS_HAVE = re.compile(
+    r"torch\.(\w+Storage|Size|device|Tensor|bool|(b?float|u?int|complex)\d+|(_utils|_tensor)\._rebuild_\w+|storage\.\w+)"
+    r"|torch\.nn\.parameter\.Parameter|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
+)
+LEGACY_PICKLES = 4  # in a file as torch wrote it before 1.6: three of its own, and then the content
 
 # Encoders whose names begin so ended before their network's last ReLU in files of version 1.
 WITHOUT_LAST_RELU = ("densenet", "xception")
@@ -66,7 +78,7 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     except Exception as error:  # whatever the readers end in: they are others', and the file may be anything
         if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
             raise  # no permission, for example; a file cut very short gives an OSError without a name
-        raise InputError(f"{path}: {_what_is_wrong(str(error))}") from None
+        raise InputError(f"{path}: {_what_is_wrong(str(error), path)}") from None
 
 
 def _read_pickle(path: Path, device: str | torch.device) -> object:
@@ -90,18 +102,54 @@ def _value(text: str) -> object:
         return text
 
 
-def _what_is_wrong(reason: str) -> str:
+def _what_is_wrong(reason: str, path: Path) -> str:
     """A reader's words → what to say of the file."""
     found = re.search(r"GLOBAL ([\w.]{1,200}) w(?:as|hose)", reason)
-    if found:
+    other = re.search(r"Unsupported operand 1(4\d|5[0-2])\b", reason)  # of protocol 4 or 5
+    name = found[1] if found else _foreign_name(path) if other else None
+    if name:
         return (
-            f"refused, the file wants to run code on loading: it holds {found[1]}, and not weights alone; where it was "
+            f"refused, the file wants to run code on loading: it holds {name}, and not weights alone; where it was "
             "made, save them anew: torch.save(model.state_dict(), FILE)"
         )
     if re.search("GLOBAL|Unsupported class|Trying to call|Can only (?:create|build)", reason):
         return "refused, the file wants to run code on loading"
     if "TorchScript" in reason:
         return "a TorchScript program; save its weights anew: torch.save(torch.jit.load(FILE).state_dict(), NEW)"
-    if "Unsupported operand 149" in reason:  # which begins pickles of protocol 4 and 5
+    if other:
         return "a pickle of another protocol than torch.save's; save it anew: torch.save(model.state_dict(), FILE)"
     return "not a checkpoint, or a truncated one"
+
+
+def _foreign_name(path: Path) -> str | None:
+    """The first class or function that is named by a pickle of protocol 4 or 5, in a file or in torch's archive of it,
+    and that files of weights have not. Nothing of the file is run."""
+    with contextlib.suppress(Exception), _pickle_in(path) as file:  # where it is damaged, what is before that counts
+        for _ in range(LEGACY_PICKLES):
+            for name in _names_in(file):
+                if name is None:
+                    return "what it does not spell out"
+                if name not in STAND_INS and not WEIGHTS_HAVE.fullmatch(name):
+                    return re.sub(r"[^\w.]", "?", name[:200])
+    return None
+
+
+def _names_in(file: IO[bytes]) -> Iterator[str | None]:
+    """What a pickle of protocol 4 or 5 names, as "module.name"; None for a name that is not two texts in a row."""
+    texts: list[str | None] = []  # what is put on the stack, None for what is no text
+    memo: dict[int, str | None] = {}
+    for operation, value, _ in pickletools.genops(file):
+        if operation.name == "STACK_GLOBAL":
+            yield None if None in texts[-2:] else ".".join(map(str, texts[-2:]))
+        if operation.name == "MEMOIZE":
+            memo[len(memo)] = texts[-1] if texts else None
+        elif operation.name != "FRAME":
+            is_text = isinstance(value, str) and "UNICODE" in operation.name
+            texts.append(value if is_text else memo.get(value) if operation.name.endswith("GET") else None)
+
+
+def _pickle_in(path: Path) -> IO[bytes]:
+    if not zipfile.is_zipfile(path):
+        return open(path, "rb")
+    archive = zipfile.ZipFile(path)
+    return archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl")))

@@ -199,13 +199,19 @@ def places_of(
 
 def asked_for(places: Sequence[Place], prefix: str) -> list[Place]:
     """The places that `--init FILE:PREFIX` means: those of exactly that dictionary, prefix or both; else those that
-    have it among their parts."""
+    have its parts one after the other among their own; else in that order, others between."""
     wanted = prefix.strip(".")
     exact = [
         place for place in places
         if wanted in (place.name, place.prefix.strip("."), ".".join(place.table.path) or None)
     ]  # fmt: skip
-    return exact or [place for place in places if f".{wanted}." in f".{place.name}."]
+    together = [place for place in places if f".{wanted}." in f".{place.name}."]
+    return exact or together or [place for place in places if _in_that_order(wanted.split("."), place.name.split("."))]
+
+
+def _in_that_order(wanted: Sequence[str], parts: Sequence[str]) -> bool:
+    left = iter(parts)
+    return all(part in left for part in wanted)  # each looked for behind the one before
 
 
 def in_order(places: Sequence[Place], tables: Sequence[Table], own_run: bool) -> list[tuple[int, Place]]:

@@ -45,10 +45,13 @@ class Weights:
 
     @cached_property
     def fields(self) -> dict:
-        """What it says beside its entries."""
+        """What it says beside its entries. Of a file of others, whose words may mean anything, the architecture."""
         content = self.content if isinstance(self.content, dict) else {}
         if not self.own_run:
-            return {**getattr(content, "_metadata", {}).get(METADATA, {}), **content}
+            ours = "arch" in content and content.get("dims") in (2, 3)  # which all have that this project writes
+            beside = getattr(content, "_metadata", None)
+            said = beside.get(METADATA) if isinstance(beside, dict) else None
+            return {**(said if isinstance(said, dict) else {}), **(content if ours else {"arch": content.get("arch")})}
         beside = self.path.with_name("encoder.pt")  # which knows what inputs were
         exported = load_safe(beside) if beside.is_file() else None
         known = exported.get("normalization") if isinstance(exported, dict) else None

@@ -26,7 +26,7 @@ from medssl.engine.entries import DEEPEST, places_of, tables_of
 from medssl.engine.plain_pickle import STAND_INS, Entries, Inert
 from medssl.errors import InputError
 from medssl.files import split_init
-from medssl.models.encoders import arch_of, check_weights, initialise, make_encoder, read_encoder
+from medssl.models.encoders import IMAGENET, arch_of, check_weights, initialise, make_encoder, read_encoder
 from medssl.study.plan import labels_of
 
 SPLITS = ("train", "val", "test")
@@ -367,7 +367,9 @@ def test_files_and_prefixes_are_told_apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.encoder_k.", "module.encoder_k", "encoder_k", "state_dict.module.encoder_k", "encoder_k."]
+    "prefix",
+    ["module.encoder_k.", "module.encoder_k", "encoder_k", "state_dict.module.encoder_k", "encoder_k.",
+     "state_dict.encoder_k"],
 )
 def test_a_prefix_decides(encoder, twin, moco, prefix):
     assert start(encoder, f"{moco}:{prefix}")["missing"] == 0
@@ -451,6 +453,30 @@ def test_our_own_safetensors_come_back(encoder, state, tmp_path):
     assert "holds a resnet18 encoder; add --arch resnet18" in refusal(initialise, None, "resnet50", str(path))
 
 
+@pytest.mark.parametrize("said", ["imagenet", {}, {"mean": 0.5}, [0.5]])
+def test_what_files_of_others_say_is_theirs(said, encoder, state, tmp_path):
+    """And may mean anything; in a file of ours it is damaged."""
+    fields = {"state_dict": state, "normalization": said, "dims": 512, "version": "1.0"}
+    torch.save(fields, tmp_path / "a.pth")
+    assert start(encoder, tmp_path / "a.pth")["normalization"] == IMAGENET
+    text = said if isinstance(said, str) else json.dumps(said)
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "a.safetensors",
+              {"normalization": text, "dims": "512"})  # fmt: skip
+    assert start(encoder, tmp_path / "a.safetensors")["normalization"] == IMAGENET
+    torch.save(fields | {"arch": "resnet18", "dims": 2, "version": 2}, tmp_path / "a.pth")
+    assert "its normalization is not one of a 2-dimensional encoder" in refusal(start, encoder, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("said", [3, {"medssl": 3}, {"medssl": {}}])
+def test_metadata_of_others(said, encoder, state, tmp_path):
+    class Entries(collections.OrderedDict):
+        def __reduce__(self):
+            return collections.OrderedDict, (), {"_metadata": said}, None, iter(self.items())
+
+    torch.save(Entries(state), tmp_path / "a.pth")
+    assert start(encoder, tmp_path / "a.pth")["normalization"] == IMAGENET
+
+
 @pytest.mark.parametrize("size", [1, 8, 2**20, 2**40, 2**63])
 @pytest.mark.parametrize("claim", [b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}', b'{"a":[', b"{" * 3000])
 def test_forged_safetensors(size, claim, tmp_path):
@@ -494,6 +520,25 @@ def test_planted_code_is_named(encoder, state, zipped, tmp_path, monkeypatch):
         )
         assert name in refusal(start, encoder, "a.pth")
         assert not os.path.exists("hacked")
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_planted_code_is_named_in_other_protocols(encoder, state, protocol, tmp_path, monkeypatch):
+    """Weights in them, which torch's own reader cannot read, are no such."""
+    monkeypatch.chdir(tmp_path)
+    planted = {"path": pathlib.Path("a"), "sizes": [np.zeros(3)], "x": Planted(os.system, "touch hacked")}
+    pathlib.Path("a.pth").write_bytes(pickle.dumps(planted, protocol))
+    assert "it holds posix.system, and not weights alone" in refusal(start, encoder, "a.pth")
+    twice = b"\x80\x04\x8c\x05posix\x8c\x06system20\x93\x8c\x01a\x85R."  # a text too much, and taken away
+    pathlib.Path("a.pth").write_bytes(twice)
+    assert "it holds what it does not spell out" in refusal(start, encoder, "a.pth")
+    for zipped in (True, False):
+        more = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+        torch.save(planted | {"state_dict": state}, "a.pth", **more)
+        assert "it holds posix.system, and not weights alone" in refusal(start, encoder, "a.pth")
+        torch.save({"state_dict": state, "path": pathlib.Path("a"), "half": torch.zeros(2).bfloat16()}, "a.pth", **more)
+        assert "a pickle of another protocol" in refusal(start, encoder, "a.pth")
+    assert not os.path.exists("hacked")
 
 
 def test_stand_ins_keep_nothing(tmp_path):

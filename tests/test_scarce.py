@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -213,3 +214,15 @@ def test_a_run_fills_its_disk(filled, small_disk, capsys):
     if filled < 200:
         assert checkpoint.load_safe(last)["step"] > 5
     assert not list(small_disk.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("printed", [1, 10**6], ids=["at the end", "before"])
+def test_standard_output_on_a_full_disk(printed, options, monkeypatch):
+    """What could not be written is said of it, as another `--output` mends nothing; the end leaves no trace."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    code = f"from medssl import errors; errors.run_script(lambda: print('a' * {printed}))"
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([sys.executable, *options, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    line = "error: standard output: No space left on device; send it elsewhere\n"
+    assert (ran.returncode, ran.stderr) == (2, line)

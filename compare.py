@@ -36,7 +36,7 @@ from medssl import errors
 from medssl.engine import options
 from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
-from medssl.locks import own_folder
+from medssl.locks import handed_over, own_folder, take_folder
 from medssl.markup import one_line, shell_words
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
@@ -48,7 +48,7 @@ from medssl.study.slurm import slurm_script
 
 def run(study: Study, args: argparse.Namespace) -> None:
     """Run what is not finished, and write what there is after each run."""
-    jobs = [job for job in study.jobs if not job.finished()]
+    jobs: list[Job] = []
     done = 0
 
     def say(job: Job, reason: str | None) -> None:
@@ -58,7 +58,8 @@ def run(study: Study, args: argparse.Namespace) -> None:
         tidy(study, job, args)
         write_tables(study.cells, study.metrics, Path(args.output))
 
-    with own_folder(args.output):
+    with own_folder(args.output):  # which another study may have had until now, and have finished runs
+        jobs += [job for job in study.jobs if not job.finished()]
         if args.jobs:
             run_beside(jobs, places(args), say)
         else:
@@ -166,8 +167,10 @@ def run_one(study: Study, args: argparse.Namespace) -> None:
         raise InputError(f"--job {args.job}: the study has the runs 0 to {len(study.jobs) - 1}")
     job = study.jobs[args.job]
     job.check()
-    reason = None if job.finished() else run_here(job)
-    tidy(study, job, args)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with take_folder(job.folder) as lock, handed_over(lock):  # another may have finished it until now
+        reason = None if job.finished() else run_here(job)
+        tidy(study, job, args)
     if reason:
         raise InputError(f"{job.name}: {reason}")
 

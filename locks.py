@@ -150,17 +150,43 @@ def take_folder(folder: Path, option: str = "--output") -> TextIO:
     """
     lock = lock_folder(folder, 0)
     if lock is None:
-        owner = (folder / LOCK).read_text(encoding="utf-8").strip() or "another process"
-        print(f"note: {option} {folder}: {owner} is at work there; waiting {PATIENCE:g} s for it", file=sys.stderr)
+        say_waiting(folder, option)
         lock = lock_folder(folder, PATIENCE)
     if lock is None:
-        raise InputError(f"{option} {folder}: {owner} is at work there; wait for it, or choose another {option}")
+        raise taken(folder, option)
     return lock
+
+
+def say_waiting(folder: Path, option: str = "--output") -> None:
+    """Note that a folder's owner is waited for."""
+    print(f"note: {option} {folder}: {_owner(folder)} is at work there; waiting {PATIENCE:g} s for it", file=sys.stderr)
+
+
+def taken(folder: Path, option: str = "--output") -> InputError:
+    """What is said where a folder's owner has not left it."""
+    return InputError(f"{option} {folder}: {_owner(folder)} is at work there; wait for it, or choose another {option}")
+
+
+def _owner(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (folder / LOCK).read_text(encoding="utf-8").strip() or "another process"
+    return "another process"
 
 
 def hand_over(lock: TextIO) -> dict[str, str]:
     """What a child that inherits a lock's open file needs in its environment to know that the folder is its own."""
     return {PARENTS_LOCK: str(lock.fileno())}
+
+
+@contextlib.contextmanager
+def handed_over(lock: TextIO) -> Iterator[None]:
+    """What this process itself starts in the block knows that the folder of a lock is its own."""
+    before = os.environ.get(PARENTS_LOCK)
+    os.environ.update(hand_over(lock))
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENTS_LOCK) if before is None else os.environ.update({PARENTS_LOCK: before})
 
 
 def _handed_over(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError, explain
 from medssl.files import naming, read_json, write_json, write_text
-from medssl.locks import hand_over, take_folder
+from medssl.locks import PATIENCE, hand_over, lock_folder, say_waiting, taken
 from medssl.markup import shell_words
 
 INTERRUPTION = "was interrupted; the same command continues"
@@ -91,7 +91,7 @@ class Job:
         """job.json; {} before the first run."""
         try:
             found = read_json(self.folder / "job.json")
-        except (OSError, InputError):  # a disk that was full
+        except (OSError, InputError):  # not there, not to be read, or damaged, as by a disk that was full
             return {}
         return found if is_record(found) else {}
 
@@ -207,15 +207,18 @@ def run_here(job: Job) -> str | None:
     return reason
 
 
-def start(job: Job, place: dict[str, str]) -> subprocess.Popen:
-    """Start a job in a process of its own, which prints to log.txt; an InputError where its folder is another's."""
+def start(job: Job, place: dict[str, str]) -> subprocess.Popen | None:
+    """Start a job in a process of its own, which prints to log.txt; None where its folder is another's: a run that
+    outlived a killed study holds the lock, until it has saved its state."""
     job.forget()
     job.folder.mkdir(parents=True, exist_ok=True)
-    job.write_lists()
+    lock = lock_folder(job.folder, 0)
+    if lock is None:
+        return None
     call = f"from medssl import {job.module} as script; script.cli()"
-    # A run that outlived a killed study holds the lock, until it has saved its state.
     log_file = job.folder / "log.txt"
-    with take_folder(job.folder) as lock, naming(log_file), open(log_file, "w", encoding="utf-8") as log:
+    with lock, naming(log_file), open(log_file, "w", encoding="utf-8") as log:
+        job.write_lists()
         return subprocess.Popen(
             [sys.executable, "-c", call, *job.words], pass_fds=[lock.fileno()],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place, **hand_over(lock)},
@@ -266,6 +269,7 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
     """
     waiting, free = list(jobs), list(places)
     running: dict[subprocess.Popen, tuple[Job, dict[str, str], float]] = {}
+    taken_since: dict[Path, float] = {}  # folders that others have; they are waited for while other jobs go on
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -279,13 +283,16 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
                 reason = unmet(job)
                 if reason is None and not free:
                     break
-                waiting.remove(job)
                 if reason is None:
                     try:
                         process = start(job, free[0])
+                        if process is None:
+                            wait_for_folder(job, taken_since)
+                            continue
                         running[process] = job, free.pop(0), time.time()
                     except InputError as error:
                         reason = str(error)
+                waiting.remove(job)
                 if reason is not None:
                     job.folder.mkdir(parents=True, exist_ok=True)
                     note(job, "failed", time.time(), reason)
@@ -306,6 +313,16 @@ def run_beside(jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Calla
             note(job, "finished" if finished else "failed", since, None if finished else INTERRUPTION)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def wait_for_folder(job: Job, taken_since: dict[Path, float]) -> None:
+    """Note that a job's folder is another's, and since when; an InputError where that is too long."""
+    now = time.monotonic()
+    if job.folder not in taken_since:
+        taken_since[job.folder] = now
+        say_waiting(job.folder)
+    if now - taken_since[job.folder] >= PATIENCE:
+        raise taken(job.folder)
 
 
 def places(args: argparse.Namespace) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from medssl import compare, train_pcrlv2
+from medssl import compare, locks, train_pcrlv2
 from medssl.datasets import registry
 from medssl.datasets.phantoms import ct
 from medssl.engine.options import Parser
@@ -431,6 +431,55 @@ def test_jobs_run_beside_each_other_and_wait_for_what_they_need(script, tmp_path
     assert all(job.finished() for job in (first, second, meanwhile))
 
 
+def test_a_folder_that_another_has_is_waited_for_while_others_run(script, tmp_path, monkeypatch, capsys):
+    """And no longer than is patient."""
+    made, begin = [script(tmp_path / name, "PROVE") for name in ("taken", "never", "free")], jobs.start
+    since, ended = time.monotonic(), []
+
+    def start(job, place):
+        free = {"taken": "free" in dict(ended), "never": False, "free": True}[job.name]
+        job.folder.mkdir(exist_ok=True)
+        (job.folder / ".lock").write_text("process 1 on a")
+        return begin(job, place) if free else None
+
+    monkeypatch.setattr(jobs, "start", start)
+    monkeypatch.setattr(jobs, "PATIENCE", 2)
+    run_beside(made, [{}], lambda job, reason: ended.append((job.name, reason)))
+    line = "process 1 on a is at work there; wait for it, or choose another --output"
+    assert ended == [("free", None), ("taken", None), ("never", f"--output {tmp_path}/never: {line}")]
+    assert capsys.readouterr().err.count("waiting 60 s for it") == 2
+    assert time.monotonic() - since < 30
+
+
+def test_a_folder_that_another_has_is_not_waited_for_in_start(tmp_path):
+    job = Job("a", "train_moco", (), tmp_path / "a", "proof")
+    job.folder.mkdir()
+    with locks.take_folder(job.folder):
+        assert jobs.start(job, {}) is None
+
+
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--job", "0"]])
+def test_what_another_finished_meanwhile_is_not_run_again(words, script, tmp_path, monkeypatch):
+    job = script(tmp_path / "a", "")
+    study, args = Namespace(jobs=[job], cells=[], metrics=[]), compare.get_parser().parse_args(words)
+    args.output = str(tmp_path)
+    take = locks.lock_folder
+
+    def wait_for_another(folder, *more):
+        lock = take(folder, *more)
+        if not job.finished():
+            (job.folder / "proof").touch()
+            jobs.note(job, "finished", time.time())
+        return lock
+
+    job.folder.mkdir()
+    monkeypatch.setattr(locks, "lock_folder", wait_for_another)
+    monkeypatch.setattr(compare, "write_tables", lambda *_: None)
+    sys.modules["medssl.fake"].main = lambda argv: pytest.fail("run again")
+    (compare.run_one if args.job == 0 else compare.run)(study, args)
+    assert job.finished()
+
+
 def test_each_place_has_its_environment(script, tmp_path):
     code = "time.sleep(.3); print(os.environ['CUDA_VISIBLE_DEVICES']); PROVE"
     made = [script(tmp_path / str(k), code) for k in range(4)]
@@ -461,10 +510,10 @@ def test_a_run_in_this_process_fails_for_itself(script, tmp_path):
     job = script(tmp_path / "job", "")
 
     def fail(argv):
-        raise RuntimeError("CUDA out of memory\nmore")
+        raise RuntimeError("of a job\nmore")
 
     sys.modules["medssl.fake"].main = fail
-    assert run_here(job) == "RuntimeError: CUDA out of memory more"
+    assert run_here(job) == "RuntimeError: of a job more"
     assert "Traceback" in (job.folder / "log.txt").read_text()
     sys.modules["medssl.fake"].main = lambda argv: (job.folder / "proof").touch()
     assert run_here(job) is None

@@ -368,8 +368,14 @@ def test_files_and_prefixes_are_told_apart(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.encoder_k.", "module.encoder_k", "encoder_k", "state_dict.module.encoder_k", "encoder_k.",
-     "state_dict.encoder_k"],
+    [
+        "module.encoder_k.",
+        "module.encoder_k",
+        "encoder_k",
+        "state_dict.module.encoder_k",
+        "encoder_k.",
+        "state_dict.encoder_k",
+    ],
 )
 def test_a_prefix_decides(encoder, twin, moco, prefix):
     assert start(encoder, f"{moco}:{prefix}")["missing"] == 0

@@ -125,8 +125,8 @@ def numbers(raw: object, dtype: object, shape: object, order: str) -> np.ndarray
 
 MULTIARRAY, NUMERIC = ("numpy.core.multiarray", "numpy._core.multiarray"), ("numpy.core.numeric", "numpy._core.numeric")
 KEYS = (str, bytes, int, float, bool, type(None))  # of dictionaries: hashing tuples in tuples can end the process
-# Opcodes that arrays and containers do not need: persistent names, extensions, other ways to make objects, buffers beside
-# the file, and sets, which hash what is in them.
+# Opcodes that arrays and containers do not need: persistent names, extensions, other ways to make objects, buffers
+# beside the file, and sets, which hash what is in them.
 REFUSED_CODES = b"".join(
     (
         *(pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ),

@@ -7,16 +7,16 @@ Half of the time goes to kills (`endure_kills.py`), two fifths to files (`endure
 seed, unless `--seed` says which. Every failing case is kept, and named at the end.
 """
 
-import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from medssl.benchmarks import endure_faults, endure_files, endure_kills
 from medssl.benchmarks.machine import describe_machine
+from medssl.engine import options
 from medssl.files import read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = {"kills": (endure_kills.run, 0.5), "files": (endure_files.run, 0.4), "faults": (endure_faults.run, 0.1)}
 
 
@@ -29,24 +29,29 @@ def add(before: object, more: object) -> object:
     return before + more
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60, help="of all parts together")
-    parser.add_argument("--seed", type=int, help="of the cases; the next that was not used, unless given")
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance", help="where cases are kept")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    args = parser.parse_args()
-    path, whole = args.output / "endurance.json", sum(PARTS[part][1] for part in args.parts)
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together")
+    parser.add_argument("--seed", type=int, help="of all that is drawn; the next that was not used, unless given")
+    parser.add_argument("--output", metavar="DIR", default="runs/endurance", help="where failing cases are kept")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), help="of the three")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    output, whole = Path(args.output), sum(PARTS[part][1] for part in args.parts)
     for part in args.parts:
-        found = read_json(path)
+        found = read_json(output / "endurance.json")
         seed = len(found.get("runs", [])) if args.seed is None else args.seed
         since, (run, share) = time.monotonic(), PARTS[part]
-        more = run(60 * args.minutes * share / whole, seed, args.output / part)
+        more = run(60 * args.minutes * share / whole, seed, output / part)
         more.pop("seed", None)
         minutes = round((time.monotonic() - since) / 60, 1)
         note = {"part": part, "seed": seed, "minutes": minutes, "machine": describe_machine()}
-        write_json(path, {**found, part: add(found.get(part), more), "runs": [*found.get("runs", []), note]})
-    found = read_json(path)
+        runs = [*found.get("runs", []), note]
+        write_json(output / "endurance.json", {**found, part: add(found.get(part), more), "runs": runs})
+    found = read_json(output / "endurance.json")
     faults = [fault for part in PARTS for fault in found.get(part, {}).get("faults", [])]
     print(json.dumps({part: found[part] for part in PARTS if part in found}, indent=1))
     raise SystemExit(f"{len(faults)} faults" if faults else 0)

@@ -8,7 +8,6 @@ signal, and its last checkpoint must be whole. Disks of their own want root on L
 out, and said.
 """
 
-import argparse
 import itertools
 import os
 import random
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 
 from medssl.benchmarks.bits import METHODS, TUNING, make_data
+from medssl.engine import options
 from medssl.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,14 +259,18 @@ def run(seconds: float, seed: int, keep: Path, kinds: Sequence[str] = FAULTS) ->
     raise AssertionError("unreachable")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance")
-    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=FAULTS)
-    args = parser.parse_args()
-    found = run(60 * args.minutes, args.seed, args.output, args.kinds)
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long, at least one case of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--output", metavar="DIR", default="runs/faults", help="where cases that show a fault are kept")
+    parser.add_argument("--kinds", nargs="+", choices=FAULTS, default=FAULTS, metavar="KIND", help=", ".join(FAULTS))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    found = run(60 * args.minutes, args.seed, Path(args.output), args.kinds)
     print(found["cases"])
     raise SystemExit(bool(found["faults"]))
 

@@ -14,7 +14,6 @@ After each kill, every checkpoint that was there must be there still, whole, and
 weights, optimiser, exports and results must have the bits of the undisturbed run.
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -37,6 +36,7 @@ import torch
 
 from medssl.benchmarks.bits import METHODS, TUNING, VOLUMES, digest_of, make_data, pretrained, tuned
 from medssl.benchmarks.bits import files as arrays_of
+from medssl.engine import options
 from medssl.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -435,15 +435,21 @@ def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = ()) -> d
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "endurance")
-    parser.add_argument("--scripts", nargs="*", default=[], help="such as moco, classification; all unless given")
-    args = parser.parse_args()
-    found = run(60 * args.minutes, args.seed, args.output, args.scripts)
-    write_json(args.output / "kills.json", found)
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
+    parser.add_argument("--output", metavar="DIR", default="runs/kills", help="where runs that show a fault are kept")
+    parser.add_argument(
+        "--scripts", nargs="*", metavar="NAME", default=[], help="such as moco, study; all unless given"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    found = run(60 * args.minutes, args.seed, Path(args.output), args.scripts)
+    write_json(Path(args.output) / "kills.json", found)
     print({key: value for key, value in found.items() if key != "faults"})
     raise SystemExit(bool(found["faults"]))
 

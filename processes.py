@@ -44,7 +44,7 @@ def begin(_number: int = 0) -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(END, lambda *_: sys.exit(1))
+    signal.signal(END, _leave)
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):  # on which torch says something of its own
         signal.signal(number, signal.SIG_DFL)
     sys.excepthook = lambda _kind, error, _trace: _give_up(error)
@@ -53,6 +53,12 @@ def begin(_number: int = 0) -> None:
     for value in multiprocessing.current_process()._args:
         if isinstance(value, multiprocessing.synchronize.Event):  # by which torch has a worker end
             multiprocessing.util.Finalize(None, _fail_unless, (value,), exitpriority=LAST)
+
+
+def _leave(*_: object) -> None:
+    """End because the parent says so, wherever that comes; a trace of it would be no news."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(1)
 
 
 def _fail_unless(asked: multiprocessing.synchronize.Event) -> None:

@@ -249,7 +249,7 @@ def _check_meta_data(data: Path, start: int, fields: dict[str, str], needed: int
     if not _yes(fields, "CompressedData"):
         _check_length(data.name, length - max(0, head), needed)
         if not _yes(fields, "BinaryData", "True"):
-            _check_text(data)
+            _check_text(data, start + max(0, head))
         return
     (squeezed,) = _numbers("CompressedDataSize", fields.get("CompressedDataSize", "0"), 1, int)
     if squeezed < 0 or head or (start and not squeezed):  # of what is in the header's own file, ITK asks for it
@@ -260,12 +260,18 @@ def _check_meta_data(data: Path, start: int, fields: dict[str, str], needed: int
         _check_deflated(data.name, file, squeezed or length, needed)
 
 
-def _check_text(data: Path) -> None:
-    """Raise UnreadableImage where text ends in a number: MetaIO wants to see that it ends."""
+def _check_text(data: Path, start: int) -> None:
+    """Raise UnreadableImage where text from byte `start` on holds more than numbers, of which older MetaIO makes zeros,
+    or ends in one: MetaIO wants to see that it ends."""
+    last = b""
     with open(data, "rb") as file:
-        file.seek(-1, 2)
-        if not file.read().isspace():
-            raise UnreadableImage(f"{data.name} has numbers as text, which must end in a blank or a new line")
+        file.seek(start)
+        while part := file.read(2**20):
+            if re.search(rb"[^\d\s.eE+\-naifNAIF]", part):
+                raise UnreadableImage("its values are not such as its header says")
+            last = part
+    if not last[-1:].isspace():
+        raise UnreadableImage(f"{data.name} has numbers as text, which must end in a blank or a new line")
 
 
 def _check_meta_files(path: Path, names: Sequence[str], fields: dict[str, str], needed: int) -> None:

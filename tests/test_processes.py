@@ -425,7 +425,8 @@ def test_a_worker_of_a_pool_that_dies(tmp_path):
             executor.submit(sleepy, 1000)
             executor.submit(os._exit, 9).result()
 
-    assert outcome(main, tmp_path) == (2, f"error: {processes.KILLED_LINE}\n")
+    code, said = outcome(main, tmp_path)  # others may say that their queue broke
+    assert (code, said.splitlines()[-1]) == (2, f"error: {processes.KILLED_LINE}")
 
 
 def fall_down(*_args, **_more):

@@ -274,6 +274,12 @@ def study(tmp_path_factory):
     output = home / f"out{NASTY}"
     failed = output / "classification" / "100_percent" / "random" / "run_0" / "job.json"
     failed.write_text(json.dumps({**json.loads(failed.read_text()), "status": "failed", "reason": REASON}))
+    # Classes of one value, which two images of each may give, have no table of their own.
+    (path,) = [path for path in output.rglob("run_0/results.json") if "random" not in str(path)]
+    results = json.loads(path.read_text())
+    for k, found in enumerate(results["trials"][0]["per_class"].values()):
+        found["auroc"] = k / 10
+    path.write_text(json.dumps(results))
     with pytest.raises(SystemExit):
         compare.main([*command, "--tables-only"])
     return output

@@ -159,7 +159,7 @@ class Faults:
 
     def small_files(self) -> Case:
         folder = self.folder()
-        limits = {resource.RLIMIT_FSIZE: self.rng.choice((0, 1000, 10**5, 10**6, 10**7))}
+        limits = {resource.RLIMIT_FSIZE: self.rng.choice((2**14, 10**5, 10**6, 10**7))}  # its log is a file, too
         return Case(self.command(folder / "run"), folder, folder / "run", limits=limits)
 
 

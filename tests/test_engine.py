@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from process_tools import members
 from torch import nn
 
 from medssl import errors, train_pcrlv2, train_simclr
@@ -180,19 +181,6 @@ def after_lines(process, output, count):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-def members(group):
-    """Processes of a process group that are alive."""
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(stat.parent.name)
-    return alive
 
 
 def test_killed_run_continues_bit_for_bit(images, whole, tmp_path):

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from process_tools import members
 
 from medssl import errors, processes
 from medssl.datasets import cache
@@ -41,19 +41,6 @@ CPU = Devices(torch.device("cpu"))
 
 
 # Runs ----------------------------------------------------------------------------------------------
-
-
-def members(group):
-    """Processes of a process group that are alive."""
-    alive = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        if int(pgrp) == group and state != "Z":
-            alive.append(int(stat.parent.name))
-    return alive
 
 
 def run_forked(main, log):

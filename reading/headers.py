@@ -20,6 +20,7 @@ from medssl.reading.arrays import DEFLATE
 
 BLOCK = 2**22  # bytes decompressed at a time
 LONGEST = 2**15  # bytes of a header's line, of which MetaIO has room for about as many
+LONGEST_FIELD = 500  # letters of a field of NRRD's: ITK repeats one that it cannot read, and has room for about 1000
 MOST_LINES = 4096
 MOST_FILES = 100_000  # of one volume
 MOST_BYTES = 2**42  # of one volume
@@ -425,6 +426,8 @@ def _nrrd_fields(file: BinaryIO) -> dict[str, str]:
         key = {"datafile": "data file", "lineskip": "line skip", "byteskip": "byte skip"}.get(key.lower(), key.lower())
         if not colon or not re.fullmatch(r"[a-z ]+", key) or key in fields:
             raise UnreadableImage(f"its header has a line that is no field, or one twice: {_shown(line)}")
+        if len(line) > LONGEST_FIELD and key != "content":
+            raise UnreadableImage(f"its header says {key}: {_shown(value.strip())}…, which is too long")
         fields[key] = value.strip()
     return fields
 

@@ -483,6 +483,8 @@ def test_nrrd_headers_are_checked(tmp_path):
     refused(read_volume, nrrd(tmp_path / "h.nrrd", values=digits[:-6], encoding="hex"), "truncated", here=True)
     long = nrrd(tmp_path / "l.nrrd", f"key:={'A' * 10_000}")
     np.testing.assert_array_equal(read_volume(long).array, wanted)
+    for field in ("kinds", "units", "space units", "foo bar"):  # SimpleITK ends the process for one that it cannot read
+        refused(read_volume, nrrd(tmp_path / "l.nrrd", f"{field}: {'A' * 2000}"), "too long", here=True)
     many = nrrd(tmp_path / "a.nhdr", "data file: s%d.raw 1 2 1", values=b"")
     np.testing.assert_array_equal(read_volume(many).array, wanted)
     for written in (

@@ -204,8 +204,8 @@ def is_series(folder: Path) -> bool:
             with open(path, "rb") as file:
                 head = io.BytesIO(file.read(HEAD))
             header = pydicom.dcmread(head, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
+            uid = header.get("SeriesInstanceUID")  # which pydicom decodes only now
         except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read
             continue
-        uid = header.get("SeriesInstanceUID")
         uids.update([str(uid)] if uid else [])
     return max(uids.values(), default=0) > 2

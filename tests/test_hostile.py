@@ -634,6 +634,18 @@ def test_what_the_machine_lacks_is_no_files_fault(number):
             raise OSError(number, os.strerror(number))
 
 
+def test_the_series_that_a_file_names_may_be_damaged(tmp_path):
+    """pydicom decodes an element when it is asked for, which is no part of the reading."""
+    readers.make_series(tmp_path)
+    assert is_series(tmp_path)
+    whole = (tmp_path / "2.dcm").read_bytes()
+    forged = whole.replace(b"\x20\0\x0e\0UI", b"\x20\0\x0e\0FD")
+    assert forged != whole
+    for path in tmp_path.iterdir():
+        path.write_bytes(forged)
+    assert not is_series(tmp_path)
+
+
 def test_depths_of_sequences_are_bounded():
     item = b"\x08\x00\x15\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
     with pytest.raises(ValueError, match="in too many sequences"):

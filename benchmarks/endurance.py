@@ -2,7 +2,7 @@
 
   python benchmarks/endurance.py --minutes 60 --output runs/endurance            (or: make endurance MINUTES=60)
 
-Half of the time goes to kills (`endure_kills.py`), two fifths to files (`endure_files.py`), the rest to environments
+Three quarters of the time go to kills (`endure_kills.py`), the rest to files (`endure_files.py`) and environments
 (`endure_faults.py`). Counts of several runs with one `--output` add up in its endurance.json; each run takes the next
 seed, unless `--seed` says which. Every failing case is kept, and named at the end.
 """
@@ -17,7 +17,7 @@ from medssl.benchmarks.machine import describe_machine
 from medssl.engine import options
 from medssl.files import read_json, write_json
 
-PARTS = {"kills": (endure_kills.run, 0.5), "files": (endure_files.run, 0.4), "faults": (endure_faults.run, 0.1)}
+PARTS = {"kills": (endure_kills.run, 0.75), "files": (endure_files.run, 0.15), "faults": (endure_faults.run, 0.1)}
 
 
 def add(before: object, more: object) -> object:

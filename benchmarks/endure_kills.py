@@ -10,14 +10,18 @@ A kill is SIGKILL, after a run's first checkpoint. Ways:
   shell     a process of its own, started as a person does
   torchrun  two processes, killed together, or one of them
 
-After each kill, every checkpoint that was there must be there still, whole, and no older. When a run is complete, its
-weights, optimiser, exports and results must have the bits of the undisturbed run.
+Two lanes, each with its share of the scripts, run side by side unless `--lanes` says otherwise. After each kill, every
+checkpoint that was there must be there still, whole, and no older. When a run is complete, its weights, optimiser,
+exports and results must have the bits of the undisturbed run.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import importlib
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -45,6 +49,7 @@ OFTEN = ["--save-every", "1", "--log-every", "1", "--device", "cpu"]
 WAYS = ("forked", "writing", "shell", "torchrun")
 PATIENCE = 300  # seconds after which a run that has not ended hangs
 HOLD = 60  # seconds that a slowed writer waits for its kill
+CHECKPOINT = "**/last.pt"
 PLACES = ("bytes", "disk", "before", "after")  # of a kill inside a write
 
 
@@ -62,7 +67,7 @@ class Task:
     words: tuple[str, ...]
     digest: Callable[[Path], str]
     place: str = "--output"
-    proof: str = "**/last.pt"
+    proof: str = CHECKPOINT
     processes: bool = False
 
 
@@ -249,7 +254,8 @@ class Ledger:
     """What was done and found.
 
     Attributes:
-        kills: by (task, way). faults: a line each; their folders are kept.
+        keep: a folder for what shows a fault. kills: by (task, way). runs: that were continued to their end.
+        faults: a line each; their folders are kept.
     """
 
     keep: Path
@@ -261,7 +267,7 @@ class Ledger:
 
     def fault(self, text: str, folder: Path) -> None:
         """Note a fault and keep the folder in which it happened."""
-        place = self.keep / f"{len(self.faults):03d}_{folder.name}"
+        place = self.keep / f"{folder.parent.name}_{len(self.faults)}"
         shutil.copytree(folder.parent, place, dirs_exist_ok=True)
         self.faults.append(f"{text}; kept in {place}")
         print(f"FAULT {text}", flush=True)
@@ -271,17 +277,11 @@ class Laboratory:
     """Runs tasks, kills them, and compares.
 
     Args:
-        work: a folder for data, undisturbed runs and runs under way.
+        made: the tasks, by name. work: a folder for undisturbed runs and runs under way.
     """
 
-    def __init__(self, work: Path, keep: Path, seed: int) -> None:
-        self.work, self.rng, self.ledger = work, random.Random(seed), Ledger(keep)
-        data = work / "data"
-        if not data.exists():
-            data.mkdir(parents=True)
-            make_data(data)
-            make_cubes(data)
-        self.tasks = tasks(data)
+    def __init__(self, made: dict[str, Task], work: Path, keep: Path, seed: str) -> None:
+        self.tasks, self.work, self.rng, self.ledger = made, work, random.Random(seed), Ledger(keep)
         self.references: dict[tuple[str, int], tuple[str, float]] = {}
 
     def reference(self, name: str, processes: int) -> tuple[str, float]:
@@ -312,10 +312,18 @@ class Laboratory:
         return folder.with_name("log.txt")
 
     @staticmethod
-    def await_proof(run: Started, task: Task, folder: Path) -> None:
-        """Wait for a run's first checkpoint, or its end."""
+    def newest(task: Task, folder: Path) -> int:
+        """When the newest file was written that shows a run's progress; 0 where there is none."""
+        times = [0]
+        for path in folder.glob(task.proof):
+            with contextlib.suppress(FileNotFoundError):  # a trial that has ended needs none
+                times.append(path.stat().st_mtime_ns)
+        return max(times)
+
+    def await_proof(self, run: Started, task: Task, folder: Path, before: int = 0) -> None:
+        """Wait for a run's first checkpoint after a time, or its end."""
         until = time.monotonic() + PATIENCE
-        while run.poll() is None and time.monotonic() < until and next(folder.glob(task.proof), None) is None:
+        while run.poll() is None and time.monotonic() < until and self.newest(task, folder) <= before:
             time.sleep(0.005)
 
     @staticmethod
@@ -334,9 +342,10 @@ class Laboratory:
         task, processes = self.tasks[name], 2 if way == "torchrun" else 1
         digest, seconds = self.reference(name, processes)
         folder, before = self.fresh(f"{name}_{way}"), {}
-        for kill in itertools.count():
-            run = self.begin(task, way, folder)
-            if kill >= most or not self.kill(run, task, way, folder, seconds):
+        for kill in range(most + 1):
+            newest = self.newest(task, folder)
+            run = self.begin(task, way, folder, held=kill < most)
+            if kill == most or not self.kill(run, task, way, folder, seconds, newest):
                 break
             self.ledger.kills[name, way] += 1
             before = self.look(name, way, folder, before)
@@ -350,16 +359,19 @@ class Laboratory:
             self.ledger.differing += 1
             self.ledger.fault(f"{name}, {way}: differs from the undisturbed run", folder)
 
-    def begin(self, task: Task, way: str, folder: Path) -> Started:
-        """Start or continue a run."""
+    def begin(self, task: Task, way: str, folder: Path, held: bool) -> Started:
+        """Start or continue a run; `held`: one that is to be killed inside a write stops there."""
         if way in ("shell", "torchrun"):
             return shell(task, folder, self.log(folder), 2 if way == "torchrun" else 1)
-        hold = (self.rng.choice(PLACES), self.rng.randint(1, 3), self.rng.random()) if way == "writing" else None
+        hold = (self.rng.choice(PLACES), self.rng.randint(1, 3), self.rng.random())
+        hold = hold if held and way == "writing" else None
         return fork(task, folder, self.log(folder), hold)
 
-    def kill(self, run: Started, task: Task, way: str, folder: Path, seconds: float) -> bool:
-        """Kill a run after its first checkpoint; False where it ended before."""
-        self.await_proof(run, task, folder)
+    def kill(self, run: Started, task: Task, way: str, folder: Path, seconds: float, newest: int) -> bool:
+        """Kill a run after its first checkpoint, one in five of those that continue while it starts; False where it
+        ended before."""
+        starting = newest and way != "writing" and self.rng.random() < 0.2
+        self.await_proof(run, task, folder, 0 if starting else newest)
         until = time.monotonic() + (PATIENCE if way == "writing" else self.rng.uniform(0, seconds / 2))
         while run.poll() is None and time.monotonic() < until and not (folder / "holds").exists():
             time.sleep(0.002)
@@ -396,42 +408,57 @@ def make_cubes(data: Path) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def turns(names: list[str], distributed: list[str]) -> Iterator[tuple[str, str, int]]:
-    """Tasks, ways and kills at most, for ever: forks and slowed writers of all scripts, then some as people start
-    them."""
-    started, spread = itertools.cycle(names), itertools.cycle(distributed)
-    while True:
-        for name in names:
-            yield name, "forked", 8
-            yield name, "writing", 4
-        for _ in range(3):
-            yield next(started), "shell", 3
-        for _ in range(2 if distributed else 0):
-            yield next(spread), "torchrun", 3
+def turns(made: dict[str, Task]) -> Iterator[tuple[str, str, int]]:
+    """Tasks, ways and kills at most, for ever; each task in every way that it has before the next."""
+    for name in itertools.cycle(made):
+        yield name, "forked", 10
+        yield (name, "writing", 5) if made[name].proof == CHECKPOINT else (name, "forked", 10)
+        yield name, "shell", 2
+        if made[name].processes:
+            yield name, "torchrun", 3
 
 
-def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = ()) -> dict:
-    """Kill for some time; returns counts and faults.
-
-    Args:
-        keep: where cases that failed are kept. scripts: names of `tasks`, all unless given.
-    """
-    torch.set_num_threads(1)  # other threads would not survive a fork
-    until = time.monotonic() + seconds
-    laboratory = Laboratory(keep / "work", keep, seed)
-    names = list(scripts) or list(laboratory.tasks)
-    for name in names:
-        importlib.import_module(f"medssl.{laboratory.tasks[name].module}")
-    for name, way, most in turns(names, [name for name in names if laboratory.tasks[name].processes]):
+def lane(made: dict[str, Task], names: Sequence[str], seed: str, until: float, keep: Path) -> Ledger:
+    """Kill runs of some of the tasks until a time of the monotonic clock."""
+    laboratory = Laboratory({name: made[name] for name in names}, keep / "work", keep / f"seed_{seed}", seed)
+    for name, way, most in turns(laboratory.tasks):
         if time.monotonic() > until:
             break
         laboratory.chain(name, way, most)
-    ledger = laboratory.ledger
-    by_way = {way: sum(n for (_, own), n in ledger.kills.items() if own == way) for way in WAYS}
-    by_task = {name: sum(n for (own, _), n in ledger.kills.items() if own == name) for name in names}
+    return laboratory.ledger
+
+
+def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = (), lanes: int = 2) -> dict:
+    """Kill for some time; returns counts and faults.
+
+    Args:
+        keep: where cases that failed are kept. scripts: names of `tasks`, all unless given. lanes: side by side.
+    """
+    torch.set_num_threads(1)  # other threads would not survive a fork
+    until, data = time.monotonic() + seconds, keep / "work" / "data"
+    if not data.exists():
+        data.mkdir(parents=True)
+        make_data(data)
+        make_cubes(data)
+    made = tasks(data)
+    names = list(scripts) or list(made)
+    for name in names:
+        importlib.import_module(f"medssl.{made[name].module}")
+    random.Random(seed).shuffle(names)
+    parts = [names[number::lanes] for number in range(min(lanes, len(names)))]
+    fork = multiprocessing.get_context("fork")  # with everything imported
+    with concurrent.futures.ProcessPoolExecutor(len(parts), fork) as pool:
+        begin = functools.partial(pool.submit, lane, made, until=until, keep=keep)
+        running = [begin(names=part, seed=f"{seed}_{number}") for number, part in enumerate(parts)]
+        ledgers = [future.result() for future in running]
+    kills = sum((ledger.kills for ledger in ledgers), Counter())
+    by_way = {way: sum(n for (_, own), n in kills.items() if own == way) for way in WAYS}
     return {
-        "kills": sum(by_way.values()), "by_way": by_way, "by_script": by_task, "completed": ledger.runs,
-        "lost_checkpoints": ledger.lost, "differing": ledger.differing, "faults": ledger.faults,
+        "kills": kills.total(), "by_way": by_way,
+        "by_script": {name: sum(n for (own, _), n in kills.items() if own == name) for name in made},
+        "completed": sum(ledger.runs for ledger in ledgers), "lost_checkpoints": sum(own.lost for own in ledgers),
+        "differing": sum(own.differing for own in ledgers),
+        "faults": [fault for ledger in ledgers for fault in ledger.faults],
     }  # fmt: skip
 
 
@@ -440,15 +467,14 @@ def get_parser() -> options.Parser:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--output", metavar="DIR", default="runs/kills", help="where runs that show a fault are kept")
-    parser.add_argument(
-        "--scripts", nargs="*", metavar="NAME", default=[], help="such as moco, study; all unless given"
-    )
+    parser.add_argument("--scripts", nargs="*", metavar="NAME", default=[], help="such as moco, study; all by default")
+    parser.add_argument("--lanes", type=int, default=2, metavar="N", help="this many runs side by side")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
-    found = run(60 * args.minutes, args.seed, Path(args.output), args.scripts)
+    found = run(60 * args.minutes, args.seed, Path(args.output), args.scripts, args.lanes)
     write_json(Path(args.output) / "kills.json", found)
     print({key: value for key, value in found.items() if key != "faults"})
     raise SystemExit(bool(found["faults"]))

@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from medssl.benchmarks import endurance, endure_faults, endure_kills
-from medssl.benchmarks.endure_kills import Laboratory, Ledger, Task
+from medssl.benchmarks.endure_kills import Laboratory, Task
 
 
 def laboratory(tmp_path, **tasks):
-    """One without data, whose tasks are given."""
-    made = Laboratory.__new__(Laboratory)
-    made.work, made.ledger, made.tasks, made.references = tmp_path / "work", Ledger(tmp_path / "kept"), tasks, {}
-    made.rng = endure_kills.random.Random(0)
-    return made
+    """One whose tasks are given."""
+    return Laboratory(tasks, tmp_path / "work", tmp_path / "kept", "0")
 
 
 def checkpoint(folder, step):

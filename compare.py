@@ -36,7 +36,7 @@ from medssl import errors
 from medssl.engine import options
 from medssl.engine.parallel import count_gpus
 from medssl.errors import InputError
-from medssl.locks import handed_over, own_folder, take_folder
+from medssl.locks import own_folder
 from medssl.markup import one_line, shell_words
 from medssl.study import figures
 from medssl.study.jobs import Job, places, run_beside, run_here
@@ -167,10 +167,8 @@ def run_one(study: Study, args: argparse.Namespace) -> None:
         raise InputError(f"--job {args.job}: the study has the runs 0 to {len(study.jobs) - 1}")
     job = study.jobs[args.job]
     job.check()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with take_folder(job.folder) as lock, handed_over(lock):  # another may have finished it until now
-        reason = None if job.finished() else run_here(job)
-        tidy(study, job, args)
+    reason = run_here(job)
+    tidy(study, job, args)
     if reason:
         raise InputError(f"{job.name}: {reason}")
 

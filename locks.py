@@ -2,11 +2,14 @@
 it ends."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import math
 import os
 import platform
+import re
+import secrets
 import shutil
 import sys
 import time
@@ -21,6 +24,10 @@ PARENTS_LOCK = "MEDSSL_LOCK"  # names, in the environment, the open file of a lo
 PATIENCE = 60.0  # seconds that a run waits for another to leave its folder: as one does that was told to end
 PAUSE = 0.2  # seconds between two looks at a lock
 FORGOTTEN = 24 * 3600  # seconds after which an unfinished file is nobody's, where the file system has no locks
+OF_THIS_PROCESS = secrets.token_hex(4)  # beside its number, which a process in another container may have too
+UNFINISHED = re.compile(r"\.tmp\.\d+\..+", re.DOTALL)
+TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # what a lock says that another process has; SMB says the last
+BROKEN = (errno.EIO, errno.ESTALE)  # what a disk says that is not there any more
 
 
 # What is being written -----------------------------------------------------------------------------
@@ -29,12 +36,12 @@ FORGOTTEN = 24 * 3600  # seconds after which an unfinished file is nobody's, whe
 def unfinished_name(path: Path) -> Path:
     """The name under which a file or folder is written. Hidden, and with the same extension, by which some libraries
     choose the format."""
-    return path.with_name(f".tmp.{os.getpid()}.{path.name}")
+    return path.with_name(f".tmp.{os.getpid()}.{OF_THIS_PROCESS}.{path.name}")
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a name is one of `unfinished_name`'s, of any process. Earlier versions' names ended in `.tmp`."""
-    return path.name.startswith(".tmp.") or (path.name.startswith(".") and path.name.endswith(".tmp"))
+    """Whether a name is one of `unfinished_name`'s, of any process."""
+    return UNFINISHED.fullmatch(path.name) is not None
 
 
 @contextlib.contextmanager
@@ -68,28 +75,40 @@ def _remove_abandoned(unfinished: Path) -> None:
     """Remove an unfinished file or folder, unless a process is writing it."""
     is_folder = unfinished.is_dir()
     with contextlib.suppress(OSError):  # gone, or another user's
-        file = os.open(unfinished, os.O_RDONLY if is_folder else os.O_RDWR)
+        file = os.open(unfinished, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            abandoned = True
-        except BlockingIOError:
-            abandoned = False
-        except OSError:
-            abandoned = time.time() - os.fstat(file).st_mtime > FORGOTTEN
-        try:
-            if abandoned:
+            free = _try_lock(file)
+            if free is None:
+                free = time.time() - os.fstat(file).st_mtime > FORGOTTEN
+            if free and _same(file, unfinished):  # else it has got its name, and another is written
                 shutil.rmtree(unfinished) if is_folder else unfinished.unlink()
         finally:
             os.close(file)
 
 
 def remove_abandoned(folder: Path, name: str = "") -> None:
-    """Remove what kills in the middle of a write left in a folder and two levels below it, or of one `name` in it."""
-    own = glob.escape(name)
-    patterns = (f".tmp.*.{own}", f".{own}.tmp") if name else (".*tmp*", "*/.*tmp*", "*/*/.*tmp*")
-    for pattern in patterns:
-        for path in filter(is_unfinished, folder.glob(pattern)):
-            _remove_abandoned(path)
+    """Remove what kills in the middle of a write left in a folder and two levels below it, or of one `name` in it, also
+    as earlier versions called it. What lies behind a symbolic link is another's."""
+    if name:
+        own = glob.escape(name)
+        found = [path for path in folder.glob(f".tmp.*.{own}") if is_unfinished(path)] + [*folder.glob(f".{own}.tmp")]
+    else:
+        found, folders = [], [folder]
+        for _ in range(3):
+            entries = [entry for part in folders for entry in _entries(part)]
+            found += [Path(entry.path) for entry in entries if UNFINISHED.fullmatch(entry.name)]
+            folders = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    for path in found:
+        _remove_abandoned(path)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What a folder has; [] where that cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 # Folders -------------------------------------------------------------------------------------------
@@ -108,12 +127,12 @@ def lock_folder(folder: Path, wait: float = math.inf) -> TextIO | None:
         the open file; None where another process still has the lock.
     """
     path, until = folder / LOCK, time.monotonic() + wait
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, the caller closes it
+    file = _open_lock(path)
     try:
         while not (_lock(file) and _same(file.fileno(), path)):
             if not _same(file.fileno(), path):  # removed, by its last owner or with the folder
                 file.close()
-                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+                file = _open_lock(path)
             elif time.monotonic() >= until:
                 file.close()
                 return None
@@ -128,18 +147,35 @@ def lock_folder(folder: Path, wait: float = math.inf) -> TextIO | None:
     return file
 
 
+def _open_lock(path: Path) -> TextIO:
+    """Open a lock, which is made where it is not there; an OSError names its folder."""
+    try:
+        return open(path, "a+", encoding="utf-8", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path.parent)) from error
+
+
+def _try_lock(file: int) -> bool | None:
+    """Lock an open file: False where another process has it locked, None where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in BROKEN:
+            raise
+        return False if error.errno in TAKEN else None
+    return True
+
+
 def _lock(file: TextIO) -> bool:
     """Lock an open file; False where another process has it locked. True, with a note, where there are no locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        locked = _try_lock(file.fileno())
     except OSError as error:
-        print(
-            f"note: {file.name}: this file system has no locks ({error.strerror}); start nothing else in this folder",
-            file=sys.stderr,
-        )
-    return True
+        raise OSError(error.errno, error.strerror, file.name) from error
+    if locked is None:
+        said = "this file system has no locks; two runs that write here at once are not kept apart"
+        print(f"note: {file.name}: {said}", file=sys.stderr)
+    return locked is not False
 
 
 def take_folder(folder: Path, option: str = "--output") -> TextIO:
@@ -157,9 +193,10 @@ def take_folder(folder: Path, option: str = "--output") -> TextIO:
     return lock
 
 
-def say_waiting(folder: Path, option: str = "--output") -> None:
-    """Note that a folder's owner is waited for."""
-    print(f"note: {option} {folder}: {_owner(folder)} is at work there; waiting {PATIENCE:g} s for it", file=sys.stderr)
+def say_waiting(folder: Path, option: str = "--output", wait: float | None = None) -> None:
+    """Note that a folder's owner is waited for, `PATIENCE` unless given."""
+    wait = PATIENCE if wait is None else wait
+    print(f"note: {option} {folder}: {_owner(folder)} is at work there; waiting {wait:g} s for it", file=sys.stderr)
 
 
 def taken(folder: Path, option: str = "--output") -> InputError:

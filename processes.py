@@ -132,8 +132,16 @@ def why_ended(code: int) -> str | None:
         errno.EMFILE: FEW_FILES, errno.ENFILE: FEW_FILES, errno.ENOMEM: KILLED_LINE.replace("killed", "ended"),
     }  # fmt: skip
     if code < 0 and code not in lines:
-        return f"a worker was ended by {signal.Signals(-code).name}; --workers 0 shows where"
+        return f"a worker was ended by {signal_name(-code)}; --workers 0 shows where"
     return lines.get(code)
+
+
+def signal_name(number: int) -> str:
+    """A signal's name, or its number where it has none, as the real-time ones."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class Watch:

@@ -8,7 +8,7 @@ A kill is SIGKILL, after a run's first checkpoint. Ways:
   writing   the same, killed inside the writing of a checkpoint: in the middle of the bytes, before they reach the disk,
             before and after the file gets its name
   shell     a process of its own, started as a person does
-  torchrun  two processes, killed together, or one of them
+  torchrun  two processes, killed together, or one of them or what started them alone: the others must end by themselves
 
 Two lanes, each with its share of the scripts, run side by side unless `--lanes` says otherwise. After each kill, every
 checkpoint that was there must be there still, whole, and no older. When a run is complete, its weights, optimiser,
@@ -131,12 +131,28 @@ class Started:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def kill(self, alone: bool = False) -> None:
-        """SIGKILL to the first process alone, or to all of its session; waits for the first to be gone."""
+    def kill(self, alone: int | None = None) -> None:
+        """SIGKILL to one process alone, or to all of its session; waits for the first to be gone."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL) if alone else os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL) if alone is None else os.kill(alone, signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end: its exit code, or 124 where it hangs and is killed."""
+        until = time.monotonic() + PATIENCE
         while self.poll() is None:
-            time.sleep(0.005)
+            if time.monotonic() > until:
+                self.kill()
+                return 124
+            time.sleep(0.01)
+        return self.code
+
+    def children(self) -> list[int]:
+        """Processes that the first has started."""
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+            return [int(number) for number in text.split()]
+        return []
 
 
 def fork(task: Task, folder: Path, log: Path, hold: tuple[str, int, float] | None = None) -> Started:
@@ -296,7 +312,7 @@ class Laboratory:
             )
             self.await_proof(run, task, folder)
             since = time.monotonic()
-            if self.await_end(run):
+            if run.wait():
                 raise RuntimeError(f"{name}: fails undisturbed: {self.log(folder).read_text()[-2000:]}")
             self.references[key] = task.digest(folder), time.monotonic() - since
         return self.references[key]
@@ -320,22 +336,19 @@ class Laboratory:
                 times.append(path.stat().st_mtime_ns)
         return max(times)
 
-    def await_proof(self, run: Started, task: Task, folder: Path, before: int = 0) -> None:
-        """Wait for a run's first checkpoint after a time, or its end."""
-        until = time.monotonic() + PATIENCE
-        while run.poll() is None and time.monotonic() < until and self.newest(task, folder) <= before:
-            time.sleep(0.005)
+    def await_proof(self, run: Started, task: Task, folder: Path, before: int = 0) -> bool:
+        """Wait for a run's first checkpoint after a time, or its end; False where neither comes."""
+        return self.await_that(lambda: run.poll() is not None or self.newest(task, folder) > before)
 
     @staticmethod
-    def await_end(run: Started) -> int:
-        """Wait for a run's end: its exit code, or 124 where it hangs."""
-        until = time.monotonic() + PATIENCE
-        while run.poll() is None:
+    def await_that(happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+        """Wait for something to happen; False where it does not."""
+        until = time.monotonic() + seconds
+        while not happened():
             if time.monotonic() > until:
-                run.kill()
-                return 124
-            time.sleep(0.01)
-        return run.code
+                return False
+            time.sleep(0.005)
+        return True
 
     def chain(self, name: str, way: str, most: int) -> None:
         """One run from its beginning to its end, killed up to `most` times on the way."""
@@ -345,13 +358,19 @@ class Laboratory:
         for kill in range(most + 1):
             newest = self.newest(task, folder)
             run = self.begin(task, way, folder, held=kill < most)
-            if kill == most or not self.kill(run, task, way, folder, seconds, newest):
+            if kill == most:
+                break
+            killed = self.kill(run, task, way, folder, seconds, newest)
+            if killed is None:
+                self.ledger.fault(f"{name}, {way}: hangs for {PATIENCE} s", folder)
+                return
+            if not killed:
                 break
             self.ledger.kills[name, way] += 1
             before = self.look(name, way, folder, before)
             if before is None:
                 return
-        code = self.await_end(run)
+        code = run.wait()
         self.ledger.runs += 1
         if code:
             self.ledger.fault(f"{name}, {way}: ends with {code} after kills", folder)
@@ -367,19 +386,28 @@ class Laboratory:
         hold = hold if held and way == "writing" else None
         return fork(task, folder, self.log(folder), hold)
 
-    def kill(self, run: Started, task: Task, way: str, folder: Path, seconds: float, newest: int) -> bool:
-        """Kill a run after its first checkpoint, one in five of those that continue while it starts; False where it
-        ended before."""
+    def kill(self, run: Started, task: Task, way: str, folder: Path, seconds: float, newest: int) -> bool | None:
+        """Kill a run after its first checkpoint, one in five of those that continue while it starts.
+
+        Returns:
+            False where it ended before; None where it hangs, or goes on without one of its processes.
+        """
         starting = newest and way != "writing" and self.rng.random() < 0.2
-        self.await_proof(run, task, folder, 0 if starting else newest)
-        until = time.monotonic() + (PATIENCE if way == "writing" else self.rng.uniform(0, seconds / 2))
-        while run.poll() is None and time.monotonic() < until and not (folder / "holds").exists():
-            time.sleep(0.002)
+        if not self.await_proof(run, task, folder, 0 if starting else newest):
+            run.kill()
+            return None
+        if way == "writing":
+            if not self.await_that(lambda: run.poll() is not None or (folder / "holds").exists()):
+                run.kill()
+                return None
+        else:
+            self.await_that(lambda: run.poll() is not None, self.rng.uniform(0, seconds / 2))
         if run.poll() is not None:
             return False
-        run.kill(alone=self.rng.random() < 0.5)
+        alone = self.rng.choice([run.pid, *(run.children() if way == "torchrun" else [])])
+        run.kill(alone if self.rng.random() < 0.5 else None)
         (folder / "holds").unlink(missing_ok=True)
-        return True
+        return None if run.code == 124 else True
 
     def look(self, name: str, way: str, folder: Path, before: dict[str, int]) -> dict[str, int] | None:
         """The checkpoints' steps after a kill; None, and a fault, where one is not whole, older or gone."""

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 
 from medssl.engine import checkpoint
 from medssl.engine.runs import plain, refuse_changes
 from medssl.errors import InputError, explain
 from medssl.files import naming, read_json, write_json, write_text
-from medssl.locks import PATIENCE, hand_over, lock_folder, say_waiting, taken
+from medssl.locks import PATIENCE, hand_over, handed_over, lock_folder, say_waiting, taken
 from medssl.markup import shell_words
+from medssl.processes import signal_name
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
@@ -110,16 +112,30 @@ class Job:
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 write_text(path, text)
 
-    def forget(self) -> None:
-        """Move what a failed run with other options left out of the way, where a continuation would find it."""
+    def forget(self) -> bool:
+        """Move what a failed run with other options left out of the way, where a continuation would find it; returns
+        whether there was such a run. The folder is this process's."""
         if not self.failed():
-            return
+            return False
         try:
             refuse_changes(self.record()["options"], plain(self.options()), self.folder)
         except InputError:
             old = self.folder.with_name(f"{self.folder.name}.failed")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
+            return True
+        return False
+
+    def claim(self, wait: float = 0) -> TextIO | None:
+        """The lock of its folder, from which what a failed run with other options left is gone; None where another
+        process has the folder for longer than `wait` seconds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(self.folder, wait)
+        if lock is not None and self.forget():  # and the lock with it
+            with lock:
+                self.folder.mkdir(exist_ok=True)
+                return lock_folder(self.folder, wait)
+        return lock
 
     def check(self) -> None:
         """Raise InputError where `folder` holds a run with other options, or from other weights.
@@ -187,8 +203,18 @@ def run_here(job: Job) -> str | None:
     Raises:
         SystemExit, KeyboardInterrupt: when it was interrupted; the same job continues.
     """
-    job.forget()
-    job.folder.mkdir(parents=True, exist_ok=True)
+    lock = job.claim()
+    if lock is None:
+        say_waiting(job.folder)
+        lock = job.claim(PATIENCE)
+    if lock is None:
+        return str(taken(job.folder))
+    with lock, handed_over(lock):
+        return None if job.finished() else _run(job)  # another process may have ended it until now
+
+
+def _run(job: Job) -> str | None:
+    """Run a job whose folder is this process's."""
     job.write_lists()
     since, reason = time.time(), unmet(job)
     try:
@@ -210,9 +236,7 @@ def run_here(job: Job) -> str | None:
 def start(job: Job, place: dict[str, str]) -> subprocess.Popen | None:
     """Start a job in a process of its own, which prints to log.txt; None where its folder is another's: a run that
     outlived a killed study holds the lock, until it has saved its state."""
-    job.forget()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(job.folder, 0)
+    lock = job.claim()
     if lock is None:
         return None
     call = f"from medssl import {job.module} as script; script.cli()"
@@ -236,7 +260,7 @@ def reason_of(job: Job, code: int) -> str:
     """Why a process failed: its last line, or its signal."""
     if code < 0:
         hint = "; was there too little memory?" if code == -signal.SIGKILL else ""
-        return f"ended by {signal.Signals(-code).name}{hint}"
+        return f"ended by {signal_name(-code)}{hint}"
     lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
 

@@ -458,6 +458,22 @@ def test_a_folder_that_another_has_is_not_waited_for_in_start(tmp_path):
         assert jobs.start(job, {}) is None
 
 
+def test_a_failed_run_that_another_continues_stays_where_it_is(script, tmp_path, monkeypatch):
+    """With other options it would be moved aside, with all that the other still writes."""
+    monkeypatch.setattr(jobs, "PATIENCE", 0)
+    before, now = script(tmp_path / "a", "raise SystemExit('no')"), script(tmp_path / "a", "PROVE")
+    before.folder.mkdir()
+    jobs.note(before, "failed", time.time(), "no")
+    with locks.take_folder(before.folder):
+        assert now.claim() is None
+        assert "is at work there" in run_here(now)
+        assert not (tmp_path / "a.failed").exists()
+    with now.claim():
+        assert (tmp_path / "a.failed" / "job.json").exists()
+        assert [path.name for path in now.folder.iterdir()] == [locks.LOCK]
+        assert now.claim() is None
+
+
 @pytest.mark.parametrize("words", [["--jobs", "0"], ["--job", "0"]])
 def test_what_another_finished_meanwhile_is_not_run_again(words, script, tmp_path, monkeypatch):
     job = script(tmp_path / "a", "")
@@ -474,6 +490,7 @@ def test_what_another_finished_meanwhile_is_not_run_again(words, script, tmp_pat
 
     job.folder.mkdir()
     monkeypatch.setattr(locks, "lock_folder", wait_for_another)
+    monkeypatch.setattr(jobs, "lock_folder", wait_for_another)
     monkeypatch.setattr(compare, "write_tables", lambda *_: None)
     sys.modules["medssl.fake"].main = lambda argv: pytest.fail("run again")
     (compare.run_one if args.job == 0 else compare.run)(study, args)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from medssl import locks
 from medssl.datasets.base import Request
 from medssl.datasets.phantoms import ct, fundus, radiograph, store, tissue
 from medssl.datasets.registry import open_splits
@@ -130,6 +131,20 @@ def test_processes_make_a_set_once(small, tmp_path):
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "12"]
     assert sorted(json.loads(run.communicate()[0]) for run in runs) == [[], [40]]
+
+
+def test_a_process_that_makes_a_set_and_does_not_end_is_not_waited_for_for_ever(small, monkeypatch, capsys):
+    """As one that was stopped."""
+    monkeypatch.setattr(store, "SOON", 0)
+    monkeypatch.setattr(store, "LONGEST", 0.3)
+    generated = radiograph._generated("train", 32, 3)
+    generated.folder.mkdir(parents=True)
+    with locks.lock_folder(generated.folder, 0):
+        assert len(generated.arrays["images"]) == 3
+    said = capsys.readouterr().err
+    assert "is at work there; waiting 0.3 s for it" in said
+    assert "another process still makes them; generated images are not kept" in said
+    assert not (generated.folder / "arrays").exists()
 
 
 def test_threads_make_a_set_once(small, monkeypatch):

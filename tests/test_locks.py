@@ -107,7 +107,9 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", none)
     with locks.own_folder(tmp_path):
         files.write_text(tmp_path / "x.txt", "text")
-    assert "this file system has no locks (Operation not supported); start nothing else" in capsys.readouterr().err
+    assert (
+        "this file system has no locks; two runs that write here at once are not kept apart" in capsys.readouterr().err
+    )
     left = tmp_path / ".tmp.1.y.txt"
     left.touch()
     locks.remove_abandoned(tmp_path)
@@ -160,9 +162,87 @@ def test_what_a_living_process_writes_stays_and_what_a_killed_one_left_goes(kind
 
 def test_names_of_earlier_versions_go_too(tmp_path):
     (tmp_path / ".last.pt.tmp").touch()
+    (tmp_path / ".tmp.12.last.pt").touch()
     (tmp_path / ".other").touch()
-    locks.remove_abandoned(tmp_path)
+    locks.remove_abandoned(tmp_path, "last.pt")
     assert [path.name for path in tmp_path.iterdir()] == [".other"]
+
+
+def test_what_others_hide_in_a_folder_stays(tmp_path):
+    """Their names may be like ours; and what lies behind a link is no part of the folder."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    (tmp_path / "run" / "data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / ".tmp.mine").mkdir()
+    theirs = [".tmp.mine/x", ".notes.tmp", "sub/.draft.tmp", "data/.tmp.7.index"]
+    for name in theirs:
+        (tmp_path / "run" / name).touch()
+    own = locks.unfinished_name(tmp_path / "run" / "sub" / "x.png")
+    own.touch()
+    with locks.own_folder(tmp_path / "run"):
+        assert all((tmp_path / "run" / name).exists() for name in theirs)
+        assert not own.exists()
+
+
+def test_a_file_that_got_its_name_meanwhile_is_not_removed_for_the_next(tmp_path, monkeypatch):
+    """Between the look and the lock, one may be renamed and another begun under the same name."""
+    left = locks.unfinished_name(tmp_path / "x.txt")
+    left.write_text("old")
+    take = fcntl.flock
+
+    def late(file, how):
+        os.rename(left, tmp_path / "x.txt")
+        left.write_text("new")
+        take(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    locks.remove_abandoned(tmp_path)
+    assert left.read_text() == "new"
+
+
+def test_processes_of_one_number_write_to_files_of_their_own(tmp_path):
+    """Two containers that share a folder may each have a process 7."""
+    code = "import os; os.getpid = lambda: 7; from medssl import locks; from pathlib import Path; "
+    code += "print(locks.unfinished_name(Path('a')))"
+    names = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in "12"}
+    assert len(names) == 2
+    assert all(locks.is_unfinished(locks.Path(name.strip())) for name in names)
+
+
+@pytest.mark.parametrize("number", locks.TAKEN)
+def test_a_lock_that_another_has_is_not_taken_for_none(number, tmp_path, monkeypatch):
+    """Shares answer EACCES where disks answer EAGAIN."""
+
+    def taken(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", taken)
+    assert locks.lock_folder(tmp_path, 0) is None
+    (tmp_path / ".tmp.1.x").touch()
+    os.utime(tmp_path / ".tmp.1.x", (0, 0))
+    locks.remove_abandoned(tmp_path)
+    assert (tmp_path / ".tmp.1.x").exists()
+
+
+@pytest.mark.parametrize("number", locks.BROKEN)
+def test_a_disk_that_is_gone_is_no_disk_without_locks(number, tmp_path, monkeypatch):
+    def gone(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", gone)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        locks.lock_folder(tmp_path, 0)
+    assert caught.value.filename == str(tmp_path / locks.LOCK)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "victim.txt").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / locks.LOCK).symlink_to(tmp_path / "victim.txt")
+    with pytest.raises(OSError) as caught, locks.own_folder(tmp_path / "run"):  # noqa: PT011, the text is the system's
+        pass
+    assert caught.value.filename == str(tmp_path / "run")
+    assert (tmp_path / "victim.txt").read_text() == "text"
 
 
 def test_a_part_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monkeypatch):

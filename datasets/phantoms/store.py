@@ -5,6 +5,7 @@ split, size and version of its generator and of the libraries that it draws with
 made again.
 """
 
+import contextlib
 import inspect
 import os
 import sys
@@ -19,12 +20,14 @@ import numpy as np
 
 from medssl.errors import InputError, UnreadableImage
 from medssl.files import digest, read_json, write_atomic, write_folder, write_json
-from medssl.locks import lock_folder
+from medssl.locks import lock_folder, say_waiting
 from medssl.reading.arrays import read_npy
 
 FEW = 64  # single images that are remembered: more than the contents of a split are known by
 
 LIBRARIES = ("numpy", "pillow", "scipy", "torch")  # that generators draw with: another version may draw otherwise
+
+SOON, LONGEST = 1.0, 600.0  # seconds that another process's making is waited for, without a word and with one
 
 SHAPES = "arrays.json"  # beside the arrays: which there are
 
@@ -79,19 +82,27 @@ class Generated:
         made = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with lock_folder(self.folder):  # another process may be making them: wait for it
+            with self._lock() as lock:
                 found = self._stored()
-                if found is None:
+                if found is None and lock is not None:
                     made = self.make(range(self.count))
                     write_folder(self.folder / "arrays", partial(write_arrays, made))
                     found = self._stored()
             if found is not None:
                 return found
-            reason = "what was written there cannot be read"
+            reason = "another process still makes them" if lock is None else "what was written there cannot be read"
         except OSError as error:
             reason = error.strerror or str(error)
         print(f"note: {self.folder}: {reason}; generated images are not kept", file=sys.stderr)
         return self.make(range(self.count)) if made is None else made
+
+    def _lock(self) -> contextlib.AbstractContextManager:
+        """The folder's lock, for which a process that is making the images is waited; None where it does not end."""
+        lock = lock_folder(self.folder, SOON)
+        if lock is None:
+            say_waiting(self.folder, "generated images in", LONGEST)
+            lock = lock_folder(self.folder, LONGEST)
+        return contextlib.nullcontext() if lock is None else lock
 
     def _stored(self) -> Arrays | None:
         """What the cache folder has, mapped into memory; None where it is not there, or damaged."""

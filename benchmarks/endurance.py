@@ -13,20 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medssl.benchmarks import endure_faults, endure_files, endure_kills
+from medssl.benchmarks.endure_kills import add
 from medssl.benchmarks.machine import describe_machine
 from medssl.engine import options
 from medssl.files import read_json, write_json
 
 PARTS = {"kills": (endure_kills.run, 0.75), "files": (endure_files.run, 0.15), "faults": (endure_faults.run, 0.1)}
-
-
-def add(before: object, more: object) -> object:
-    """Counts of two runs together: numbers add up, lists follow each other, dictionaries by their keys."""
-    if isinstance(before, dict) and isinstance(more, dict):
-        return {key: add(before.get(key), more.get(key)) for key in {**before, **more}}
-    if before is None or more is None:
-        return more if before is None else before
-    return before + more
 
 
 def get_parser() -> options.Parser:
@@ -50,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         minutes = round((time.monotonic() - since) / 60, 1)
         note = {"part": part, "seed": seed, "minutes": minutes, "machine": describe_machine()}
         runs = [*found.get("runs", []), note]
-        write_json(output / "endurance.json", {**found, part: add(found.get(part), more), "runs": runs})
+        if part != "kills":  # whose counts add up as they come
+            more = add(found.get(part), more)
+        write_json(output / "endurance.json", {**found, part: more, "runs": runs})
     found = read_json(output / "endurance.json")
     faults = [fault for part in PARTS for fault in found.get(part, {}).get("faults", [])]
     print(json.dumps({part: found[part] for part in PARTS if part in found}, indent=1))

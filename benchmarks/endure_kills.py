@@ -41,7 +41,7 @@ import torch
 from medssl.benchmarks.bits import METHODS, TUNING, VOLUMES, digest_of, make_data, pretrained, tuned
 from medssl.benchmarks.bits import files as arrays_of
 from medssl.engine import options
-from medssl.files import write_json
+from medssl.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--arch", "mobilenet_v2"]  # whose checkpoints are written in a hundredth of a second
@@ -281,6 +281,17 @@ class Ledger:
     runs: int = 0
     faults: list[str] = field(default_factory=list)
 
+    def counts(self) -> dict:
+        """What `run` returns, of this one."""
+        by_way = {way: sum(n for (_, own), n in self.kills.items() if own == way) for way in WAYS}
+        by_script = Counter()
+        for (name, _), n in self.kills.items():
+            by_script[name] += n
+        return {
+            "kills": self.kills.total(), "by_way": by_way, "by_script": dict(by_script), "completed": self.runs,
+            "lost_checkpoints": self.lost, "differing": self.differing, "faults": self.faults,
+        }  # fmt: skip
+
     def fault(self, text: str, folder: Path) -> None:
         """Note a fault and keep the folder in which it happened."""
         place = self.keep / f"{folder.parent.name}_{len(self.faults)}"
@@ -331,9 +342,8 @@ class Laboratory:
     def newest(task: Task, folder: Path) -> int:
         """When the newest file was written that shows a run's progress; 0 where there is none."""
         times = [0]
-        for path in folder.glob(task.proof):
-            with contextlib.suppress(FileNotFoundError):  # a trial that has ended needs none
-                times.append(path.stat().st_mtime_ns)
+        with contextlib.suppress(FileNotFoundError):  # what a run removes while this looks: it is looked at again
+            times += [path.stat().st_mtime_ns for path in folder.glob(task.proof)]
         return max(times)
 
     def await_proof(self, run: Started, task: Task, folder: Path, before: int = 0) -> bool:
@@ -446,18 +456,18 @@ def turns(made: dict[str, Task]) -> Iterator[tuple[str, str, int]]:
             yield name, "torchrun", 3
 
 
-def lane(made: dict[str, Task], names: Sequence[str], seed: str, until: float, keep: Path) -> Ledger:
-    """Kill runs of some of the tasks until a time of the monotonic clock."""
+def lane(made: dict[str, Task], names: Sequence[str], seed: str, until: float, keep: Path) -> None:
+    """Kill runs of some of the tasks until a time of the monotonic clock; what was found is written as it comes."""
     laboratory = Laboratory({name: made[name] for name in names}, keep / "work", keep / f"seed_{seed}", seed)
     for name, way, most in turns(laboratory.tasks):
+        write_json(keep / "ledgers" / f"{seed}.json", laboratory.ledger.counts())
         if time.monotonic() > until:
             break
         laboratory.chain(name, way, most)
-    return laboratory.ledger
 
 
 def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = (), lanes: int = 2) -> dict:
-    """Kill for some time; returns counts and faults.
+    """Kill for some time; returns counts and faults, also of earlier times, finished or not, in the same folder.
 
     Args:
         keep: where cases that failed are kept. scripts: names of `tasks`, all unless given. lanes: side by side.
@@ -478,16 +488,18 @@ def run(seconds: float, seed: int, keep: Path, scripts: Sequence[str] = (), lane
     with concurrent.futures.ProcessPoolExecutor(len(parts), fork) as pool:
         begin = functools.partial(pool.submit, lane, made, until=until, keep=keep)
         running = [begin(names=part, seed=f"{seed}_{number}") for number, part in enumerate(parts)]
-        ledgers = [future.result() for future in running]
-    kills = sum((ledger.kills for ledger in ledgers), Counter())
-    by_way = {way: sum(n for (_, own), n in kills.items() if own == way) for way in WAYS}
-    return {
-        "kills": kills.total(), "by_way": by_way,
-        "by_script": {name: sum(n for (own, _), n in kills.items() if own == name) for name in made},
-        "completed": sum(ledger.runs for ledger in ledgers), "lost_checkpoints": sum(own.lost for own in ledgers),
-        "differing": sum(own.differing for own in ledgers),
-        "faults": [fault for ledger in ledgers for fault in ledger.faults],
-    }  # fmt: skip
+        for future in running:
+            future.result()
+    return functools.reduce(add, map(read_json, sorted((keep / "ledgers").glob("*.json"))))
+
+
+def add(before: object, more: object) -> object:
+    """Counts of two times together: numbers add up, lists follow each other, dictionaries by their keys."""
+    if isinstance(before, dict) and isinstance(more, dict):
+        return {key: add(before.get(key), more.get(key)) for key in {**before, **more}}
+    if before is None or more is None:
+        return more if before is None else before
+    return before + more
 
 
 def get_parser() -> options.Parser:

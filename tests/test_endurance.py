@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from medssl.benchmarks import endurance, endure_faults, endure_kills
+from medssl.benchmarks import endure_faults, endure_kills
 from medssl.benchmarks.endure_kills import Laboratory, Task
 
 
@@ -83,8 +83,23 @@ def test_faults_of_a_run_in_an_environment_are_found(code, found, tmp_path, monk
     assert len(wrong) == len(found)
 
 
+def test_counts_are_written_as_they_come(tmp_path, monkeypatch):
+    """That of hours nothing is lost where the last of them is."""
+    made = {"a": Task("train_moco", (), str), "b": Task("train_moco", (), str)}
+    turns = iter(("a", "b", "a"))  # then it breaks
+
+    def chain(lab, name, way, most):
+        lab.ledger.kills[next(turns), way] += 2
+
+    monkeypatch.setattr(Laboratory, "chain", chain)
+    with pytest.raises(StopIteration):
+        endure_kills.lane(made, ["a", "b"], "0_0", float("inf"), tmp_path)
+    found = endure_kills.read_json(tmp_path / "ledgers" / "0_0.json")
+    assert (found["kills"], found["by_script"]) == (6, {"a": 4, "b": 2})
+
+
 def test_counts_of_two_runs_add_up():
     first = {"kills": 3, "by": {"moco": 3}, "faults": ["a"]}
-    assert endurance.add(None, first) == first
-    more = endurance.add(first, {"kills": 2, "by": {"byol": 2}, "faults": ["b"]})
+    assert endure_kills.add(None, first) == first
+    more = endure_kills.add(first, {"kills": 2, "by": {"byol": 2}, "faults": ["b"]})
     assert more == {"kills": 5, "by": {"moco": 3, "byol": 2}, "faults": ["a", "b"]}

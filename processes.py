@@ -3,6 +3,7 @@
 import atexit
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import multiprocessing
 import multiprocessing.connection
@@ -28,6 +29,7 @@ from medssl.errors import FEW_FILES, NO_SHARED_MEMORY, InputError, error_number
 END = signal.SIGUSR2
 LAST = -1000  # the priority of what a process does at its end when all it put into queues is handed over
 ASKED, KILLED = 1.0, 5.0  # seconds that they have to be gone after it, and after they are killed
+PARENT_DIED = 1  # Linux's PR_SET_PDEATHSIG
 LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")  # what torch says of a worker that is no more
 KILLED_LINE = "a worker was killed, probably for want of memory; run the command again with fewer --workers"
 
@@ -123,6 +125,12 @@ def _undisturbed() -> Iterator[None]:
 def _end_all() -> None:
     """What an error that nobody caught left running; the interpreter would wait for it."""
     end(_own)
+
+
+def end_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the parent ends: a run left behind would be in the way of the next."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
 
 
 def why_ended(code: int) -> str | None:

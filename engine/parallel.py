@@ -4,6 +4,7 @@ One process: a single device, or DataParallel over several `--gpus`. Under `torc
 device and DistributedDataParallel, on one machine or many.
 """
 
+import contextlib
 import inspect
 import os
 import sys
@@ -18,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medssl.errors import InputError
+from medssl.processes import end_with_parent
 
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # in the environment of what torchrun starts
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # is there where one is loaded
 
 
@@ -329,6 +332,10 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool, several: boo
         torch.cuda.set_device(ids[0])
         return Devices(torch.device("cuda", ids[0]), ids, asked=gpus is not None)
 
+    if LAUNCHED in os.environ:
+        end_with_parent()
+        if orphaned():  # whoever should bring the processes together is gone, which they would wait for
+            raise InputError("torchrun, which started this process, has ended")
     unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if unset:
         raise InputError(f"WORLD_SIZE is {world}, but {unset[0]} is not set; start with torchrun, or unset WORLD_SIZE")
@@ -344,6 +351,14 @@ def setup(gpus: list[int] | None, device: str, deterministic: bool, several: boo
         dist.init_process_group("nccl" if use_cuda else "gloo")
     control = dist.new_group(backend="gloo") if use_cuda else None
     return Devices(place, [], rank, world, control)
+
+
+def orphaned() -> bool:
+    """Whether the process that started this one has ended, so that the system's first one is its parent; torchrun
+    itself may be that in a container."""
+    with contextlib.suppress(OSError):
+        return os.getppid() == 1 and b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    return False
 
 
 def make_deterministic(on: bool) -> None:

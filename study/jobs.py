@@ -6,7 +6,6 @@ asked for again, is not run again when it is finished, continues where it stoppe
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import os
 import platform
@@ -29,11 +28,10 @@ from medssl.errors import InputError, explain
 from medssl.files import naming, read_json, write_json, write_text
 from medssl.locks import PATIENCE, hand_over, handed_over, lock_folder, say_waiting, taken
 from medssl.markup import shell_words
-from medssl.processes import signal_name
+from medssl.processes import end_with_parent, signal_name
 
 INTERRUPTION = "was interrupted; the same command continues"
 INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)  # exit codes
-PARENT_DIED = 1  # Linux's PR_SET_PDEATHSIG
 LONGEST_SAVING = 600  # seconds that a run may take from SIGTERM to its end
 PAUSE = 0.1  # seconds between two looks at what runs
 
@@ -247,13 +245,8 @@ def start(job: Job, place: dict[str, str]) -> subprocess.Popen | None:
             [sys.executable, "-c", call, *job.words], pass_fds=[lock.fileno()],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **place, **hand_over(lock)},
             start_new_session=True,  # Ctrl-C reaches it once, through its parent: a second signal ends without saving
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )  # fmt: skip
-
-
-def end_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the parent is killed: a run left behind would be in the way of the next."""
-    ctypes.CDLL(None).prctl(PARENT_DIED, signal.SIGTERM)
 
 
 def reason_of(job: Job, code: int) -> str:

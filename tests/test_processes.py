@@ -25,7 +25,7 @@ from process_tools import members
 from medssl import errors, processes
 from medssl.datasets import cache
 from medssl.datasets.base import ImageDataset, Info
-from medssl.engine import batches, options
+from medssl.engine import batches, options, parallel
 from medssl.engine.batches import evaluation_batches
 from medssl.engine.loop import fit
 from medssl.engine.method import Method
@@ -492,3 +492,48 @@ def test_a_script_whose_step_fails(workers, tmp_path):
     ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=LIMIT)
     assert ran.returncode == 1
     assert "ZeroDivisionError" in ran.stderr
+
+
+WAITS = """
+import os, subprocess, sys, time
+env = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+code = "from medssl.engine import parallel; print(1, flush=True); parallel.setup(None, 'cpu', False)"
+child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, start_new_session=True)
+child.stdout.readline()
+time.sleep(1)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_of_torchrun_does_not_wait_for_one_that_is_gone(launched):
+    """It would for the half hour that torch waits for the others, who are brought together by what has started all."""
+    env = {key: value for key, value in os.environ.items() if key != parallel.LAUNCHED}
+    env |= {parallel.LAUNCHED: "1"} if launched else {}
+    launcher = subprocess.Popen([sys.executable, "-c", WAITS], env=env, stdout=subprocess.PIPE, text=True)
+    pid = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    try:
+        until = time.monotonic() + (60 if launched else 2)
+        while members(pid) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert bool(members(pid)) != launched
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_process_whose_torchrun_ended_before_it_began_says_so(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), (parallel.LAUNCHED, "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "end_with_parent", lambda: None)
+    monkeypatch.setattr(parallel, "orphaned", lambda: True)
+    with pytest.raises(InputError, match="torchrun, which started this process, has ended"):
+        parallel.setup(None, "cpu", False)
+
+
+def test_signals_without_a_name_have_a_number():
+    assert processes.why_ended(-signal.SIGSEGV).startswith("a worker was ended by SIGSEGV")
+    assert processes.why_ended(-40).startswith("a worker was ended by signal 40")

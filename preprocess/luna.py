@@ -50,6 +50,7 @@ from medssl.engine.guards import Stop
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script, unusable
 from medssl.files import file_digest, name_bytes, read_json, write_atomic, write_csv, write_text
+from medssl.locks import remove_abandoned
 from medssl.markup import csv_cell, one_line
 from medssl.processes import pool
 from medssl.reading.find import find_volumes
@@ -654,6 +655,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         made = Pairs(args.method, (args.input_rows, args.input_cols, args.input_deps), args.scale, args.seed)
     refuse_other_settings(save, made)
+    remove_abandoned(save)
     write_patients(save, scans)
     todo = [scan for scan in scans if not is_finished(scan, made)]
     for fold in {scan.fold for scan in todo}:

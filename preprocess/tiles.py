@@ -31,6 +31,7 @@ from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, run_script
 from medssl.files import write_atomic
+from medssl.locks import remove_abandoned
 from medssl.reading.tables import write_list
 
 BANDS = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--side {args.side}: bands of {slide.shape[0] // len(BANDS)} pixels hold no tile of it")
     folder = output / "tiles"
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(output)
     names, measures = [], []
     for y, x, _ in places:
         tile = slide[y : y + args.side, x : x + args.side]

@@ -21,6 +21,7 @@ from medssl.engine import options
 from medssl.engine.options import Parser
 from medssl.errors import InputError, UnreadableImage, run_script
 from medssl.files import copy_file, write_atomic, write_text
+from medssl.locks import remove_abandoned
 from medssl.tasks.coco import annotations_of
 
 PARTS = {"train": ("train", "val"), "test": ("test",)}
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = Request(args.dataset, args.data, texture_size=args.texture_size)
     opened = open_splits(request, ["train", "val", "test"])
     (output / "annotations").mkdir(parents=True, exist_ok=True)
+    remove_abandoned(output)
     for part, names in PARTS.items():
         content = write_part(part, [opened[name] for name in names], output)
         path = output / "annotations" / f"{part}.json"

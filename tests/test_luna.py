@@ -264,6 +264,19 @@ def test_finished_scans_are_left_alone_and_others_redone(scans, made, tmp_path):
     assert cubes(tmp_path) == cubes(made[0])
 
 
+def test_what_a_kill_inside_a_write_left_is_removed(scans, made, tmp_path):
+    """A cube under the name that it has until it is whole, which nobody writes under again."""
+    save = tmp_path / "cubes"
+    shutil.copytree(made[0], save)
+    (cube,) = sorted(save.glob("subset*/*_global_0.npy"))[:1]
+    part = cube.with_name(f".tmp.1.0a1b2c3d.{cube.name}")
+    part.write_bytes(cube.read_bytes()[:99])
+    cube.unlink()
+    run(scans, save)
+    assert not part.exists()
+    assert cube.exists()
+
+
 def test_what_a_killed_run_with_other_options_left_is_removed(scans, made, tmp_path):
     run(scans, tmp_path, "--scale", 4)
     for record in tmp_path.rglob("*.pairs.json"):

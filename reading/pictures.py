@@ -27,7 +27,8 @@ from PIL import Image, ImageOps
 
 from medssl.errors import UnreadableImage, unreadable
 from medssl.reading.arrays import DEFLATE
-from medssl.reading.dicom import read_frame
+from medssl.reading.dicom import HEAD, read_frame
+from medssl.reading.elements import inflated
 from medssl.reading.find import is_dicom
 from medssl.reading.intensities import to_uint8
 
@@ -72,7 +73,8 @@ def describe(path: str | Path) -> tuple[str, str]:
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                header = pydicom.dcmread(io.BytesIO(file.read()), stop_before_pixels=True, force=True)
+                head = inflated(file.read(), HEAD)
+                header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True)
             return "DICOM", f"{header.get('PhotometricInterpretation', '?')} {header.get('BitsStored', '?')}-bit"
     except Exception:  # what is wrong is read_image's to say
         return "?", "?"

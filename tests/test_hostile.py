@@ -32,6 +32,7 @@ from medssl.engine.runs import refuse_changes
 from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
+from medssl.reading import arrays, dicom, elements
 from medssl.reading.arrays import names_in, read_npy, read_npz
 from medssl.reading.dicom import is_series
 from medssl.reading.elements import check_elements
@@ -599,6 +600,156 @@ def test_elements_that_claim_more_than_their_file(tmp_path):
     (tmp_path / "2.dcm").write_bytes(whole)
     (tmp_path / "notes.txt").write_bytes(b"\x08\0\x05\0" + b"\xff" * 300)  # no slice: GDCM never sees it
     assert read_volume(tmp_path).array.shape == (8, 6, 4)
+
+
+def of_elements(path, *changes):
+    """Change a DICOM file's bytes, each (what there is, what there is to be); both are there once."""
+    data = path.read_bytes()
+    for before, after in changes:
+        assert data.count(before) == 1
+        data = data.replace(before, after)
+    path.write_bytes(data)
+
+
+def number_element(element, *values):
+    """An element of group 0028 with 16-bit numbers."""
+    return struct.pack("<HH2sH", 0x28, element, b"US", 2 * len(values)) + struct.pack(f"<{len(values)}H", *values)
+
+
+ROWS = number_element(0x10, 6)
+FRAMES = struct.pack("<HH2sH", 0x28, 8, b"IS", 2)
+TWO_WAYS = {  # of four slices with 96 bytes each, GDCM made up to a million voxels, of memory that was not the file's
+    "rows twice": (ROWS, number_element(0x10, 60_000) + ROWS, r"\(0028,0010\) twice"),
+    "rows behind an end": (ROWS, b"\xfe\xff\x0d\xe0\0\0\0\0" + number_element(0x10, 60_000), "that never began"),
+    "several rows": (ROWS, number_element(0x10, 6000, 6), r"\(0028,0010\) has 4 bytes"),
+    "no frames": (ROWS, FRAMES + b"0 " + number_element(0x10, 6000), "claims 0 frames"),
+    "frames below none": (ROWS, FRAMES + b"-1" + number_element(0x10, 6000), "claims -1 frames"),
+    "several bits": (number_element(0x100, 16), number_element(0x100, 64, 16), r"\(0028,0100\) has 4 bytes"),
+    "no bits": (number_element(0x100, 16), number_element(0x100), r"\(0028,0100\) has 0 bytes"),
+    "samples twice": (ROWS, number_element(2, 99) + ROWS, r"\(0028,0002\) twice"),
+    "values twice": (b"\xe0\x7f\x10\0OW\0\0", b"\xe0\x7f\x10\0OW\0\0\x02\0\0\0ab" * 2, r"\(7fe0,0010\) twice"),
+}
+
+
+@pytest.mark.parametrize("form", TWO_WAYS)
+def test_elements_that_readers_take_differently(tmp_path, form):
+    """Where the walk and GDCM differ on a size, GDCM reads beyond the values."""
+    readers.make_series(tmp_path)
+    before, after, reason = TWO_WAYS[form]
+    for path in tmp_path.iterdir():
+        of_elements(path, (before, after))
+    with pytest.raises(UnreadableImage, match=rf"0.dcm is damaged \(.*{reason}"):
+        read_volume(tmp_path)
+    with pytest.raises(UnreadableImage, match=reason):
+        read_image(tmp_path / "0.dcm")
+
+
+def test_what_gdcm_makes_of_slices_is_what_was_checked(tmp_path, monkeypatch):
+    """However it comes that they differ."""
+    readers.make_series(tmp_path)
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dicom, "check_elements", lambda data: 8 * 5)
+        with pytest.raises(UnreadableImage, match="DICOM slices of 8 x 6 pixels, and 0.dcm is of others"):
+            read_volume(tmp_path)
+    for path in tmp_path.iterdir():
+        of_elements(path, (ROWS, FRAMES + b"1 " + ROWS))
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    of_elements(tmp_path / "0.dcm", (FRAMES + b"1 ", struct.pack("<HH2sH", 0x28, 8, b"IS", 0)))  # as good as none
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    assert read_image(tmp_path / "0.dcm").shape == (6, 8)
+
+
+def deflated(path, more=b""):
+    """Make a DICOM file a deflated one, with more elements at its end."""
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(path)
+    if more:
+        whole = path.read_bytes()
+        place = 144 + struct.unpack_from("<I", whole, 140)[0]  # where its header says that it ends
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        before = zlib.decompress(whole[place:], -15)
+        path.write_bytes(whole[:place] + packer.compress(before) + packer.compress(more) + packer.flush())
+
+
+def test_deflated_dicom_is_read_and_is_no_bomb(tmp_path, monkeypatch):
+    """Two megabytes took a picture's reader four gigabytes, and the look for series one."""
+    readers.make_series(tmp_path)
+    wanted, picture = read_volume(tmp_path).array, read_image(tmp_path / "2.dcm")
+    for path in tmp_path.iterdir():
+        deflated(path)
+    assert is_series(tmp_path)
+    np.testing.assert_array_equal(read_volume(tmp_path).array, wanted)
+    np.testing.assert_array_equal(read_image(tmp_path / "2.dcm"), picture)
+    assert describe(tmp_path / "2.dcm") == ("DICOM", "MONOCHROME2 12-bit")
+    whole = (tmp_path / "2.dcm").read_bytes()
+    (tmp_path / "2.dcm").write_bytes(whole[:-40])
+    refused(read_image, tmp_path / "2.dcm", "cut short", here=True)
+    (tmp_path / "2.dcm").write_bytes(whole)
+    monkeypatch.setattr(arrays, "ALWAYS_INFLATED", 2**22)
+    block = b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", 2**26) + bytes(2**26)  # of padding
+    for path in tmp_path.iterdir():
+        deflated(path, block)
+    tracemalloc.start()
+    refused(read_image, path, "bytes inflate to more than 4", here=True)
+    refused(read_volume, tmp_path, "bytes inflate to more than 4", here=True)
+    assert describe(path) == ("DICOM", "MONOCHROME2 12-bit")
+    assert is_series(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_elements_are_not_without_number(tmp_path, monkeypatch):
+    """Each of eight bytes is an object of half a kilobyte."""
+    monkeypatch.setattr(elements, "MOST_ELEMENTS", 60)
+    readers.make_series(tmp_path)
+    check_elements((tmp_path / "2.dcm").read_bytes())
+    empty = b"".join(struct.pack("<HH2sH", 0x7FE1, 2 * i, b"SH", 0) for i in range(60))
+    items = struct.pack("<HH2sHI", 0x7FE1, 0, b"SQ", 0, 60 * 8) + struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 60
+    for more in (empty, items):
+        deflated(tmp_path / "2.dcm", more)
+        refused(read_image, tmp_path / "2.dcm", "has more than 60 elements", here=True)
+
+
+def legal_pictures():
+    """DICOM files as makers write them: what differs, as a change of a data set."""
+
+    def colours(data, kind, share=1.0):
+        data.SamplesPerPixel, data.PlanarConfiguration, data.PhotometricInterpretation = 3, 0, kind
+        data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+        data.PixelData = bytes(int(6 * 8 * 3 * share))
+
+    def bilevel(data):
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelData = 1, 1, 0, bytes(6)
+
+    return {
+        "as it is": lambda data: None, "RGB": lambda data: colours(data, "RGB"), "bilevel": bilevel,
+        "shared colours": lambda data: colours(data, "YBR_FULL_422", 2 / 3),
+        "no frames": lambda data: setattr(data, "NumberOfFrames", None),
+        "more values than pixels": lambda data: setattr(data, "PixelData", data.PixelData + bytes(100)),
+        "windows": lambda data: (setattr(data, "WindowCenter", [40, 400]), setattr(data, "WindowWidth", [400, 4000])),
+    }  # fmt: skip
+
+
+HEADLESS = [(kind, end) for end in (False, True) for kind in ("ImplicitVRLittle", "ExplicitVRLittle", "ExplicitVRBig")]
+
+
+@pytest.mark.parametrize("form", legal_pictures())
+@pytest.mark.parametrize(("syntax", "headless"), [*HEADLESS, ("DeflatedExplicitVRLittle", False)])
+def test_legal_dicom_pictures_are_read(tmp_path, form, syntax, headless):
+    path = tmp_path / "a.dcm"
+    readers.write_dicom(path, picture=True)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = uid = getattr(pydicom.uid, f"{syntax}Endian")
+    written_as = {"implicit_vr": uid.is_implicit_VR, "little_endian": uid.is_little_endian}
+    legal_pictures()[form](data)
+    pydicom.dcmwrite(path, data, force_encoding=True, **written_as)
+    if headless:
+        whole = path.read_bytes()
+        path.write_bytes(whole[144 + struct.unpack_from("<I", whole, 140)[0] :])
+    assert read_image(path).shape[:2] == (6, 8)
+    assert describe(path)[0] == "DICOM"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM])

@@ -5,6 +5,7 @@ What ended the process once is read in a process of its own, so that it fails it
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from medssl.benchmarks import readers
 from medssl.datasets import cache as caches
@@ -32,6 +33,7 @@ from medssl.engine.runs import refuse_changes
 from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
+from medssl.preprocess.tiles import read_slide
 from medssl.reading import arrays, dicom, elements
 from medssl.reading.arrays import names_in, read_npy, read_npz
 from medssl.reading.dicom import is_series
@@ -43,6 +45,7 @@ from medssl.reading.simpleitk import reason_of
 from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_header, read_volume
 from medssl.study.jobs import INTERRUPTION, Job
+from medssl.study.report import picture
 from medssl.study.results import Cell
 
 sitk = pytest.importorskip("SimpleITK")
@@ -676,12 +679,12 @@ def deflated(path, more=b""):
 def test_deflated_dicom_is_read_and_is_no_bomb(tmp_path, monkeypatch):
     """Two megabytes took a picture's reader four gigabytes, and the look for series one."""
     readers.make_series(tmp_path)
-    wanted, picture = read_volume(tmp_path).array, read_image(tmp_path / "2.dcm")
+    wanted, slice_alone = read_volume(tmp_path).array, read_image(tmp_path / "2.dcm")
     for path in tmp_path.iterdir():
         deflated(path)
     assert is_series(tmp_path)
     np.testing.assert_array_equal(read_volume(tmp_path).array, wanted)
-    np.testing.assert_array_equal(read_image(tmp_path / "2.dcm"), picture)
+    np.testing.assert_array_equal(read_image(tmp_path / "2.dcm"), slice_alone)
     assert describe(tmp_path / "2.dcm") == ("DICOM", "MONOCHROME2 12-bit")
     whole = (tmp_path / "2.dcm").read_bytes()
     (tmp_path / "2.dcm").write_bytes(whole[:-40])
@@ -815,6 +818,56 @@ def test_pictures_that_claim_more_than_their_file(tmp_path):
     for read in (read_image, read_mask):
         with pytest.raises(UnreadableImage, match="claims 12000 x 12000 pixels in"):
             read(tmp_path / "a.png")
+
+
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """Pillow recognises formats by their content, whatever the name; for EPS it runs Ghostscript."""
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\n: > {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    path = tmp_path / "e.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    refused(read_image, path, "not an image that Pillow or pydicom can read", here=True)
+    refused(read_mask, path, "not an image that Pillow or pydicom can read", here=True)
+    refused(read_slide, path, "not an image that Pillow can read", here=True)
+    assert describe(path) == ("?", "?")
+    assert picture(path, "", "") is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_of_every_format_are_read_whatever_their_names(tmp_path):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    for kind in ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF", "MPO"):
+        path = tmp_path / f"{kind}.png"
+        try:
+            if kind == "MPO":  # of cameras: a JPEG with another behind it
+                image.save(path, kind, save_all=True, append_images=[image])
+            else:
+                image.save(path, kind)
+        except (OSError, ValueError, KeyError):  # which this Pillow does not write
+            continue
+        assert read_image(path).shape[:2] == read_mask(path).shape[:2] == read_slide(path).shape[:2] == (6, 8)
+        assert describe(path)[0] == kind
+
+
+def test_gzipped_pictures_are_no_bombs(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "ALWAYS_INFLATED", 2**20)
+    path = tmp_path / "a.png.gz"
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for more, fits in ((bytes(2**19), True), (bytes(2**26), False)):
+        path.write_bytes(gzip.compress(whole + more, 1))
+        for read in (read_image, read_mask):
+            if fits:
+                assert read(path).shape == (6, 8)
+                continue
+            tracemalloc.start()
+            refused(read, path, "gunzips to more than ", here=True)
+            assert tracemalloc.get_traced_memory()[1] < 2**26
+            tracemalloc.stop()
 
 
 BLANK = Image.new("P", (2400, 2400))

@@ -30,7 +30,17 @@ from medssl.datasets import cache as caches
 from medssl.datasets import chest, chexpert, luna, pathology
 from medssl.datasets.base import Request
 from medssl.engine.runs import refuse_changes
-from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
+from medssl.errors import (
+    DISK,
+    HANDED_OVER,
+    LACKS,
+    TOO_LARGE,
+    InputError,
+    UnreadableImage,
+    explain,
+    unreadable,
+    unusable,
+)  # fmt: skip
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
 from medssl.preprocess.tiles import read_slide
@@ -454,7 +464,7 @@ def test_meta_data_that_are_cut_or_missing(tmp_path):
             "compressed bytes for",
         ),
         (bytes(60), {"CompressedData": "True", "CompressedDataSize": 60}, "damaged"),
-        (squeezed, {"CompressedData": "True"}, "CompressedDataSize"),
+        (squeezed, {"CompressedData": "True"}, "its header lacks CompressedDataSize"),
         (b"one.raw\ngone.raw\n", {"ElementDataFile": "LIST"}, "one.raw holds 23 of 24 bytes"),
         (b"one.raw\n", {"ElementDataFile": "LIST"}, "names 1 data files for 2 slices"),
         (b"", {"ElementDataFile": "gone%d.raw 1 2 1"}, "gone1.raw is missing"),
@@ -508,6 +518,56 @@ def test_nrrd_headers_are_checked(tmp_path):
         ({"byte_skip": "99"}, "truncated"), ({"sizes": "4 3 5"}, "holds"), ({"type": None}, "lacks type"),
     ):  # fmt: skip
         refused(read_volume, nrrd(tmp_path / "a.nrrd", **changes), reason, here=True)
+
+
+def test_gzipped_nrrd_with_something_before_it(tmp_path):
+    """Of 520 bytes that claim half a terabyte, a skip made an allocation: the run ended, and named no file."""
+    wanted, packed = VALUES.reshape(2, 3, 4).transpose(2, 1, 0), gzip.compress(RAW)
+    for values, skips in (
+        (gzip.compress(b"abc" + RAW), {"byte_skip": 3}), (b"a\nb\n" + packed, {"line_skip": 2}),
+        (b"a\n" + gzip.compress(b"b" + RAW), {"line_skip": 1, "byte_skip": 1}),
+    ):  # fmt: skip
+        path = nrrd(tmp_path / "a.nrrd", values=values, encoding="gzip", **skips)
+        np.testing.assert_array_equal(read_volume(path).array, wanted)
+    for skips, reason in (
+        ({"byte_skip": 1}, "compressed bytes for"), ({"line_skip": 1}, "compressed bytes for"),
+        ({"byte_skip": -1}, "byte skip: -1, which is for raw values"), ({"line_skip": 2**40}, "compressed bytes for"),
+    ):  # fmt: skip
+        path = nrrd(tmp_path / "a.nrrd", values=b"a\n" + packed, encoding="gzip", sizes="20000 20000 800", **skips)
+        refused(read_volume, path, reason)
+        refused(read_volume, nrrd(path, values=packed, encoding="gzip", sizes="4 3 5", **skips), "", here=True)
+
+
+def test_memory_that_a_volume_needs_names_its_file():
+    text = f"/data/a.nrrd: {TOO_LARGE}"
+    said = f"{text}; use a smaller --b, or fewer --workers"
+    assert explain(MemoryError(text)) == said
+    handed = f"Caught MemoryError in DataLoader worker process 0.{HANDED_OVER}  File x\nMemoryError: {text}"
+    assert explain(MemoryError(handed)) == said
+
+
+def test_nrrd_data_in_other_files(tmp_path):
+    wanted = VALUES.reshape(2, 3, 4).transpose(2, 1, 0)
+    for i in range(6):
+        (tmp_path / f"r{i}").write_bytes(VALUES[4 * i : 4 * i + 4].tobytes())
+    for i in range(2):
+        (tmp_path / f"s{i}").write_bytes(VALUES[12 * i : 12 * i + 12].tobytes())
+    for name in ("50%.raw", "%n"):
+        (tmp_path / name).write_bytes(RAW)
+    rows = "\n".join(f"r{i}" for i in range(6))
+    for written in ("LIST\ns0\ns1", "LIST 3\ns0\ns1", "LIST 2\ns0\ns1", f"LIST 1\n{rows}", "LIST 3\n50%.raw", "50%.raw",
+                    "s%d 0 1 1 3", "r%d 0 5 1 1", "%n"):  # fmt: skip
+        path = nrrd(tmp_path / "a.nhdr", f"data file: {written}", values=b"")
+        if written.startswith("LIST"):
+            path.write_bytes(path.read_bytes().rstrip() + b"\n")
+        assert outcome(read_volume, path) == "read", written
+        np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=written)
+    for written, reason in (
+        ("LIST 3\ns0\ns1\ns0", "names 3 data files as slabs of 2 slices"), ("LIST 4\ns0", "files have 1 to 3 axes"),
+        ("LIST 1\ns0\ns1", "names 2 data files for 6 slices"), ("LIST 0\ns0", "1 to 3 axes"),
+        ("LIST\n", "names 0 data files"),
+    ):  # fmt: skip
+        refused(read_volume, nrrd(tmp_path / "a.nhdr", f"data file: {written}", values=b""), reason)
 
 
 def test_nifti_headers_are_checked(tmp_path):
@@ -932,13 +992,35 @@ def test_run_lengths_are_cocos():
         {"size": [20, 30], "counts": "o" * 200}, {"size": [20, 30], "counts": "_" * 40},
         {"size": [20, 30], "counts": "PP"},
         {"size": [99999, 99999], "counts": "`" * 9}, {"size": [20, 30], "counts": [300, 301]}, {"counts": 5},
-        {"size": [20, 30], "counts": [2**40, 600 - 2**40]}, {"size": [20, 30], "counts": [600.0]}, [[1e9] * 8],
+        {"size": [20, 30], "counts": [2**40, 600 - 2**40]}, {"size": [20, 30], "counts": [600.5]}, [[1e9] * 8],
         [[0, 0, 5, float("inf"), 3, 3]], [[1, 2, 3]], [["a"] * 6], "x", None, [[[1, 2], [3, 4]]],
     ],
 )  # fmt: skip
 def test_shapes_that_pycocotools_would_follow_out_of_the_image(shape, tmp_path):
     shapes = pathology.Shapes([[[1, 1, 10, 1, 10, 10]], shape], 20, 30)
     refused(lambda _: shapes(), tmp_path, "its annotation 2 is no polygon and no run lengths")
+
+
+def test_shapes_as_tools_write_them():
+    """Parts that simplification left with two corners, and run lengths that were floats on their way."""
+    line, triangle = [1, 1, 10, 1], [1, 1, 10, 1, 10, 10]
+    whole = pathology.Shapes([[triangle]], 20, 30)()
+    assert whole.any()
+    np.testing.assert_array_equal(pathology.Shapes([[line, triangle, [3, 3]]], 20, 30)(), whole)
+    floats = pathology.Shapes([{"size": [20, 30], "counts": [100.0, 50.0, 450]}], 20, 30)()
+    assert floats.sum() == 50
+    for shape in ([line], [], [line, [1, 2, 3]], [[1e9, 0], triangle]):
+        with pytest.raises(UnreadableImage, match="its annotation 1 is no polygon"):
+            pathology.Shapes([shape], 20, 30)()
+
+
+def test_json_may_mark_the_order_of_its_bytes(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "é"}
+    readers.make_coco(tmp_path)
+    path = tmp_path / "annotations" / "train.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    readers.read_coco(tmp_path)
 
 
 def test_json_that_is_damaged_or_something_else_is_named(tmp_path):
@@ -1005,6 +1087,20 @@ def test_damaged_indices_of_caches(tmp_path):
     built = caches.build(readers.cached_images(tmp_path), tmp_path / "cache")
     assert (len(built["sizes"]), built["finished"]) == (5, True)
     readers.read_cache(tmp_path)
+
+
+@pytest.mark.parametrize("number", LACKS)
+def test_what_the_machine_lacks_is_no_caches_fault(tmp_path, monkeypatch, number):
+    def fails(*_args, **_more):
+        raise OSError(number, os.strerror(number))
+
+    readers.write_volume(tmp_path / "a.mha")
+    data = readers.kept_volumes(tmp_path)
+    monkeypatch.setattr(caches, "write_atomic", fails)
+    monkeypatch.setattr(tempfile, "TemporaryFile", fails)
+    for use in (lambda: data.load(0), lambda: caches.attach(data, tmp_path / "cache")):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            use()
 
 
 def test_what_a_kept_volume_lacks_is_made_anew(tmp_path):

@@ -21,7 +21,7 @@ from medssl.reading.arrays import DEFLATE
 BLOCK = 2**22  # bytes decompressed at a time
 LONGEST = 2**15  # bytes of a header's line, of which MetaIO has room for about as many
 LONGEST_FIELD = 500  # letters of a field of NRRD's: ITK repeats one that it cannot read, and has room for about 1000
-MOST_LINES = 4096
+MOST_LINES = 2**16  # with a DICOM header's elements, or the names of slices
 MOST_FILES = 100_000  # of one volume
 MOST_BYTES = 2**42  # of one volume
 
@@ -218,11 +218,12 @@ def _yes(fields: dict[str, str], key: str, otherwise: str = "False") -> bool:
 def _check_meta_values(fields: dict[str, str], dims: int) -> None:
     for key, value in fields.items():
         if key in META_COUNTS:
-            _numbers(key, value, dims ** META_COUNTS[key])
+            one_more = META_COUNTS[key] == 1 and len(value.split()) == dims + 1  # of time, which MetaIO passes over
+            _numbers(key, value, dims ** META_COUNTS[key] + one_more)
         elif key in META_YES and value.lower() not in ("true", "false", "1", "0"):
             raise UnreadableImage(f"its header says {key} = {_shown(value)}, which is neither True nor False")
-        elif key == "AnatomicalOrientation" and not re.fullmatch(rf"[A-Za-z?]{{{dims}}}", value):
-            raise UnreadableImage(f"its header says {key} = {_shown(value)}; {dims} letters are needed")
+        elif key == "AnatomicalOrientation" and not re.fullmatch(rf"[A-Za-z?]{{0,{dims}}}", value):
+            raise UnreadableImage(f"its header says {key} = {_shown(value)}; at most {dims} letters are read")
         elif key == "ObjectType" and value != "Image":
             raise UnreadableImage(f"its header says {key} = {_shown(value)}, which is no Image")
 

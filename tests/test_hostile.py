@@ -395,7 +395,7 @@ FIELDS = {
     "ElementType": ("MET_STRING", "MET_SHORT_ARRAY", "MET_NONE", "%s"),
     "ElementSpacing": ("1 1", "nan 1 1", "1 1 1 1 1 1", "%s", "1" * 2500),
     "TransformMatrix": ("1 0 0", "inf " * 9, "1 " * 4000),
-    "AnatomicalOrientation": ("R", "R" * 300, "%s%n"),
+    "AnatomicalOrientation": ("RAIS", "R" * 300, "%s%n"),
     "ElementNumberOfChannels": ("0", "-1", "2", "99999999999"),
     "HeaderSize": ("-2", "10", "99999999999", "x"),
     "CompressedData": ("True", "maybe"),
@@ -443,11 +443,22 @@ def test_every_kind_of_meta_data_is_read(tmp_path):
         ("twice.mha", raw, {"Comment": "a\nComment = b", "Foo": "1\nFoo: 2"}),
         ("long.mha", raw, {"Foo": "A" * 30_000, "Comment": "A" * 254}),
         ("colons.mha", raw, {"DimSize": None, "DimSize: 4 3 2\nFoo": "1"}),
+        ("unoriented.mha", raw, {"AnatomicalOrientation": ""}),
+        ("time.mha", raw, {"Offset": "0 0 0 7", "ElementSpacing": "1 1 1 4"}),
+        ("lines.mha", raw, {f"F{i}": "1" for i in range(5000)}),
         ("one.mha", squeezed, {"CompressedData": "1", "CompressedDataSize": len(squeezed)}),
     ):
         path = meta(tmp_path / name, values, **changes)
         np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=name)
         assert read_header(path).size == (4, 3, 2)
+
+
+def test_a_meta_image_of_four_axes_is_oriented_in_three(tmp_path):
+    axes = " ".join("1" if i % 5 == 0 else "0" for i in range(16))
+    zeros, ones = "0 0 0 0", "1 1 1 1"
+    path = meta(tmp_path / "a.mha", NDims="4", DimSize="4 3 2 1", TransformMatrix=axes, Offset=zeros,
+                CenterOfRotation=zeros, ElementSpacing=ones)  # fmt: skip
+    assert outcome(read_volume, path) == "read"
 
 
 def test_meta_data_that_are_cut_or_missing(tmp_path):

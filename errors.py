@@ -15,6 +15,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_SHARED_MEMORY = (
     "the workers' shared memory (/dev/shm) is full; use fewer --workers, or 0, or give more: docker run --shm-size 8g"
 )
+TOO_LARGE = "too large for the memory of this machine"
 FEW_FILES = "too many open files; raise the limit (ulimit -n 65536), or use fewer --workers"
 # How libraries say that an allocation failed; numpy and Python have a class for that.
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc|_STATUS_ALLOC_FAILED|Unable to allocate")
@@ -107,6 +108,8 @@ def out_of_memory(error: BaseException, less: str) -> str:
     text = text_of(error)
     gpu = any(word in text for word in ("CUDA", "CUBLAS", "CUDNN", "HIP"))
     wanted = re.search(r"(?i)tried to allocate (\d[\d.]* \w+)|unable to allocate (\d[\d.]* \w+)", text)
+    if TOO_LARGE in text:  # which names the file
+        return f"{text.rpartition('MemoryError: ')[2]}; use {less}"
     amount = f" ({wanted[1] or wanted[2]} more were asked for)" if wanted else ""
     return f"out of {'GPU ' if gpu else ''}memory{amount}; use {'a smaller --b, or --amp' if gpu else less}"
 

@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     with unusable(path, "damaged, or no JSON; restore it from a copy, or remove it"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # others' tools may mark the order of bytes
     if not isinstance(content, dict):
         raise InputError(f"{path}: no JSON object; restore it from a copy, or remove it")
     return content

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from medssl import errors
 from medssl.engine import options
 from medssl.engine.monitor import loss_names
 from medssl.errors import InputError
+from medssl.reading.pictures import recognised
 
 CONTRAST = ("contrast", "mixed_images", "mixed_features")  # summed where runs are compared
 SMOOTH = 5  # lines of metrics.jsonl in a running mean
@@ -86,7 +86,7 @@ def draw_one(run: Path) -> Figure:
     config, epochs, losses = read_run(run)
     pictures = sorted((run / "samples").glob("step_*.png"))
     try:
-        sheet = np.asarray(Image.open(pictures[-1])) if pictures else None
+        sheet = np.asarray(recognised(pictures[-1])) if pictures else None
     except OSError as error:
         raise InputError(f"{pictures[-1]}: {error}") from None
     height = 0 if sheet is None else 9 * sheet.shape[0] / sheet.shape[1]

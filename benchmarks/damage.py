@@ -17,6 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from random import Random
 
 Change = Callable[[bytes, Random, str], bytes]
@@ -260,8 +261,34 @@ def ppm(data: bytes, rng: Random, marker: str) -> bytes:
     return rng.choice((b" ", b"\n", b"\n#c\n")).join(words)
 
 
+def number_element(element: int, *values: int) -> bytes:
+    """An element of DICOM's group 0028 with 16-bit numbers."""
+    return struct.pack("<HH2sH", 0x28, element, b"US", 2 * len(values)) + struct.pack(f"<{len(values)}H", *values)
+
+
+def two_ways(data: bytes, rng: Random) -> bytes:
+    """A DICOM file of which readers make several sizes."""
+    place = data.find(b"\x28\0\x10\0US\x02\0")  # of its rows
+    if place < 0:
+        return any_bytes(data, rng)
+    rows, large = data[place : place + 10], rng.choice((7, 12, 6000, 60_000, 65_535))
+    frames = struct.pack("<HH2sH", 0x28, 8, b"IS", 2) + rng.choice((b"0 ", b"-1", b"2 ", b" \0", b"1\\", b"\xb2 "))
+    made = rng.choice((
+        number_element(0x10, large) + rows, rows + number_element(0x10, large), number_element(0x10, large, 6),
+        b"\xfe\xff\x0d\xe0\0\0\0\0" + number_element(0x10, large), frames + number_element(0x10, large),
+        b"\xfe\xff\xdd\xe0\0\0\0\0" + number_element(0x10, large), number_element(0x10),
+        number_element(2, large) + rows, rows + number_element(0x11, large), rows + number_element(0x100, 8),
+    ))  # fmt: skip
+    made = data[:place] + made + data[place + 10 :]
+    if rng.random() < 0.3:
+        made = made.replace(number_element(0x100, 16), number_element(0x100, *rng.choice(((8, 16), (64, 16), ()))))
+    return made
+
+
 def dicom(data: bytes, rng: Random, marker: str) -> bytes:
     """Elements of an explicit little-endian DICOM file: tag, kind, length or value."""
+    if rng.random() < 0.2:
+        return two_ways(data, rng)
     found, place = [], 132
     while place + 8 <= len(data):
         kind = data[place + 4 : place + 6]
@@ -291,6 +318,25 @@ def dicom(data: bytes, rng: Random, marker: str) -> bytes:
         packed = data[place : place + 6] + struct.pack("<H", len(value))
         return data[:place] + packed + value + data[place + 8 + length :]
     return number_at(data, rng, place + head_length + rng.randrange(max(1, min(length, 64))), 1)
+
+
+def deflated_dicom(data: bytes, rng: Random, marker: str) -> bytes:
+    """What a deflated DICOM file holds, or one that holds a bomb."""
+    place = 144 + struct.unpack_from("<I", data, 140)[0]  # where its header says that it ends
+    inner = zlib.decompress(data[place:], -15)
+    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
+    if rng.random() < 0.05:
+        return data[:place] + packer.compress(inner) + packer.flush(zlib.Z_SYNC_FLUSH) + bomb()
+    inner = dicom(bytes(128) + b"DICM" + inner, rng, marker)[132:]
+    return data[:place] + packer.compress(inner) + packer.flush()
+
+
+@cache
+def bomb() -> bytes:
+    """A DICOM element of half a gigabyte, deflated."""
+    packer, block = zlib.compressobj(1, zlib.DEFLATED, -15), bytes(2**20)
+    head = b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", 2**29)
+    return packer.compress(head) + b"".join(packer.compress(block) for _ in range(2**9)) + packer.flush()
 
 
 # Arrays --------------------------------------------------------------------------------------------

@@ -38,16 +38,21 @@ MEMORY = 3 * 2**30  # bytes that a child may use beyond what its parent has
 COUNTS = ("files", "headers", "refused", "accepted", "faults")
 
 
-def spoil(reader: Reader, place: Path, seed: int, number: int) -> Path:
-    """Damage one of a reader's valid files in a folder; every second one in its header. Returns which."""
+def spoil(reader: Reader, place: Path, seed: int, number: int) -> tuple[Path, bool]:
+    """Damage one of a reader's valid files in a folder; every second one in its header, where that changes it.
+
+    Returns:
+        which, and whether it is its header that was changed.
+    """
     rng = Random(f"{seed} {reader.name} {number}")
     victim = rng.choice(sorted(path for path in place.rglob(reader.victims) if path.is_file()))
     change = reader.change if number % 2 else damage.any_bytes
     data = victim.read_bytes()
     with contextlib.suppress(Exception):  # a change that cannot be made of what an earlier one left
         data = change(data, rng, str(marker_of(place)))
-    victim.write_bytes(data if data != victim.read_bytes() else damage.any_bytes(data, rng))
-    return victim
+    changed = data != victim.read_bytes()
+    victim.write_bytes(data if changed else damage.any_bytes(data, rng))
+    return victim, changed and number % 2 == 1
 
 
 def marker_of(place: Path) -> Path:
@@ -80,10 +85,10 @@ def child(reader: Reader, valid: Path, work: Path, seed: int, numbers: Sequence[
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(marker_of(place), ignore_errors=True)
         shutil.copytree(valid, place)
-        spoil(reader, place, seed, number)
+        _, header = spoil(reader, place, seed, number)
         shutil.rmtree(work / "before", ignore_errors=True)
         shutil.copytree(place, work / "before")  # as it was read: some readers write
-        pipe.send(number)
+        pipe.send((number, header))
         pipe.send(judge(reader, place))
     pipe.close()
     os._exit(0)
@@ -101,7 +106,8 @@ def quiet() -> None:
 
 
 def batch(reader: Reader, valid: Path, work: Path, seed: int, numbers: Sequence[int], hang: float) -> list[tuple]:
-    """(number, outcome, reason) of the files that one child reads before it ends, the last of them however it ended."""
+    """(number, whether its header was changed, outcome, reason) of the files that one child reads before it ends, the
+    last of them however it ended."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe(duplex=False)
     process = context.Process(target=child, args=(reader, valid, work, seed, numbers, theirs))
@@ -111,19 +117,18 @@ def batch(reader: Reader, valid: Path, work: Path, seed: int, numbers: Sequence[
     with contextlib.suppress(EOFError):
         while mine.poll(hang):
             said = mine.recv()
-            if isinstance(said, int):
+            if current is None:
                 current = said
             else:
-                done.append((current, *said))
+                done.append((*current, *said))
                 current = None
         process.kill()
         process.join()
-        return [*done, (numbers[len(done)] if current is None else current, "hang", f"no end within {hang:g} s")]
+        return [*done, (*(current or (numbers[len(done)], False)), "hang", f"no end within {hang:g} s")]
     process.join()
     if current is not None or (process.exitcode and len(done) < len(numbers)):
-        number = numbers[len(done)] if current is None else current
         outcome = "signal" if process.exitcode < 0 else "traceback"
-        done.append((number, outcome, f"ended by {-process.exitcode}"))
+        done.append((*(current or (numbers[len(done)], False)), outcome, f"ended by {-process.exitcode}"))
     return done
 
 
@@ -156,9 +161,9 @@ def run(
             numbers = range(first, min(first + BATCH, most or first + BATCH))
             if not numbers:
                 break
-            for number, outcome, reason in batch(reader, work / "valid", work, seed, numbers, hang):
+            for number, header, outcome, reason in batch(reader, work / "valid", work, seed, numbers, hang):
                 fault = outcome not in ("refused", "accepted")
-                for key in ("files", "faults" if fault else outcome, *["headers"] * (number % 2)):
+                for key in ("files", "faults" if fault else outcome, *["headers"] * header):
                     count[key] += 1
                 if fault:
                     kept = put(reader, work / "valid", keep, seed, number, outcome, reason)
@@ -181,7 +186,7 @@ def put(reader: Reader, valid: Path, keep: Path, seed: int, number: int, outcome
     place = keep / f"{reader.name.replace(' ', '_')}-{seed}-{number}" / "files"
     shutil.rmtree(place.parent, ignore_errors=True)
     shutil.copytree(valid, place)
-    victim = spoil(reader, place, seed, number)
+    victim, _ = spoil(reader, place, seed, number)
     note = {"reader": reader.name, "seed": seed, "number": number, "file": victim.name, "outcome": outcome}
     (place.parent / "why.json").write_text(json.dumps(note | {"reason": reason}, indent=1) + "\n")
     return place.parent

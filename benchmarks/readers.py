@@ -2,7 +2,9 @@
 
 import argparse
 import gzip
+import io
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -107,9 +109,90 @@ def write_dicom(path: Path, number: int = 0, picture: bool = False) -> None:
     data.save_as(path, enforce_file_format=True)
 
 
-def make_series(place: Path) -> None:
+def make_series(place: Path, change: Callable[[Path], object] | None = None) -> None:
     for number in range(4):
         write_dicom(place / f"{number}.dcm", number)
+        if change:
+            change(place / f"{number}.dcm")
+
+
+def read_series(place: Path) -> None:
+    """As folders of volumes do; voxels that no file holds would be memory of something else."""
+    folder.is_series(place)
+    read_scan(place)
+    count = read_volume(place).array.size
+    held = sum(map(values_in, place.iterdir()))
+    if count > held:
+        raise RuntimeError(f"{count} voxels were read of files that hold {held}")
+
+
+def values_in(path: Path) -> float:
+    """How many values a DICOM file holds, at most."""
+    import pydicom
+
+    try:
+        data = pydicom.dcmread(path, force=True)
+        if data.file_meta.TransferSyntaxUID.is_encapsulated:
+            return math.inf
+        return 8 * len(data.PixelData) // data.BitsAllocated
+    except Exception:
+        return math.inf  # of a file that pydicom does not read, nobody knows
+
+
+def make_alike(place: Path) -> None:
+    """Makes a series of a slice, so that what is damaged is the same in all."""
+    data = (place / "0.dcm").read_bytes()
+    for number in range(1, 4):
+        (place / f"{number}.dcm").write_bytes(data.replace(b"5\\-7\\0.0", b"5\\-7\\%d.0" % number))
+
+
+def deflate_dicom(path: Path) -> None:
+    import pydicom
+
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(path)
+
+
+def encapsulate_dicom(kind: str) -> Callable[[Path], None]:
+    """Brings a DICOM file into one of the compressed syntaxes that every reader knows: "RLE" or "JPEG2000"."""
+
+    def bring(path: Path) -> None:
+        import pydicom
+
+        data = pydicom.dcmread(path)
+        data.Rows = data.Columns = 64  # GDCM does not read run lengths of less
+        data.BitsAllocated = data.BitsStored = 8
+        data.HighBit, data.PixelData = 7, noise(64, 64).tobytes()
+        if kind == "RLE":
+            data.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+        else:
+            packed = io.BytesIO()
+            Image.fromarray(noise(64, 64)).save(packed, "JPEG2000", no_jp2=True)
+            data.PixelData = pydicom.encaps.encapsulate([packed.getvalue()])
+            data["PixelData"].is_undefined_length = True
+            data.file_meta.TransferSyntaxUID = pydicom.uid.JPEG2000
+        data.save_as(path)
+
+    return bring
+
+
+def dicoms(name: str, change: Change, bring: Callable[[Path], object] | None = None) -> list[Reader]:
+    """Radiographs and series of a transfer syntax, into which `bring` brings a file."""
+
+    def make(place: Path) -> None:
+        write_dicom(place / "a.dcm", picture=True)
+        if bring:
+            bring(place / "a.dcm")
+
+    def read(place: Path) -> None:
+        examine(place / "a.dcm")
+        Files([place / "a.dcm"])(0)
+
+    return [
+        Reader(f"DICOM picture{name}", make, read, change),
+        Reader(f"DICOM series{name}", lambda place: make_series(place, bring), read_series, change),
+    ]
 
 
 # Volumes -------------------------------------------------------------------------------------------
@@ -544,9 +627,12 @@ READERS: list[Reader] = [
     pictures("gif", damage.head(60, "little"), (GREY, {})),
     pictures("ppm", damage.ppm, (COLOUR, {})),
     pictures("pgm", damage.ppm, (GREY, {})),
-    Reader("DICOM picture", lambda place: write_dicom(place / "a.dcm", picture=True),
-           lambda place: (examine(place / "a.dcm"), Files([place / "a.dcm"])(0)), damage.dicom),
-    Reader("DICOM series", make_series, lambda place: (folder.is_series(place), read_scan(place)), damage.dicom),
+    *dicoms("", damage.dicom),
+    *dicoms(" deflated", damage.deflated_dicom, deflate_dicom),
+    *dicoms(" run lengths", damage.dicom, encapsulate_dicom("RLE")),
+    *dicoms(" JPEG 2000", damage.dicom, encapsulate_dicom("JPEG2000")),
+    Reader("DICOM series alike", make_series, lambda place: (make_alike(place), read_series(place)), damage.dicom,
+           "0.dcm"),
     volumes("nii", NIFTI),
     volumes("nii.gz", damage.gzipped(NIFTI)),
     volumes("mhd", META, "*.mhd"),

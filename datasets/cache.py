@@ -33,7 +33,7 @@ from tqdm import tqdm
 from medssl import processes
 from medssl.datasets.base import ImageDataset
 from medssl.datasets.identity import files_in
-from medssl.errors import InputError, UnreadableImage, unreadable, unusable
+from medssl.errors import LACKS, InputError, UnreadableImage, unreadable, unusable
 from medssl.files import append_text, digest, naming, write_atomic, write_text
 from medssl.locks import LOCK, lock_folder
 from medssl.reading.arrays import read_npz
@@ -384,6 +384,8 @@ class DecodedVolumes(ImageDataset):
             arrays = {key: tensor.numpy() for key, tensor in item.items()}
             write_atomic(path, lambda unfinished: np.savez(unfinished, **arrays))
         except OSError as error:
+            if error.errno in LACKS:  # not the folder's fault
+                raise
             raise InputError(f"--cache {self.kept_in}: {error.strerror}; leave it out, or choose another") from None
         return item
 
@@ -414,6 +416,8 @@ def attach(data: ImageDataset, folder: str | Path, root: str | None = "DIR") -> 
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
+            if error.errno in LACKS:
+                raise
             raise InputError(f"--cache {folder}: {error.strerror}; leave it out, or choose another") from None
         data = copy.copy(data)
         data.kept_in = folder

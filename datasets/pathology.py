@@ -203,7 +203,7 @@ def read_coco(path: Path) -> dict[str, "Shapes"]:
 
 
 def _images_of(path: Path) -> dict[str, "Shapes"]:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8-sig"))  # which some tools mark
     names: dict[object, str] = {}
     images: dict[str, Shapes] = {}
     for image in content["images"]:
@@ -238,8 +238,7 @@ class Shapes:
         for number, shape in enumerate(self.segmentations, 1):
             with unreadable(f"its annotation {number} is no polygon and no run lengths"):
                 if isinstance(shape, list):
-                    self._check_polygons(shape)
-                    runs = coco.merge(coco.frPyObjects(shape, self.height, self.width))
+                    runs = coco.merge(coco.frPyObjects(self._polygons(shape), self.height, self.width))
                 else:
                     runs = coco.frPyObjects(self._runs(shape), self.height, self.width)
                 found[coco.decode(runs) > 0] = number
@@ -247,19 +246,25 @@ class Shapes:
 
     # pycocotools is C, and writes where it is told to.
 
-    def _check_polygons(self, polygons: list) -> None:
-        """Raise ValueError for polygons with corners that are no numbers, or far from the image."""
+    def _polygons(self, polygons: list) -> list:
+        """The polygons of a shape, without parts of one or two corners, which tools leave where they simplify; raises
+        ValueError for corners that are no numbers, or far from the image, and where no polygon is left."""
+        left = [corners for corners in polygons if not (isinstance(corners, list) and len(corners) in (2, 4))]
+        if not left:
+            raise ValueError("no part has three corners")
         for corners in polygons:
             values = np.array(corners, np.float64)
-            if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+            if values.ndim != 1 or len(values) < 2 or len(values) % 2:
                 raise ValueError("a polygon has at least three corners of two numbers")
             if not (np.abs(values) <= 2 * max(self.height, self.width) + 2).all():
                 raise ValueError(f"its corners are not of {self.height} × {self.width} pixels")
+        return left
 
     def _runs(self, shape: dict) -> dict:
         """Run lengths as numbers, which cover the image."""
         counts = shape["counts"]
         lengths = counts if isinstance(counts, list) else run_lengths(counts)
+        lengths = [int(n) if isinstance(n, float) and n.is_integer() else n for n in lengths]  # as some tools write
         size = [self.height, self.width]
         whole = all(type(length) is int and length >= 0 for length in lengths) and sum(lengths) == math.prod(size)
         if not whole or list(shape.get("size", size)) != size:

@@ -43,7 +43,7 @@ class BadFiles:
     def __init__(self, folder: Path, limit: float, count: int) -> None:
         self.path, self.limit, self.count = folder / "bad_files.txt", limit, count
         self.before = _lines_at_start(self.path)
-        self.met: set[str] = set()
+        self.met: set[str] = set()  # lines
 
     def note(self, bad: list[str]) -> None:
         """Add the unreadable files of one batch, as lines; raises InputError above the limit."""
@@ -54,9 +54,10 @@ class BadFiles:
         new = sorted(set(bad) - set(lines))
         append_text(self.path, "".join(line + "\n" for line in new))
         self.met |= {*bad, *lines[self.before :]}
-        if len(self.met) / self.count > self.limit:  # exactly the limit is allowed
+        files = len({line.partition(": ")[0] for line in self.met})  # one may be unreadable for several reasons
+        if files / self.count > self.limit:  # exactly the limit is allowed
             raise InputError(
-                f"{len(self.met)} of {self.count} files cannot be read, more than --max-bad {self.limit:g} allows; "
+                f"{files} of {self.count} files cannot be read, more than --max-bad {self.limit:g} allows; "
                 f"see {self.path}, and preprocess/check_data.py"
             )
 

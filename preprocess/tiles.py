@@ -7,7 +7,7 @@
         --val-list TILES/stain_valid.txt --test-list TILES/stain_test.txt --init random OUT/encoder.pt --image-size 96
         --margin 1 --output FEATURES
 
-Any image that Pillow opens can be a slide, `.svs` and other pyramids of TIFF at their finest level. TILES gets
+Any picture that training reads can be a slide, `.svs` and other pyramids of TIFF at their finest level. TILES gets
 `tiles/Y_X.png`, named by their upper left corner in pixels, and
 
   train.txt                         the training tiles with some tissue, without labels
@@ -32,6 +32,7 @@ from medssl.engine.options import Parser
 from medssl.errors import InputError, run_script
 from medssl.files import write_atomic
 from medssl.locks import remove_abandoned
+from medssl.reading.pictures import recognised
 from medssl.reading.tables import write_list
 
 BANDS = ("train", "train", "test", "train", "train", "valid", "train", "test", "train", "train")
@@ -48,7 +49,7 @@ def read_slide(path: Path) -> np.ndarray:
         raise InputError(f"--slide {path}: no such file")
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # slides are large, not bombs
     try:
-        with Image.open(path) as image:
+        with recognised(path) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         raise InputError(f"--slide {path}: not an image that Pillow can read") from None

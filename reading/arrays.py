@@ -29,10 +29,17 @@ READ_HEADER = {
 NUMBERS = "biuf"  # kinds of dtypes
 MOST_AXES = 32  # of arrays in every version of numpy
 DEFLATE = 1032  # bytes that deflate makes of one at most
+# Bytes of what is inflated whole: those of any file, of which blank ones pack best; of a larger, for each of its own.
+ALWAYS_INFLATED, MOST_INFLATED, INFLATED = 2**28, 2**30, 64
 UNBOUNDED = 2**30  # bytes of an array that bzip2 or lzma packed: of these, a kilobyte can hold gigabytes
 BLOCK = 2**20  # bytes decompressed at a time
 ENDS, UNKNOWN = 2, 2**64 - 1  # zip's flag that LZMA's data mark their own end, and how LZMA's header says so
 NPY, NPZ = "not an .npy file of numbers, or a truncated one", "not a readable .npz file of numbers"
+
+
+def most_inflated(length: int) -> int:
+    """Bytes to which a deflated file of so many may inflate where it is held in memory whole."""
+    return min(MOST_INFLATED, max(ALWAYS_INFLATED, INFLATED * length))
 
 
 def read_npy(path: str | Path, mapped: bool = False) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -13,9 +14,9 @@ from typing import BinaryIO
 import numpy as np
 
 from medssl.errors import LACKS, InputError, UnreadableImage, unreadable
-from medssl.reading.elements import check_elements
+from medssl.reading.elements import check_elements, inflated
 from medssl.reading.find import DICOM_EXTENSIONS, is_dicom
-from medssl.reading.geometry import volume_size
+from medssl.reading.geometry import by, volume_size
 from medssl.reading.intensities import to_levels, to_uint8
 from medssl.reading.simpleitk import set_type, simpleitk
 
@@ -24,9 +25,11 @@ def read_frame(file: BinaryIO) -> np.ndarray:
     """Read a single-frame DICOM file: radiographs, single slices, colour photographs."""
     import pydicom
 
+    content = inflated(file.read())  # which pydicom would do without bound
+    check_elements(content, subsampled=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom warns of every oddity that it then copes with
-        data = pydicom.dcmread(io.BytesIO(file.read()), force=True)  # of files, it reads as much as an element claims
+        data = pydicom.dcmread(io.BytesIO(content), force=True)  # of files, it reads as much as an element claims
         if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
             raise UnreadableImage("a DICOM file without an image")
         frames = int(data.get("NumberOfFrames") or 1)
@@ -63,7 +66,7 @@ def _dicom_pixels(data) -> np.ndarray:
         plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
         data.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
     try:
-        return pixel_array(data)
+        return pixel_array(data, allow_excess_frames=False)  # of values behind the last, it would make frames
     except RuntimeError as error:
         syntax = data.file_meta.TransferSyntaxUID.name
         lines = str(error).splitlines()
@@ -122,24 +125,25 @@ def load_series(folder: Path, dtype: type | None):
     """The DICOM series of a folder. Series of one or two images (scouts, reports) do not count."""
     if not folder.exists():
         raise UnreadableImage("no such file or folder")
-    with slices_alone(folder) as checked:
-        return _load_checked(checked, dtype)
+    with slices_alone(folder) as (checked, pixels):
+        return _load_checked(checked, pixels, dtype)
 
 
 @contextlib.contextmanager
-def slices_alone(folder: Path) -> Iterator[Path]:
-    """A folder with links to the DICOM files of a folder, each of which holds what its elements claim.
+def slices_alone(folder: Path) -> Iterator[tuple[Path, dict[str, int]]]:
+    """A folder with links to the DICOM files of a folder, each of which holds what its elements claim; and by the
+    links' names, how many pixels each has.
 
     Raises:
         UnreadableImage: for one that does not. InputError: where no temporary folder can be written.
     """
-    slices = []
+    slices, pixels = [], {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.name.startswith("."):
             continue
         with unreadable(f"{path.name} is damaged"), open(path, "rb") as file:
             if is_dicom(file, path):
-                check_elements(file.read())
+                pixels[path.name] = check_elements(file.read())
                 slices.append(path)
     with contextlib.ExitStack() as stack:
         try:
@@ -153,11 +157,11 @@ def slices_alone(folder: Path) -> Iterator[Path]:
                 f"cannot link DICOM slices in a temporary folder ({error.strerror or error}); set TMPDIR to a folder"
                 " that can be written, on a disk with room"
             ) from error
-        yield links
+        yield links, pixels
 
 
-def _load_checked(folder: Path, dtype: type | None):
-    """`load_series` of a folder with nothing else than checked files."""
+def _load_checked(folder: Path, pixels: dict[str, int], dtype: type | None):
+    """`load_series` of a folder with nothing else than checked files, with so many pixels each."""
     sitk = simpleitk()
     names = {
         series: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(os.fspath(folder), series)
@@ -173,6 +177,9 @@ def _load_checked(folder: Path, dtype: type | None):
     first = sitk.ImageFileReader()
     first.SetFileName(names[large[0]][0])
     first.ReadImageInformation()
+    for path in map(Path, names[large[0]]):  # ITK sees to it that all are of the first's size
+        if pixels[path.name] != math.prod(first.GetSize()):
+            raise UnreadableImage(f"DICOM slices of {by(first.GetSize()[:2])} pixels, and {path.name} is of others")
     volume_size((*first.GetSize()[:2], len(names[large[0]])))
     set_type(reader, first.GetPixelID(), dtype)
     reader.MetaDataDictionaryArrayUpdateOn()
@@ -202,7 +209,7 @@ def is_series(folder: Path) -> bool:
         old = path.suffix.lower() in DICOM_EXTENSIONS  # may lack the magic
         try:
             with open(path, "rb") as file:
-                head = io.BytesIO(file.read(HEAD))
+                head = io.BytesIO(inflated(file.read(HEAD), HEAD))
             header = pydicom.dcmread(head, stop_before_pixels=True, force=old, specific_tags=["SeriesInstanceUID"])
             uid = header.get("SeriesInstanceUID")  # which pydicom decodes only now
         except Exception:  # a picture beside the slices, or damaged: what is wrong is said where it is read

@@ -21,7 +21,7 @@ from medssl.reading.arrays import DEFLATE
 BLOCK = 2**22  # bytes decompressed at a time
 LONGEST = 2**15  # bytes of a header's line, of which MetaIO has room for about as many
 LONGEST_FIELD = 500  # letters of a field of NRRD's: ITK repeats one that it cannot read, and has room for about 1000
-MOST_LINES = 4096
+MOST_LINES = 2**16  # with a DICOM header's elements, or the names of slices
 MOST_FILES = 100_000  # of one volume
 MOST_BYTES = 2**42  # of one volume
 
@@ -218,11 +218,12 @@ def _yes(fields: dict[str, str], key: str, otherwise: str = "False") -> bool:
 def _check_meta_values(fields: dict[str, str], dims: int) -> None:
     for key, value in fields.items():
         if key in META_COUNTS:
-            _numbers(key, value, dims ** META_COUNTS[key])
+            one_more = META_COUNTS[key] == 1 and len(value.split()) == dims + 1  # of time, which MetaIO passes over
+            _numbers(key, value, dims ** META_COUNTS[key] + one_more)
         elif key in META_YES and value.lower() not in ("true", "false", "1", "0"):
             raise UnreadableImage(f"its header says {key} = {_shown(value)}, which is neither True nor False")
-        elif key == "AnatomicalOrientation" and not re.fullmatch(rf"[A-Za-z?]{{{dims}}}", value):
-            raise UnreadableImage(f"its header says {key} = {_shown(value)}; {dims} letters are needed")
+        elif key == "AnatomicalOrientation" and not re.fullmatch(rf"[A-Za-z?]{{0,{dims}}}", value):
+            raise UnreadableImage(f"its header says {key} = {_shown(value)}; at most {dims} letters are read")
         elif key == "ObjectType" and value != "Image":
             raise UnreadableImage(f"its header says {key} = {_shown(value)}, which is no Image")
 
@@ -253,7 +254,9 @@ def _check_meta_data(data: Path, start: int, fields: dict[str, str], needed: int
             _check_text(data, start + max(0, head))
         return
     (squeezed,) = _numbers("CompressedDataSize", fields.get("CompressedDataSize", "0"), 1, int)
-    if squeezed < 0 or head or (start and not squeezed):  # of what is in the header's own file, ITK asks for it
+    if start and "CompressedDataSize" not in fields:  # of what is in the header's own file, ITK asks for it
+        raise UnreadableImage("its header lacks CompressedDataSize")
+    if squeezed < 0 or head or (start and not squeezed):
         raise UnreadableImage(f"its header says CompressedDataSize = {squeezed} and HeaderSize = {head}")
     _check_length(data.name, length, squeezed)
     with open(data, "rb") as file:
@@ -403,14 +406,21 @@ def _check_nrrd(path: Path, file: BinaryIO) -> None:
     written = fields.get("data file")
     names = [path.name] if written is None else _nrrd_names(file, written, sizes)
     start = start if written is None else 0
-    each = start + max(0, skips[1]) + needed // len(names) * (encoding not in NRRD_PACKED)
-    _check_files(path, names, [each] * len(names))
-    if encoding in NRRD_PACKED and not any(skips):
-        for name in names:
-            with open(path.parent / name, "rb") as data:
-                data.seek(start)
-                length = (path.parent / name).stat().st_size - start
-                _check_deflated(Path(name).name, data, length, needed // len(names))
+    each = needed // len(names)
+    if encoding not in NRRD_PACKED:
+        _check_files(path, names, [start + max(0, skips[1]) + each] * len(names))
+        return
+    if skips[1] < 0:  # only of raw values, and ITK would take minutes for megabytes
+        raise UnreadableImage(f"its header says byte skip: {skips[1]}, which is for raw values")
+    _check_files(path, names, [start] * len(names))
+    for name in names:
+        with open(path.parent / name, "rb") as data:
+            data.seek(start)
+            for _ in range(skips[0]):  # lines before what is compressed, and bytes within
+                if not data.readline():
+                    break
+            length = (path.parent / name).stat().st_size - data.tell()
+            _check_deflated(Path(name).name, data, length, each + skips[1])
 
 
 def _nrrd_fields(file: BinaryIO) -> dict[str, str]:
@@ -438,13 +448,19 @@ def _nrrd_names(file: BinaryIO, written: str, sizes: Sequence[int]) -> list[str]
     if written.startswith("LIST"):
         names = [line.strip() for line in _lines(file) if line.strip()]
         subdim = words[1:]
-    elif "%" in written:
+    elif re.search(r"%\d*d", written) or "%" in written and len(words) > 1:  # NRRD's library acts on the first alone
         if len(words) not in (4, 5):
             raise UnreadableImage(f"its header says data file: {_shown(written)}; three numbers are needed")
         names = numbered_files(words[0], *_numbers("data file", " ".join(words[1:4]), 3, int))
         subdim = words[4:]
     else:
         return [written]
-    if subdim not in ([], [str(len(sizes) - 1)]) or not names or len(names) != sizes[-1]:
-        raise UnreadableImage(f"its header names {len(names)} data files for {sizes[-1]} slices")
+    axes = int(subdim[0]) if subdim and re.fullmatch(r"[0-9]{1,2}", subdim[0]) else len(sizes) - 1
+    if len(subdim) > 1 or (subdim and not 1 <= axes <= len(sizes)):
+        raise UnreadableImage(f"its header says data file: {_shown(written)}; files have 1 to {len(sizes)} axes")
+    if axes == len(sizes):  # slabs, all as thick
+        if not names or sizes[-1] % len(names):
+            raise UnreadableImage(f"its header names {len(names)} data files as slabs of {sizes[-1]} slices")
+    elif len(names) != math.prod(sizes[axes:]):
+        raise UnreadableImage(f"its header names {len(names)} data files for {math.prod(sizes[axes:])} slices")
     return names

@@ -13,6 +13,7 @@ What comes out:
   percentile range; MONOCHROME1 is inverted; padding is black.
 """
 
+import functools
 import gzip
 import io
 import math
@@ -26,8 +27,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from medssl.errors import UnreadableImage, unreadable
-from medssl.reading.arrays import DEFLATE
-from medssl.reading.dicom import read_frame
+from medssl.reading.arrays import DEFLATE, most_inflated
+from medssl.reading.dicom import HEAD, read_frame
+from medssl.reading.elements import inflated
 from medssl.reading.find import is_dicom
 from medssl.reading.intensities import to_uint8
 
@@ -49,8 +51,8 @@ def decoded(path: str | Path, read: Callable[[BinaryIO], np.ndarray]) -> np.ndar
     """What `read` makes of a file, which may be gzipped; every error becomes an UnreadableImage of one line."""
     with unreadable():
         try:
-            with (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb") as file:
-                return read(file)
+            with open(path, "rb") as file:
+                return read(_gunzipped(file) if os.fspath(path).lower().endswith(".gz") else file)
         except Image.UnidentifiedImageError:
             raise UnreadableImage("not an image that Pillow or pydicom can read") from None
         except FileNotFoundError:
@@ -66,16 +68,27 @@ def describe(path: str | Path) -> tuple[str, str]:
     try:
         with open(path, "rb") as file:
             if not is_dicom(file, path):
-                with Image.open(file) as image:
+                with recognised(file) as image:
                     return image.format or "?", image.mode
             import pydicom
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                header = pydicom.dcmread(io.BytesIO(file.read()), stop_before_pixels=True, force=True)
+                head = inflated(file.read(), HEAD)
+                header = pydicom.dcmread(io.BytesIO(head), stop_before_pixels=True, force=True)
             return "DICOM", f"{header.get('PhotometricInterpretation', '?')} {header.get('BitsStored', '?')}-bit"
     except Exception:  # what is wrong is read_image's to say
         return "?", "?"
+
+
+def _gunzipped(file: BinaryIO) -> BinaryIO:
+    """What a gzip file holds, in memory."""
+    most = most_inflated(os.fstat(file.fileno()).st_size)
+    with gzip.open(file) as content:
+        data = content.read(most + 1)
+    if len(data) > most:
+        raise UnreadableImage(f"gunzips to more than {most} bytes")
+    return io.BytesIO(data)
 
 
 def _read_picture(file: BinaryIO) -> np.ndarray:
@@ -109,10 +122,26 @@ def _read_picture(file: BinaryIO) -> np.ndarray:
 MOST_PIXELS = {"PNG": 8 * DEFLATE}
 
 
+# Of what Pillow recognises, whatever a file's name says: EPS would run Ghostscript, and others are no pictures.
+RASTERS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF")
+
+
+@functools.cache
+def _rasters() -> list[str]:
+    """Of RASTERS, those that this Pillow has."""
+    Image.init()
+    return [kind for kind in RASTERS if kind in Image.OPEN]
+
+
+def recognised(file: BinaryIO | Path) -> Image.Image:
+    """A picture whose header was read, by Pillow, of the formats that the project reads; raises what Pillow raises."""
+    return Image.open(file, formats=_rasters())
+
+
 def opened(file: BinaryIO) -> Image.Image:
     """A picture whose header was read; an UnreadableImage for one that claims more pixels than its bytes can hold, and
     for more than Pillow's limit."""
-    image = Image.open(file)
+    image = recognised(file)
     place = file.tell()
     length = file.seek(0, os.SEEK_END)
     file.seek(place)

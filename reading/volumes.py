@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl.errors import UnreadableImage, unreadable
+from medssl.errors import TOO_LARGE, UnreadableImage, unreadable
 from medssl.files import check_room, naming, writing
 from medssl.reading.dicom import load_series
 from medssl.reading.geometry import AXES, Volume, axis_layout, by, flip_axes, image_of, straightened, volume_size
@@ -97,7 +97,7 @@ def load_image(path: Path, dtype: type | None):
         if isinstance(refused.__cause__, RuntimeError):  # SimpleITK's, of many lines
             reason = str(refused.__cause__)
             if "allocate memory" in reason:  # the file holds what it claims; the machine is too small
-                raise MemoryError(f"{path}: too large for the memory of this machine") from None
+                raise MemoryError(f"{path}: {TOO_LARGE}") from None
             raise UnreadableImage(reason_of(reason)) from None
         raise
     if image.GetNumberOfComponentsPerPixel() != 1:

@@ -12,12 +12,12 @@ import jinja2
 import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from PIL import Image
 
 from medssl.engine.monitor import loss_names
 from medssl.errors import UnreadableImage, unreadable, unusable
 from medssl.files import read_json, read_lines, write_text
 from medssl.markup import figure_text, printable
+from medssl.reading.pictures import recognised
 from medssl.study import figures, published
 from medssl.study.jobs import Job
 from medssl.study.results import DAMAGED, MEASURES, Cell, best_of, cells_of, digits, header_of, in_words
@@ -365,7 +365,7 @@ def on_page(tag: str, own: str) -> str:
 def picture(path: Path, alt: str, caption: str) -> dict[str, str] | None:
     """A picture as part of a page, at most `PICTURE` pixels wide; None where it is not there or damaged."""
     try:
-        with unreadable(), Image.open(path) as file:
+        with unreadable(), recognised(path) as file:
             image = file.convert("RGB")
     except UnreadableImage:
         return None

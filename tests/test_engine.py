@@ -533,6 +533,15 @@ def test_exactly_max_bad_is_allowed(limit, count, allowed, tmp_path):
     assert (tmp_path / "bad_files.txt").read_text().splitlines() == lines
 
 
+def test_a_file_that_is_bad_for_several_reasons_is_one(tmp_path):
+    bad = BadFiles(tmp_path, 0.01, 100)
+    bad.note(["a.png: truncated"])
+    bad.note(["a.png: no such file"])
+    assert (tmp_path / "bad_files.txt").read_text().splitlines() == ["a.png: truncated", "a.png: no such file"]
+    with pytest.raises(InputError, match="2 of 100 files cannot be read"):
+        bad.note(["b.png: truncated"])
+
+
 def test_processes_of_a_run_count_bad_files_together_and_mended_ones_no_more(tmp_path):
     first, second = BadFiles(tmp_path, 0.01, 200), BadFiles(tmp_path, 0.01, 200)
     first.note(["a: cut"])

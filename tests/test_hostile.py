@@ -5,6 +5,7 @@ What ended the process once is read in a process of its own, so that it fails it
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import multiprocessing
@@ -22,16 +23,28 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from medssl.benchmarks import readers
 from medssl.datasets import cache as caches
 from medssl.datasets import chest, chexpert, luna, pathology
 from medssl.datasets.base import Request
 from medssl.engine.runs import refuse_changes
-from medssl.errors import DISK, LACKS, InputError, UnreadableImage, unreadable, unusable
+from medssl.errors import (
+    DISK,
+    HANDED_OVER,
+    LACKS,
+    TOO_LARGE,
+    InputError,
+    UnreadableImage,
+    explain,
+    unreadable,
+    unusable,
+)  # fmt: skip
 from medssl.files import read_json, read_lines
 from medssl.preprocess.luna import read_candidates
+from medssl.preprocess.tiles import read_slide
+from medssl.reading import arrays, dicom, elements
 from medssl.reading.arrays import names_in, read_npy, read_npz
 from medssl.reading.dicom import is_series
 from medssl.reading.elements import check_elements
@@ -42,6 +55,7 @@ from medssl.reading.simpleitk import reason_of
 from medssl.reading.tables import read_patients
 from medssl.reading.volumes import read_header, read_volume
 from medssl.study.jobs import INTERRUPTION, Job
+from medssl.study.report import picture
 from medssl.study.results import Cell
 
 sitk = pytest.importorskip("SimpleITK")
@@ -381,7 +395,7 @@ FIELDS = {
     "ElementType": ("MET_STRING", "MET_SHORT_ARRAY", "MET_NONE", "%s"),
     "ElementSpacing": ("1 1", "nan 1 1", "1 1 1 1 1 1", "%s", "1" * 2500),
     "TransformMatrix": ("1 0 0", "inf " * 9, "1 " * 4000),
-    "AnatomicalOrientation": ("R", "R" * 300, "%s%n"),
+    "AnatomicalOrientation": ("RAIS", "R" * 300, "%s%n"),
     "ElementNumberOfChannels": ("0", "-1", "2", "99999999999"),
     "HeaderSize": ("-2", "10", "99999999999", "x"),
     "CompressedData": ("True", "maybe"),
@@ -429,11 +443,22 @@ def test_every_kind_of_meta_data_is_read(tmp_path):
         ("twice.mha", raw, {"Comment": "a\nComment = b", "Foo": "1\nFoo: 2"}),
         ("long.mha", raw, {"Foo": "A" * 30_000, "Comment": "A" * 254}),
         ("colons.mha", raw, {"DimSize": None, "DimSize: 4 3 2\nFoo": "1"}),
+        ("unoriented.mha", raw, {"AnatomicalOrientation": ""}),
+        ("time.mha", raw, {"Offset": "0 0 0 7", "ElementSpacing": "1 1 1 4"}),
+        ("lines.mha", raw, {f"F{i}": "1" for i in range(5000)}),
         ("one.mha", squeezed, {"CompressedData": "1", "CompressedDataSize": len(squeezed)}),
     ):
         path = meta(tmp_path / name, values, **changes)
         np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=name)
         assert read_header(path).size == (4, 3, 2)
+
+
+def test_a_meta_image_of_four_axes_is_oriented_in_three(tmp_path):
+    axes = " ".join("1" if i % 5 == 0 else "0" for i in range(16))
+    zeros, ones = "0 0 0 0", "1 1 1 1"
+    path = meta(tmp_path / "a.mha", NDims="4", DimSize="4 3 2 1", TransformMatrix=axes, Offset=zeros,
+                CenterOfRotation=zeros, ElementSpacing=ones)  # fmt: skip
+    assert outcome(read_volume, path) == "read"
 
 
 def test_meta_data_that_are_cut_or_missing(tmp_path):
@@ -450,7 +475,7 @@ def test_meta_data_that_are_cut_or_missing(tmp_path):
             "compressed bytes for",
         ),
         (bytes(60), {"CompressedData": "True", "CompressedDataSize": 60}, "damaged"),
-        (squeezed, {"CompressedData": "True"}, "CompressedDataSize"),
+        (squeezed, {"CompressedData": "True"}, "its header lacks CompressedDataSize"),
         (b"one.raw\ngone.raw\n", {"ElementDataFile": "LIST"}, "one.raw holds 23 of 24 bytes"),
         (b"one.raw\n", {"ElementDataFile": "LIST"}, "names 1 data files for 2 slices"),
         (b"", {"ElementDataFile": "gone%d.raw 1 2 1"}, "gone1.raw is missing"),
@@ -504,6 +529,56 @@ def test_nrrd_headers_are_checked(tmp_path):
         ({"byte_skip": "99"}, "truncated"), ({"sizes": "4 3 5"}, "holds"), ({"type": None}, "lacks type"),
     ):  # fmt: skip
         refused(read_volume, nrrd(tmp_path / "a.nrrd", **changes), reason, here=True)
+
+
+def test_gzipped_nrrd_with_something_before_it(tmp_path):
+    """Of 520 bytes that claim half a terabyte, a skip made an allocation: the run ended, and named no file."""
+    wanted, packed = VALUES.reshape(2, 3, 4).transpose(2, 1, 0), gzip.compress(RAW)
+    for values, skips in (
+        (gzip.compress(b"abc" + RAW), {"byte_skip": 3}), (b"a\nb\n" + packed, {"line_skip": 2}),
+        (b"a\n" + gzip.compress(b"b" + RAW), {"line_skip": 1, "byte_skip": 1}),
+    ):  # fmt: skip
+        path = nrrd(tmp_path / "a.nrrd", values=values, encoding="gzip", **skips)
+        np.testing.assert_array_equal(read_volume(path).array, wanted)
+    for skips, reason in (
+        ({"byte_skip": 1}, "compressed bytes for"), ({"line_skip": 1}, "compressed bytes for"),
+        ({"byte_skip": -1}, "byte skip: -1, which is for raw values"), ({"line_skip": 2**40}, "compressed bytes for"),
+    ):  # fmt: skip
+        path = nrrd(tmp_path / "a.nrrd", values=b"a\n" + packed, encoding="gzip", sizes="20000 20000 800", **skips)
+        refused(read_volume, path, reason)
+        refused(read_volume, nrrd(path, values=packed, encoding="gzip", sizes="4 3 5", **skips), "", here=True)
+
+
+def test_memory_that_a_volume_needs_names_its_file():
+    text = f"/data/a.nrrd: {TOO_LARGE}"
+    said = f"{text}; use a smaller --b, or fewer --workers"
+    assert explain(MemoryError(text)) == said
+    handed = f"Caught MemoryError in DataLoader worker process 0.{HANDED_OVER}  File x\nMemoryError: {text}"
+    assert explain(MemoryError(handed)) == said
+
+
+def test_nrrd_data_in_other_files(tmp_path):
+    wanted = VALUES.reshape(2, 3, 4).transpose(2, 1, 0)
+    for i in range(6):
+        (tmp_path / f"r{i}").write_bytes(VALUES[4 * i : 4 * i + 4].tobytes())
+    for i in range(2):
+        (tmp_path / f"s{i}").write_bytes(VALUES[12 * i : 12 * i + 12].tobytes())
+    for name in ("50%.raw", "%n"):
+        (tmp_path / name).write_bytes(RAW)
+    rows = "\n".join(f"r{i}" for i in range(6))
+    for written in ("LIST\ns0\ns1", "LIST 3\ns0\ns1", "LIST 2\ns0\ns1", f"LIST 1\n{rows}", "LIST 3\n50%.raw", "50%.raw",
+                    "s%d 0 1 1 3", "r%d 0 5 1 1", "%n"):  # fmt: skip
+        path = nrrd(tmp_path / "a.nhdr", f"data file: {written}", values=b"")
+        if written.startswith("LIST"):
+            path.write_bytes(path.read_bytes().rstrip() + b"\n")
+        assert outcome(read_volume, path) == "read", written
+        np.testing.assert_array_equal(read_volume(path).array, wanted, err_msg=written)
+    for written, reason in (
+        ("LIST 3\ns0\ns1\ns0", "names 3 data files as slabs of 2 slices"), ("LIST 4\ns0", "files have 1 to 3 axes"),
+        ("LIST 1\ns0\ns1", "names 2 data files for 6 slices"), ("LIST 0\ns0", "1 to 3 axes"),
+        ("LIST\n", "names 0 data files"),
+    ):  # fmt: skip
+        refused(read_volume, nrrd(tmp_path / "a.nhdr", f"data file: {written}", values=b""), reason)
 
 
 def test_nifti_headers_are_checked(tmp_path):
@@ -601,6 +676,156 @@ def test_elements_that_claim_more_than_their_file(tmp_path):
     assert read_volume(tmp_path).array.shape == (8, 6, 4)
 
 
+def of_elements(path, *changes):
+    """Change a DICOM file's bytes, each (what there is, what there is to be); both are there once."""
+    data = path.read_bytes()
+    for before, after in changes:
+        assert data.count(before) == 1
+        data = data.replace(before, after)
+    path.write_bytes(data)
+
+
+def number_element(element, *values):
+    """An element of group 0028 with 16-bit numbers."""
+    return struct.pack("<HH2sH", 0x28, element, b"US", 2 * len(values)) + struct.pack(f"<{len(values)}H", *values)
+
+
+ROWS = number_element(0x10, 6)
+FRAMES = struct.pack("<HH2sH", 0x28, 8, b"IS", 2)
+TWO_WAYS = {  # of four slices with 96 bytes each, GDCM made up to a million voxels, of memory that was not the file's
+    "rows twice": (ROWS, number_element(0x10, 60_000) + ROWS, r"\(0028,0010\) twice"),
+    "rows behind an end": (ROWS, b"\xfe\xff\x0d\xe0\0\0\0\0" + number_element(0x10, 60_000), "that never began"),
+    "several rows": (ROWS, number_element(0x10, 6000, 6), r"\(0028,0010\) has 4 bytes"),
+    "no frames": (ROWS, FRAMES + b"0 " + number_element(0x10, 6000), "claims 0 frames"),
+    "frames below none": (ROWS, FRAMES + b"-1" + number_element(0x10, 6000), "claims -1 frames"),
+    "several bits": (number_element(0x100, 16), number_element(0x100, 64, 16), r"\(0028,0100\) has 4 bytes"),
+    "no bits": (number_element(0x100, 16), number_element(0x100), r"\(0028,0100\) has 0 bytes"),
+    "samples twice": (ROWS, number_element(2, 99) + ROWS, r"\(0028,0002\) twice"),
+    "values twice": (b"\xe0\x7f\x10\0OW\0\0", b"\xe0\x7f\x10\0OW\0\0\x02\0\0\0ab" * 2, r"\(7fe0,0010\) twice"),
+}
+
+
+@pytest.mark.parametrize("form", TWO_WAYS)
+def test_elements_that_readers_take_differently(tmp_path, form):
+    """Where the walk and GDCM differ on a size, GDCM reads beyond the values."""
+    readers.make_series(tmp_path)
+    before, after, reason = TWO_WAYS[form]
+    for path in tmp_path.iterdir():
+        of_elements(path, (before, after))
+    with pytest.raises(UnreadableImage, match=rf"0.dcm is damaged \(.*{reason}"):
+        read_volume(tmp_path)
+    with pytest.raises(UnreadableImage, match=reason):
+        read_image(tmp_path / "0.dcm")
+
+
+def test_what_gdcm_makes_of_slices_is_what_was_checked(tmp_path, monkeypatch):
+    """However it comes that they differ."""
+    readers.make_series(tmp_path)
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(dicom, "check_elements", lambda data: 8 * 5)
+        with pytest.raises(UnreadableImage, match="DICOM slices of 8 x 6 pixels, and 0.dcm is of others"):
+            read_volume(tmp_path)
+    for path in tmp_path.iterdir():
+        of_elements(path, (ROWS, FRAMES + b"1 " + ROWS))
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    of_elements(tmp_path / "0.dcm", (FRAMES + b"1 ", struct.pack("<HH2sH", 0x28, 8, b"IS", 0)))  # as good as none
+    assert read_volume(tmp_path).array.shape == (8, 6, 4)
+    assert read_image(tmp_path / "0.dcm").shape == (6, 8)
+
+
+def deflated(path, more=b""):
+    """Make a DICOM file a deflated one, with more elements at its end."""
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    data.save_as(path)
+    if more:
+        whole = path.read_bytes()
+        place = 144 + struct.unpack_from("<I", whole, 140)[0]  # where its header says that it ends
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        before = zlib.decompress(whole[place:], -15)
+        path.write_bytes(whole[:place] + packer.compress(before) + packer.compress(more) + packer.flush())
+
+
+def test_deflated_dicom_is_read_and_is_no_bomb(tmp_path, monkeypatch):
+    """Two megabytes took a picture's reader four gigabytes, and the look for series one."""
+    readers.make_series(tmp_path)
+    wanted, slice_alone = read_volume(tmp_path).array, read_image(tmp_path / "2.dcm")
+    for path in tmp_path.iterdir():
+        deflated(path)
+    assert is_series(tmp_path)
+    np.testing.assert_array_equal(read_volume(tmp_path).array, wanted)
+    np.testing.assert_array_equal(read_image(tmp_path / "2.dcm"), slice_alone)
+    assert describe(tmp_path / "2.dcm") == ("DICOM", "MONOCHROME2 12-bit")
+    whole = (tmp_path / "2.dcm").read_bytes()
+    (tmp_path / "2.dcm").write_bytes(whole[:-40])
+    refused(read_image, tmp_path / "2.dcm", "cut short", here=True)
+    (tmp_path / "2.dcm").write_bytes(whole)
+    monkeypatch.setattr(arrays, "ALWAYS_INFLATED", 2**22)
+    block = b"\xfc\xff\xfc\xffOB\0\0" + struct.pack("<I", 2**26) + bytes(2**26)  # of padding
+    for path in tmp_path.iterdir():
+        deflated(path, block)
+    tracemalloc.start()
+    refused(read_image, path, "bytes inflate to more than 4", here=True)
+    refused(read_volume, tmp_path, "bytes inflate to more than 4", here=True)
+    assert describe(path) == ("DICOM", "MONOCHROME2 12-bit")
+    assert is_series(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
+
+
+def test_elements_are_not_without_number(tmp_path, monkeypatch):
+    """Each of eight bytes is an object of half a kilobyte."""
+    monkeypatch.setattr(elements, "MOST_ELEMENTS", 60)
+    readers.make_series(tmp_path)
+    check_elements((tmp_path / "2.dcm").read_bytes())
+    empty = b"".join(struct.pack("<HH2sH", 0x7FE1, 2 * i, b"SH", 0) for i in range(60))
+    items = struct.pack("<HH2sHI", 0x7FE1, 0, b"SQ", 0, 60 * 8) + struct.pack("<HHI", 0xFFFE, 0xE000, 0) * 60
+    for more in (empty, items):
+        deflated(tmp_path / "2.dcm", more)
+        refused(read_image, tmp_path / "2.dcm", "has more than 60 elements", here=True)
+
+
+def legal_pictures():
+    """DICOM files as makers write them: what differs, as a change of a data set."""
+
+    def colours(data, kind, share=1.0):
+        data.SamplesPerPixel, data.PlanarConfiguration, data.PhotometricInterpretation = 3, 0, kind
+        data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
+        data.PixelData = bytes(int(6 * 8 * 3 * share))
+
+    def bilevel(data):
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelData = 1, 1, 0, bytes(6)
+
+    return {
+        "as it is": lambda data: None, "RGB": lambda data: colours(data, "RGB"), "bilevel": bilevel,
+        "shared colours": lambda data: colours(data, "YBR_FULL_422", 2 / 3),
+        "no frames": lambda data: setattr(data, "NumberOfFrames", None),
+        "more values than pixels": lambda data: setattr(data, "PixelData", data.PixelData + bytes(100)),
+        "windows": lambda data: (setattr(data, "WindowCenter", [40, 400]), setattr(data, "WindowWidth", [400, 4000])),
+    }  # fmt: skip
+
+
+HEADLESS = [(kind, end) for end in (False, True) for kind in ("ImplicitVRLittle", "ExplicitVRLittle", "ExplicitVRBig")]
+
+
+@pytest.mark.parametrize("form", legal_pictures())
+@pytest.mark.parametrize(("syntax", "headless"), [*HEADLESS, ("DeflatedExplicitVRLittle", False)])
+def test_legal_dicom_pictures_are_read(tmp_path, form, syntax, headless):
+    path = tmp_path / "a.dcm"
+    readers.write_dicom(path, picture=True)
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = uid = getattr(pydicom.uid, f"{syntax}Endian")
+    written_as = {"implicit_vr": uid.is_implicit_VR, "little_endian": uid.is_little_endian}
+    legal_pictures()[form](data)
+    pydicom.dcmwrite(path, data, force_encoding=True, **written_as)
+    if headless:
+        whole = path.read_bytes()
+        path.write_bytes(whole[144 + struct.unpack_from("<I", whole, 140)[0] :])
+    assert read_image(path).shape[:2] == (6, 8)
+    assert describe(path)[0] == "DICOM"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM])
 @pytest.mark.parametrize("call", ["mkdir", "symlink"])
 def test_a_full_temporary_folder_is_not_the_series_fault(tmp_path, monkeypatch, call, number):
@@ -666,6 +891,56 @@ def test_pictures_that_claim_more_than_their_file(tmp_path):
             read(tmp_path / "a.png")
 
 
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """Pillow recognises formats by their content, whatever the name; for EPS it runs Ghostscript."""
+    (tmp_path / "bin").mkdir()
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.write_text(f"#!/bin/sh\n: > {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # not looked for yet
+    path = tmp_path / "e.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    refused(read_image, path, "not an image that Pillow or pydicom can read", here=True)
+    refused(read_mask, path, "not an image that Pillow or pydicom can read", here=True)
+    refused(read_slide, path, "not an image that Pillow can read", here=True)
+    assert describe(path) == ("?", "?")
+    assert picture(path, "", "") is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pictures_of_every_format_are_read_whatever_their_names(tmp_path):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
+    for kind in ("PNG", "JPEG", "TIFF", "BMP", "DIB", "GIF", "PPM", "WEBP", "JPEG2000", "AVIF", "MPO"):
+        path = tmp_path / f"{kind}.png"
+        try:
+            if kind == "MPO":  # of cameras: a JPEG with another behind it
+                image.save(path, kind, save_all=True, append_images=[image])
+            else:
+                image.save(path, kind)
+        except (OSError, ValueError, KeyError):  # which this Pillow does not write
+            continue
+        assert read_image(path).shape[:2] == read_mask(path).shape[:2] == read_slide(path).shape[:2] == (6, 8)
+        assert describe(path)[0] == kind
+
+
+def test_gzipped_pictures_are_no_bombs(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "ALWAYS_INFLATED", 2**20)
+    path = tmp_path / "a.png.gz"
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for more, fits in ((bytes(2**19), True), (bytes(2**26), False)):
+        path.write_bytes(gzip.compress(whole + more, 1))
+        for read in (read_image, read_mask):
+            if fits:
+                assert read(path).shape == (6, 8)
+                continue
+            tracemalloc.start()
+            refused(read, path, "gunzips to more than ", here=True)
+            assert tracemalloc.get_traced_memory()[1] < 2**26
+            tracemalloc.stop()
+
+
 BLANK = Image.new("P", (2400, 2400))
 
 
@@ -728,13 +1003,35 @@ def test_run_lengths_are_cocos():
         {"size": [20, 30], "counts": "o" * 200}, {"size": [20, 30], "counts": "_" * 40},
         {"size": [20, 30], "counts": "PP"},
         {"size": [99999, 99999], "counts": "`" * 9}, {"size": [20, 30], "counts": [300, 301]}, {"counts": 5},
-        {"size": [20, 30], "counts": [2**40, 600 - 2**40]}, {"size": [20, 30], "counts": [600.0]}, [[1e9] * 8],
+        {"size": [20, 30], "counts": [2**40, 600 - 2**40]}, {"size": [20, 30], "counts": [600.5]}, [[1e9] * 8],
         [[0, 0, 5, float("inf"), 3, 3]], [[1, 2, 3]], [["a"] * 6], "x", None, [[[1, 2], [3, 4]]],
     ],
 )  # fmt: skip
 def test_shapes_that_pycocotools_would_follow_out_of_the_image(shape, tmp_path):
     shapes = pathology.Shapes([[[1, 1, 10, 1, 10, 10]], shape], 20, 30)
     refused(lambda _: shapes(), tmp_path, "its annotation 2 is no polygon and no run lengths")
+
+
+def test_shapes_as_tools_write_them():
+    """Parts that simplification left with two corners, and run lengths that were floats on their way."""
+    line, triangle = [1, 1, 10, 1], [1, 1, 10, 1, 10, 10]
+    whole = pathology.Shapes([[triangle]], 20, 30)()
+    assert whole.any()
+    np.testing.assert_array_equal(pathology.Shapes([[line, triangle, [3, 3]]], 20, 30)(), whole)
+    floats = pathology.Shapes([{"size": [20, 30], "counts": [100.0, 50.0, 450]}], 20, 30)()
+    assert floats.sum() == 50
+    for shape in ([line], [], [line, [1, 2, 3]], [[1e9, 0], triangle]):
+        with pytest.raises(UnreadableImage, match="its annotation 1 is no polygon"):
+            pathology.Shapes([shape], 20, 30)()
+
+
+def test_json_may_mark_the_order_of_its_bytes(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "é"}
+    readers.make_coco(tmp_path)
+    path = tmp_path / "annotations" / "train.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    readers.read_coco(tmp_path)
 
 
 def test_json_that_is_damaged_or_something_else_is_named(tmp_path):
@@ -801,6 +1098,20 @@ def test_damaged_indices_of_caches(tmp_path):
     built = caches.build(readers.cached_images(tmp_path), tmp_path / "cache")
     assert (len(built["sizes"]), built["finished"]) == (5, True)
     readers.read_cache(tmp_path)
+
+
+@pytest.mark.parametrize("number", LACKS)
+def test_what_the_machine_lacks_is_no_caches_fault(tmp_path, monkeypatch, number):
+    def fails(*_args, **_more):
+        raise OSError(number, os.strerror(number))
+
+    readers.write_volume(tmp_path / "a.mha")
+    data = readers.kept_volumes(tmp_path)
+    monkeypatch.setattr(caches, "write_atomic", fails)
+    monkeypatch.setattr(tempfile, "TemporaryFile", fails)
+    for use in (lambda: data.load(0), lambda: caches.attach(data, tmp_path / "cache")):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            use()
 
 
 def test_what_a_kept_volume_lacks_is_made_anew(tmp_path):

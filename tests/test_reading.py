@@ -306,7 +306,7 @@ def test_unreadable_files_say_why(tmp_path):
     (tmp_path / "empty.png").touch()
     frames = [Image.fromarray(RAMP), Image.fromarray(RAMP[::-1]), Image.fromarray(255 - RAMP)]
     frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
-    dicom(tmp_path / "stack.dcm", np.zeros((8, 9), np.uint8), bits=8, NumberOfFrames=4)
+    dicom(tmp_path / "stack.dcm", np.zeros((32, 9), np.uint8), bits=8, NumberOfFrames=4, Rows=8)
     dicom(tmp_path / "short.dcm", RAMP, bits=8, Rows=100)
     assert reason(tmp_path / "gone.png") == "no such file"
     assert "directory" in reason(tmp_path)
@@ -315,7 +315,7 @@ def test_unreadable_files_say_why(tmp_path):
     assert "not an image" in reason(tmp_path / "empty.png")
     assert "a stack of 3 frames, not one 2D image" in reason(tmp_path / "stack.tif")
     assert "a DICOM stack of 4 frames" in reason(tmp_path / "stack.dcm")
-    assert "less than expected" in reason(tmp_path / "short.dcm")
+    assert "values, and holds at most" in reason(tmp_path / "short.dcm")
     (tmp_path / "fake.dcm").write_bytes(b"x" * 300)
     assert reason(tmp_path / "fake.dcm")
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import mmap
 import pickletools
 import re
 import warnings
@@ -14,6 +15,7 @@ from typing import IO
 import torch
 from safetensors import safe_open
 
+from medssl.engine.opcodes import TOO_DEEP, end_of_pickle
 from medssl.engine.plain_pickle import STAND_INS
 from medssl.errors import InputError
 from medssl.files import file_digest, split_init, write_atomic
@@ -25,7 +27,8 @@ WEIGHTS_HAVE = re.compile(
     r"torch\.(\w+Storage|Size|device|Tensor|bool|(b?float|u?int|complex)\d+|(_utils|_tensor)\._rebuild_\w+|storage\.\w+)"
     r"|torch\.nn\.parameter\.Parameter|collections\.OrderedDict|argparse\.Namespace|_codecs\.encode"
 )
-LEGACY_PICKLES = 4  # in a file as torch wrote it before 1.6: three of its own, and then the content
+LEGACY_PICKLES = 5  # in a file as torch wrote it before 1.6: three of its own, the content, the storages' names
+SAVE_ANEW = "where it was made, save them anew: torch.save(model.state_dict(), FILE)"
 
 # Encoders whose names begin so ended before their network's last ReLU in files of version 1.
 WITHOUT_LAST_RELU = ("densenet", "xception")
@@ -82,10 +85,27 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
 
 
 def _read_pickle(path: Path, device: str | torch.device) -> object:
+    check_tuples(path)
     known = [argparse.Namespace, *((stand_in, name) for name, stand_in in STAND_INS.items())]
     with warnings.catch_warnings(), torch.serialization.safe_globals(known):
         warnings.simplefilter("ignore")  # of formats that are refused in one line
         return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_tuples(path: Path) -> None:
+    """Raise pickle.UnpicklingError for a file of torch.save whose tuples lie deeper in one another than `opcodes`
+    bears: a reader that hashes them would end the process. Files of other formats raise anything."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":  # by which torch tells its archives
+            file.seek(0)
+            reader = torch._C.PyTorchFileReader(file)  # torch's own: of two entries of a name, zipfile takes the other
+            if not reader.has_record("constants.pkl"):  # a program's, which is refused
+                end_of_pickle(reader.get_record("data.pkl"))
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = 0
+            for _ in range(LEGACY_PICKLES):
+                at = end_of_pickle(data, at)
 
 
 def _read_safetensors(path: Path, device: str | torch.device) -> dict:
@@ -104,14 +124,13 @@ def _value(text: str) -> object:
 
 def _what_is_wrong(reason: str, path: Path) -> str:
     """A reader's words → what to say of the file."""
+    if reason == TOO_DEEP:
+        return f"refused, it holds {reason}, which no weights need; {SAVE_ANEW}"
     found = re.search(r"GLOBAL ([\w.]{1,200}) w(?:as|hose)", reason)
     other = re.search(r"Unsupported operand 1(4\d|5[0-2])\b", reason)  # of protocol 4 or 5
     name = found[1] if found else _foreign_name(path) if other else None
     if name:
-        return (
-            f"refused, the file wants to run code on loading: it holds {name}, and not weights alone; where it was "
-            "made, save them anew: torch.save(model.state_dict(), FILE)"
-        )
+        return f"refused, the file wants to run code on loading: it holds {name}, and not weights alone; {SAVE_ANEW}"
     if re.search("GLOBAL|Unsupported class|Trying to call|Can only (?:create|build)", reason):
         return "refused, the file wants to run code on loading"
     if "TorchScript" in reason:

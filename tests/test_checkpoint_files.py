@@ -1,0 +1,157 @@
+"""Checkpoints that were made to do harm, or that the machine lacks something to read: none ends the process, none ends
+in a traceback, and none is blamed for what is not its fault."""
+
+import io
+import pickle
+import zipfile
+
+import pytest
+import torch
+from test_hostile import outcome
+
+from medssl.engine import opcodes
+from medssl.engine.checkpoint import load_safe
+from medssl.engine.opcodes import DEEPEST, end_of_pickle
+
+
+def archive(path, raw):
+    """torch's archive of a pickle."""
+    torch.save({"a": torch.zeros(2)}, path.with_suffix(".whole"))
+    with zipfile.ZipFile(path.with_suffix(".whole")) as whole, zipfile.ZipFile(path, "w") as forged:
+        for name in whole.namelist():
+            forged.writestr(name, raw if name.endswith("data.pkl") else whole.read(name))
+
+
+def legacy(path, raw, names=b"\x80\x02]."):
+    """A file as torch wrote them before 1.6."""
+    made = io.BytesIO()
+    torch.save({}, made, _use_new_zipfile_serialization=False)
+    first, at = made.getvalue(), 0
+    for _ in range(3):
+        at = end_of_pickle(first, at)
+    path.write_bytes(first[:at] + raw + names)
+
+
+# Tuples in tuples ----------------------------------------------------------------------------------
+
+DEEP = b")" + b"\x85" * 200_000
+KEPT = b"".join(b"h\x01\x85q\x01" for _ in range(200_000))  # each from the memo
+KEPT_FAR = b"".join(b"h\x01K\x05\x86r\x01\0\0\0" for _ in range(200_000))
+IN_STORAGES = b"".join(b"(h\x02h\x03X\x01\x00\x00\x000h\x01K\x02tq\x01Q" for _ in range(200_000))
+IN_TENSORS = b"".join(
+    b"h\x05((h\x02h\x03X\x01\x00\x00\x000h\x01K\x02tq\x01QK\0K\x02\x85K\x01\x85\x89h\x04)RtR" for _ in range(200_000)
+)
+CLASSES = (
+    b"X\x07\0\0\0storageq\x02ctorch\nFloatStorage\nq\x03ccollections\nOrderedDict\nq\x04"
+    b"ctorch._utils\n_rebuild_tensor_v2\nq\x05"
+)
+HASHED = {
+    "a key": b"}" + DEEP + b"Ns",
+    "keys": b"}(K\x01K\x02" + DEEP + b"Nu",
+    "in pairs": b"})" + b"N\x86" * 200_000 + b"Ns",
+    "in threes": b"})" + b"NN\x87" * 200_000 + b"Ns",
+    "in any number": b"}" + b"(" * 200_000 + b"t" * 200_000 + b"Ns",
+    "from the memo": b")q\x01](" + KEPT + b"e}h\x01Ns",
+    "from the memo, far": b")q\x01](" + KEPT_FAR + b"e}h\x01Ns",
+    "as a storage's device": CLASSES + b")q\x01](" + IN_STORAGES + b"e}h\x01Ns",
+    "as a tensor's device": CLASSES + b")q\x01](" + IN_TENSORS + b"e}h\x01Ns",
+    "a set": b"cbuiltins\nset\n](" + DEEP + b"e\x85R",
+    "counted": b"ccollections\nCounter\n](" + DEEP + b"e\x85R",
+    "an ordered key": b"ccollections\nOrderedDict\n](" + DEEP + b"N\x86e\x85R",
+}
+
+
+@pytest.mark.parametrize("form", HASHED)
+@pytest.mark.parametrize("write", [archive, legacy])
+def test_deep_tuples_are_never_hashed(write, form, tmp_path):
+    write(tmp_path / "a.pt", b"\x80\x02" + HASHED[form] + b".")
+    said = outcome(load_safe, tmp_path / "a.pt")
+    assert said == (
+        f"refused: {tmp_path}/a.pt: refused, it holds tuples more than 100 deep in one another, which no weights need; "
+        "where it was made, save them anew: torch.save(model.state_dict(), FILE)"
+    )
+
+
+def test_deep_names_of_storages(tmp_path):
+    """Which old files have behind their content."""
+    legacy(tmp_path / "a.pt", b"\x80\x02}.", b"\x80\x02](" + DEEP + b"e.")
+    assert "refused, it holds tuples more than 100 deep" in outcome(load_safe, tmp_path / "a.pt")
+
+
+def test_an_archive_behind_a_file_hides_nothing(tmp_path):
+    """torch goes by the first bytes, and other readers by the last; of a name, by the first entry or the last."""
+    archive(tmp_path / "good.pt", b"\x80\x02}.")
+    legacy(tmp_path / "a.pt", b"\x80\x02}" + DEEP + b"Ns.")
+    with open(tmp_path / "a.pt", "ab") as file:
+        file.write((tmp_path / "good.pt").read_bytes())
+    assert "refused, it holds tuples more than 100 deep" in outcome(load_safe, tmp_path / "a.pt")
+    torch.save({}, tmp_path / "whole.pt")
+    for deep_first in (True, False):
+        with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w") as forged:
+            for name in whole.namelist():
+                forged.writestr(name, whole.read(name))
+            deep, plain = b"\x80\x02}" + DEEP + b"Ns.", b"\x80\x02}."
+            forged.writestr("other/data.pkl", deep if deep_first else plain)
+            forged.writestr("other/deep/data.pkl", plain if deep_first else deep)
+        assert outcome(load_safe, tmp_path / "b.pt") == "read" or "refused" in outcome(load_safe, tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("form", [b"]" + b"]" * 200_000 + b"a" * 200_000, b"}" + b"K\1}" * 200_000 + b"s" * 200_000])
+def test_other_deep_things_are_read(form, tmp_path):
+    archive(tmp_path / "a.pt", b"\x80\x02" + form + b".")
+    assert outcome(load_safe, tmp_path / "a.pt") == "read"
+
+
+def nested(levels):
+    made = ()
+    for _ in range(levels - 1):
+        made = (made, 1)
+    return made
+
+
+def test_depths_are_counted(tmp_path):
+    for zipped in (True, False):
+        torch.save({nested(DEEPEST): 1}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        assert load_safe(tmp_path / "a.pt") == {nested(DEEPEST): 1}
+        torch.save({"a": [nested(DEEPEST + 2)]}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        assert "deep" in outcome(load_safe, tmp_path / "a.pt")
+
+
+def test_every_opcode_that_torch_reads_is_known():
+    """Where a pickle ends tells that each was passed by its length."""
+    weight = torch.arange(6.0).reshape(2, 3)
+    numbers = [1, 300, 2**20, 2**40, -5, 1.5, None, True, False, (), (1,), (1, 2), (1, 2, 3), (1,) * 9]
+    content = {
+        "numbers": numbers, "text": "x" * 300, "set": {3, 4}, b"b": b"bytes",
+        "whole": weight, "view": weight[1], "double": torch.nn.Parameter(weight.double()),
+    }  # fmt: skip
+    for zipped in (True, False):
+        made = io.BytesIO()
+        torch.save(content | {str(i): torch.zeros(i % 7 + 1) for i in range(400)}, made,
+                   _use_new_zipfile_serialization=zipped)  # fmt: skip
+        data = zipfile.ZipFile(made).read("archive/data.pkl") if zipped else made.getvalue()
+        at = 0
+        for _ in range(1 if zipped else 5):
+            at = end_of_pickle(data, at)
+            assert data[at - 1 : at] == pickle.STOP
+        assert not zipped or at == len(data)
+
+
+def test_tensors_are_passed_at_once(monkeypatch):
+    """Else files of many thousands would take seconds."""
+    looked = []
+
+    class Counted(bytes):
+        def __getitem__(self, where):
+            looked.append(where)
+            return super().__getitem__(where)
+
+    monkeypatch.setattr(opcodes, "_key", lambda operation: bytes(operation[1:]).rstrip(b"\0"))
+    for zipped in (True, False):
+        made = io.BytesIO()
+        torch.save({str(i): torch.zeros(2, 3) for i in range(1000)}, made, _use_new_zipfile_serialization=zipped)
+        data, at = zipfile.ZipFile(made).read("archive/data.pkl") if zipped else made.getvalue(), 0
+        looked.clear()
+        for _ in range(1 if zipped else 4):
+            at = end_of_pickle(Counted(data), at)
+        assert len(looked) < 8 * 1000

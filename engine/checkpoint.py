@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import mmap
 import pickletools
@@ -17,7 +18,7 @@ from safetensors import safe_open
 
 from medssl.engine.opcodes import TOO_DEEP, end_of_pickle
 from medssl.engine.plain_pickle import STAND_INS
-from medssl.errors import InputError
+from medssl.errors import InputError, lacks, wanted
 from medssl.files import file_digest, split_init, write_atomic
 
 FORMAT_VERSION = 2  # of what runs leave
@@ -70,6 +71,7 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     Raises:
         InputError: when the file is missing, truncated, no checkpoint, or asks for any other class, which
             would mean running code from it.
+        MemoryError, RuntimeError, OSError: as `errors.explain` knows them, when the machine lacks what the file needs.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,9 +81,34 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     try:
         return _read_safetensors(path, device) if start[8:] == b"{" else _read_pickle(path, device)
     except Exception as error:  # whatever the readers end in: they are others', and the file may be anything
-        if isinstance(error, torch.OutOfMemoryError) or getattr(error, "filename", None) is not None:
-            raise  # no permission, for example; a file cut very short gives an OSError without a name
+        if _not_the_files(error, path):
+            raise
         raise InputError(f"{path}: {_what_is_wrong(str(error), path)}") from None
+
+
+def _not_the_files(error: Exception, path: Path) -> bool:
+    """Whether an error of a reader tells nothing of its file: what the machine lacks for what the file holds, though
+    not for what one claims; no permission; a disk that fails, which is then told with the file's name."""
+    if lacks(error):
+        size, asked = path.stat().st_size, wanted(error)
+        if isinstance(error, torch.OutOfMemoryError):  # comes when the file was read, and of rounded pieces
+            return True
+        if asked is None and isinstance(error, MemoryError):  # as Python's do not say how much
+            return not _is_room(size)
+        return asked is None or asked <= size
+    if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # of files that are cut very short
+        return False
+    error.filename = error.filename or str(path)
+    return True
+
+
+def _is_room(size: int) -> bool:
+    """Whether there is memory for whatever a file of a size holds, as small objects perhaps."""
+    try:
+        bytearray(32 * size + 2**24)
+    except MemoryError:
+        return False
+    return True
 
 
 def _read_pickle(path: Path, device: str | torch.device) -> object:

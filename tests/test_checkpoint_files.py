@@ -1,17 +1,25 @@
 """Checkpoints that were made to do harm, or that the machine lacks something to read: none ends the process, none ends
 in a traceback, and none is blamed for what is not its fault."""
 
+import errno
 import io
+import os
 import pickle
+import resource
 import zipfile
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_hostile import outcome
 
-from medssl.engine import opcodes
+from medssl.benchmarks import readers
+from medssl.engine import opcodes, state
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.opcodes import DEEPEST, end_of_pickle
+from medssl.errors import FEW_FILES, InputError, explain, unreadable, unusable
 
 
 def archive(path, raw):
@@ -155,3 +163,96 @@ def test_tensors_are_passed_at_once(monkeypatch):
         for _ in range(1 if zipped else 4):
             at = end_of_pickle(Counted(data), at)
         assert len(looked) < 8 * 1000
+
+
+# What the machine lacks ----------------------------------------------------------------------------
+
+
+def told(path, more=2**24):
+    """Read with 16 MB more of memory than there is in use, and say what a script would."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + more,) * 2)
+    try:
+        load_safe(path)
+    except Exception as error:
+        raise InputError(explain(error)) from None
+
+
+@pytest.mark.parametrize("kind", ["zipped", "old", "safetensors"])
+def test_memory_for_a_good_file(kind, tmp_path):
+    """It was called damaged, and who follows that line loses the run."""
+    weights, path = {"a": torch.zeros(2**24)}, tmp_path / "last.pt"
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zipped")
+    assert outcome(told, path).startswith("refused: out of memory")
+    path.write_bytes(path.read_bytes()[:-1000])  # is damaged with any memory
+    assert outcome(load_safe, path) == f"refused: {path}: not a checkpoint, or a truncated one"
+
+
+CLAIMS = {
+    "a tensor": b"ctorch\nTensor\n\x8a\x06\0\0\0\0\0\x20\x85R",
+    "bytes": b"cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x20\x85R",
+    "a view": CLASSES + b"h\x05((h\x02h\x03X\x01\x00\x00\x000X\x03\0\0\0cpuK\x02tQK\0"
+    b"\x8a\x06\0\0\0\0\0\x20\x85K\x01\x85\x89h\x04)RtR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_terabytes_that_a_small_file_claims_are_its_fault(claim, tmp_path):
+    archive(tmp_path / "a.pt", b"\x80\x02" + CLAIMS[claim] + b".")
+    said = outcome(partial(told, more=2**26), tmp_path / "a.pt")
+    assert said == f"refused: {tmp_path}/a.pt: not a checkpoint, or a truncated one"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_disk_that_fails_is_not_the_files_fault(number, tmp_path, monkeypatch):
+    """Its error names no file."""
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        load_safe(tmp_path / "a.pt")
+    lines = {errno.ENOMEM: "out of memory; use a smaller --b, or fewer --workers"}
+    lines |= dict.fromkeys((errno.EMFILE, errno.ENFILE), FEW_FILES)
+    assert explain(raised.value) == lines.get(number, f"{tmp_path}/a.pt: {os.strerror(number)}")
+
+
+def no_memory(*_):
+    torch.empty(2**50)
+
+
+def no_gpu_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+
+@pytest.mark.parametrize("fail", [no_memory, no_gpu_memory])
+def test_memory_is_no_files_fault(fail, tmp_path, monkeypatch):
+    for blaming in (unreadable(), unusable("a", "is damaged")):
+        with pytest.raises(RuntimeError) as raised, blaming:
+            fail()
+        assert explain(raised.value).startswith("out of ")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "a.pt")
+    if fail is no_gpu_memory:
+        monkeypatch.setattr(torch, "load", lambda *_, **__: fail())
+        with pytest.raises(torch.OutOfMemoryError):
+            load_safe(tmp_path / "a.pt")
+        monkeypatch.undo()
+    readers.make_run(tmp_path)
+    monkeypatch.setattr(state, "load_optimizer", fail)
+    with pytest.raises(RuntimeError) as raised:
+        readers.read_run(tmp_path)
+    assert explain(raised.value).startswith("out of ")
+
+
+def test_moments_that_claim_terabytes_are_the_files_fault(tmp_path):
+    readers.make_run(tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1, dtype=torch.float64).expand(2**50)
+    torch.save(saved, tmp_path / "last.pt")
+    with pytest.raises(InputError, match="its checkpoint does not fit: the optimizer's exp_avg has shape"):
+        readers.read_run(tmp_path)

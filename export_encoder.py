@@ -209,7 +209,9 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     facts = {"arch": source.arch, **{key: source.content[key] for key in FACTS if key in source.content}}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in facts.items()
+    }
     path = folder / "encoder.safetensors"
     with writing(path) as part:  # checked before it becomes the file
         save_file({key: value.contiguous() for key, value in source.state.items()}, part, metadata)

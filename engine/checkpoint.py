@@ -15,6 +15,7 @@ from typing import IO
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from medssl.engine.opcodes import TOO_DEEP, end_of_pickle
 from medssl.engine.plain_pickle import STAND_INS
@@ -79,11 +80,34 @@ def load_safe(path: str | Path, device: str | torch.device = "cpu") -> object:
     with open(path, "rb") as file:
         start = file.read(9)
     try:
-        return _read_safetensors(path, device) if start[8:] == b"{" else _read_pickle(path, device)
+        return without_attributes(_read_safetensors(path, device) if start[8:] == b"{" else _read_pickle(path, device))
     except Exception as error:  # whatever the readers end in: they are others', and the file may be anything
         if _not_the_files(error, path):
             raise
         raise InputError(f"{path}: {_what_is_wrong(str(error), path)}") from None
+
+
+def without_attributes(content: object) -> object:
+    """What a file holds, less the attributes that it gave to its dictionaries and tensors, which would stand before
+    their methods (`items`, `get`, `is_floating_point`). Dictionaries keep `_metadata`, if it is one too."""
+    seen, left = set(), [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            vars(value).clear()
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:  # it may hold itself
+            seen.add(id(value))
+            inner = value
+            if isinstance(value, dict):
+                inner = [*dict.values(value)]
+                if type(value) is not dict:
+                    beside = vars(value).get("_metadata")
+                    vars(value).clear()
+                    if isinstance(beside, dict):
+                        value._metadata = beside
+                        inner.append(beside)
+            left.extend(inner)
+    return content
 
 
 def _not_the_files(error: Exception, path: Path) -> bool:
@@ -145,7 +169,7 @@ def _value(text: str) -> object:
     """What JSON says, which our own metadata are; other text as it is."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -73,7 +73,8 @@ def tables_of(content: object, path: str | Path) -> list[Table]:
 
 def _is_plain(value: Tensor) -> bool:
     """Whether a tensor holds numbers that can be copied into a network's."""
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+    odd = value.is_nested or value.is_meta or value.is_quantized or value.is_complex()
+    return value.layout == torch.strided and not odd
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Checkpoints that were made to do harm, or that the machine lacks something to read: none ends the process, none ends
 in a traceback, and none is blamed for what is not its fault."""
 
+import collections
+import contextlib
 import errno
 import io
 import os
@@ -15,11 +17,14 @@ import torch
 from safetensors.torch import save_file
 from test_hostile import outcome
 
+from medssl import prepare_models
 from medssl.benchmarks import readers
 from medssl.engine import opcodes, state
 from medssl.engine.checkpoint import load_safe
 from medssl.engine.opcodes import DEEPEST, end_of_pickle
 from medssl.errors import FEW_FILES, InputError, explain, unreadable, unusable
+from medssl.models.encoders import arch_of, check_weights, initialise, initialise_unet, make_encoder, read_encoder
+from medssl.models.unet2d import UNet2d
 
 
 def archive(path, raw):
@@ -256,3 +261,106 @@ def test_moments_that_claim_terabytes_are_the_files_fault(tmp_path):
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(InputError, match="its checkpoint does not fit: the optimizer's exp_avg has shape"):
         readers.read_run(tmp_path)
+
+
+# Laid out as no checkpoint is ----------------------------------------------------------------------
+
+
+class Shadowed(dict):
+    """Becomes an OrderedDict whose pickle gives it attributes that stand before its methods."""
+
+    def __reduce__(self):
+        before = dict.fromkeys(("items", "get", "keys", "values", "copy", "__iter__"), 5)
+        return collections.OrderedDict, (), {**before, "_metadata": {"": 5}}, None, iter(dict.items(self))
+
+
+def shadowed_tensor(value):
+    made = torch.nn.Parameter(value, requires_grad=False)
+    vars(made).update(dict.fromkeys(("is_floating_point", "to", "expand", "detach", "is_complex"), 5))
+    return made
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {key: value.clone() for key, value in make_encoder("resnet18").state_dict().items()}
+
+
+SAID = {"arch": "resnet18", "dims": 2, "version": 2}
+NORMAL = {"mean": [0.5] * 3, "std": [0.5] * 3}
+NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+READ = {  # as what they are without what is odd
+    "dimensions of two numbers": lambda w: {"state_dict": w, **SAID, "dims": torch.tensor([1, 2])},
+    "a nested tensor beside": lambda w: {"state_dict": w, "other": {"a": NESTED}, "list": [NESTED]},
+    "a dictionary's methods": lambda w: {"state_dict": Shadowed(w)},
+    "all dictionaries' methods": lambda w: Shadowed({**SAID, "state_dict": Shadowed(w), "normalization": NORMAL}),
+    "a tensor's methods": lambda w: {key: shadowed_tensor(value) for key, value in w.items()},
+    "odd keys": lambda w: {"state_dict": w, torch.zeros(2): w["conv1.weight"], (1, (2,)): {3: w["conv1.weight"]}},
+}
+REFUSED = {
+    "a nested tensor": lambda w: {"state_dict": {**dict.fromkeys(w, NESTED)}},
+    "endless numbers": lambda w: {"state_dict": w, **SAID, "normalization": {**NORMAL, "mean": [10**400] * 3}},
+    "a tensor as architecture": lambda w: {"state_dict": w, **SAID, "arch": NESTED, "normalization": {"mean": NESTED}},
+    "a key of many digits": lambda w: {"state_dict": w, 10**5000: {"a": torch.zeros(2)}},
+    "tensors for the rest": lambda w: {"state_dict": NESTED, **dict.fromkeys(SAID, NESTED), "normalization": NESTED},
+}  # fmt: skip
+
+
+def uses(path, network):
+    """Every way by which scripts read a file of weights; each reads or refuses it."""
+    for use in (
+        lambda: initialise(network.encoder, "resnet18", str(path)),
+        lambda: initialise_unet(network, "resnet18", str(path), "encoder+decoder"),
+        lambda: arch_of(str(path), 2), lambda: read_encoder(path), lambda: check_weights(f"{path}:x", "resnet18"),
+        lambda: prepare_models.convert("supervised", path),
+    ):  # fmt: skip
+        with contextlib.suppress(InputError):
+            use()
+
+
+@pytest.mark.parametrize("kind", [*READ, *REFUSED])
+def test_what_is_laid_out_oddly(kind, weights, tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({**READ, **REFUSED}[kind](weights), path)
+    network = UNet2d("resnet18", 1)
+    encoder = network.encoder
+    if kind in READ:
+        assert initialise(encoder, "resnet18", str(path))["missing"] == 0
+        assert all(torch.equal(value, weights[key]) for key, value in encoder.state_dict().items())
+    else:
+        with pytest.raises(InputError, match="a.pt"):
+            initialise(encoder, "resnet18", str(path))
+    uses(path, network)
+
+
+@pytest.mark.parametrize("fault", [AttributeError, RecursionError, OverflowError, TypeError])
+def test_whatever_looking_ends_in_is_refused(fault, weights, tmp_path, monkeypatch):
+    """The kinds above are those that were met; others are told alike."""
+
+    def fail(*_):
+        raise fault("of something else")
+
+    torch.save(weights, tmp_path / "a.pt")
+    monkeypatch.setattr("medssl.models.weights.tables_of", fail)
+    for use in (lambda path: initialise(make_encoder("resnet18"), "resnet18", path), read_encoder,
+                lambda path: arch_of(path, 2), lambda path: check_weights(path, "resnet18")):  # fmt: skip
+        with pytest.raises(InputError, match="a.pt: not laid out as a checkpoint; where it was made, save them anew"):
+            use(str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": NESTED}, {"config": NESTED}, {"method": Shadowed(a=5)}, {"optimizer": Shadowed(state=Shadowed())}],
+)
+def test_a_run_that_is_laid_out_oddly(change, tmp_path):
+    readers.make_run(tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(Shadowed({**saved, **change}), tmp_path / "last.pt")
+    with pytest.raises(InputError, match=str(tmp_path)):
+        readers.read_run(tmp_path)
+    torch.save(Shadowed(saved), tmp_path / "last.pt")
+    readers.read_run(tmp_path)
+
+
+def test_metadata_nested_without_end(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", {"deep": "[" * 10**5, "plain": "3"})
+    assert load_safe(tmp_path / "a.safetensors")["plain"] == 3

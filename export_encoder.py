@@ -152,10 +152,11 @@ def to_detectron2(source: Exported, folder: Path) -> Path:
     path = folder / "encoder_detectron2.pkl"
     content = {"model": model, "__author__": "medssl", "matching_heuristics": True}
     with writing(path) as part:  # checked before it becomes the file
-        part.write_bytes(pickle.dumps(content))
-        back = pickle.loads(part.read_bytes())["model"]
+        raw = pickle.dumps(content)
+        part.write_bytes(raw)
+        back = pickle.loads(raw)["model"]  # not the file: others may write into its folder
         restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
-        if any(not torch.equal(restored[key], source.state[key]) for key in restored):
+        if part.read_bytes() != raw or any(not torch.equal(restored[key], source.state[key]) for key in restored):
             raise InputError(f"--file {source.path}: {path} does not hold what was written")
         try:
             from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.engine.checkpoint import WITHOUT_LAST_RELU, lacks_last_relu
-from medssl.engine.entries import SHARE, Place, shown
+from medssl.engine.entries import SHARE, Place, places_of, shown
 from medssl.errors import InputError, unusable
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 from medssl.models.weights import METADATA as METADATA  # who writes it asks for it here
-from medssl.models.weights import Weights
+from medssl.models.weights import Weights, spellings
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 COMMON = {  # that published files hold, by dimension
@@ -207,6 +207,7 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         report["normalization"] = _normalization(weights, place, dims) or report["normalization"]
         missing = [key for key in place.learned if key not in place.names]
         unexpected, state = place.unexpected(), place.state()
+        larger = _larger(place, arch, dims) if unexpected else None
     print(
         f"{init}: {len(place.fitting)} of {len(place.learned)} encoder entries matched, "
         f"{len(missing)} missing, {len(unexpected)} unexpected{place.where}"
@@ -216,12 +217,28 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     for key in place.grey:
         count = place.wanted[key].shape[1]
         print(f"note: {init}: {key} takes one channel; repeated for {count}, and divided by {count}", file=sys.stderr)
+    if larger:
+        print(f"note: {init}: it is all of a {larger}, of which {arch} takes a part; --arch {larger} takes it whole",
+              file=sys.stderr)  # fmt: skip
     if not place.fits(SHARE):
         print(f"note: {init}: holds a part of {arch}; the missing {len(missing)} start at random", file=sys.stderr)
     # Not the encoder's own method: some of the library's (DenseNet's) know no `strict`.
     nn.Module.load_state_dict(encoder, state, strict=False)
     report |= {"matched": len(place.fitting), "missing": len(missing), "unexpected": len(unexpected)}
     return report
+
+
+def _larger(place: Place, arch: str, dims: int) -> str | None:
+    """The largest of `COMMON` that is where a smaller network was found: a ResNet-34 has all entries of a ResNet-18."""
+    sizes = {arch: len(place.learned)}
+    for other in COMMON[dims] if arch in COMMON[dims] else ():
+        network = _skeleton(other, dims)
+        for found in places_of([place.table], network.state_dict(), spellings(network)):
+            same = (found.prefix, found.spelling) == (place.prefix, place.spelling)
+            if same and len(found.fitting) == len(found.learned):
+                sizes[other] = len(found.learned)
+    largest = max(sizes, key=sizes.get)
+    return None if largest == arch else largest
 
 
 def check_weights(init: str, arch: str) -> None:

@@ -188,16 +188,21 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: for a file that cannot be read, or is of another model.
     """
-    content = read_pickle(path) if name == "byol" else load_safe(path)
+    state, network = read_model(name, path), bare_resnet50()
     with unusable(path, f"not laid out as {name}'s file is"):
-        state = _checked(name, path, content)
-        network = bare_resnet50()
         network.load_state_dict(state)
     with torch.no_grad():
         features = network.eval()(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     if not bool(torch.isfinite(features).all()):
         raise InputError(f"{path}: its features are not finite")
     return state
+
+
+def read_model(name: str, path: Path) -> dict[str, Tensor]:
+    """A model's file → torchvision's state dict of the right names, shapes and types; errors as `convert`'s."""
+    content = read_pickle(path) if name == "byol" else load_safe(path)
+    with unusable(path, f"not laid out as {name}'s file is"):
+        return _checked(name, path, content)
 
 
 def _checked(name: str, path: Path, content: object) -> dict[str, Tensor]:

@@ -18,7 +18,11 @@ NO_SHARED_MEMORY = (
 TOO_LARGE = "too large for the memory of this machine"
 FEW_FILES = "too many open files; raise the limit (ulimit -n 65536), or use fewer --workers"
 # How libraries say that an allocation failed; numpy and Python have a class for that.
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc|_STATUS_ALLOC_FAILED|Unable to allocate")
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc|_STATUS_ALLOC_FAILED|Unable to allocate|: allocation failed"
+    r"|Cannot allocate memory"
+)
+WANTED = re.compile(r"(?:tried to|unable to) allocate ((\d[\d.]*) ([kmgtpe]?)i?b\w*)", re.IGNORECASE)
 # How they say which error of the system it was: Python, and torch's C++.
 NUMBERED = re.compile(r"\[Errno (?P<python>\d+)\] [^:]*(?:: '(?P<file>.*)')?$|: (?P<said>[^:]*) \((?P<torch>\d+)\)$")
 # A DataLoader's worker hands an error over with its traceback in the text.
@@ -59,18 +63,35 @@ def unusable(path: object, what: str) -> contextlib.AbstractContextManager[None]
 @contextlib.contextmanager
 def _blaming(refuse: Callable[[Exception], Exception]) -> Iterator[None]:
     """Decoders raise nearly anything for damaged files. What is not the file's fault passes as it is: the exceptions of
-    this module, what the machine lacks (memory, open files, room on a disk), and Ctrl-C."""
+    this module, what the machine lacks, and Ctrl-C."""
     try:
         yield
-    except (InputError, UnreadableImage, MemoryError):
+    except (InputError, UnreadableImage):
         raise
     except Exception as error:
-        if getattr(error, "errno", None) in (*LACKS, *DISK):
+        if lacks(error):
             raise
         refused = refuse(error)
         if refused is error:
             raise
         raise refused from error
+
+
+def lacks(error: BaseException) -> bool:
+    """Whether an error tells of what the machine lacks: memory, of a GPU too, open files, room on a disk. A file may
+    have caused it that claims more than it holds: `wanted` tells how much."""
+    return isinstance(error, MemoryError) or error_number(error) in (*LACKS, *DISK) or _tells_of_memory(error)
+
+
+def _tells_of_memory(error: BaseException) -> bool:
+    """Whether a library tells in its words that memory was not there."""
+    return isinstance(error, (OSError, RuntimeError)) and bool(NO_MEMORY.search(text_of(error)))
+
+
+def wanted(error: BaseException) -> float | None:
+    """The bytes that an allocation asked for, where its error tells; rounded as there."""
+    found = WANTED.search(text_of(error))
+    return float(found[2]) * 1024.0 ** " kmgtpe".index(found[3].lower() or " ") if found else None
 
 
 def explain(error: BaseException, less: str = "a smaller --b, or fewer --workers") -> str | None:
@@ -93,7 +114,7 @@ def explain(error: BaseException, less: str = "a smaller --b, or fewer --workers
         return FEW_FILES if number in (errno.EMFILE, errno.ENFILE) else NO_SHARED_MEMORY
     if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancillary data" in text:
         return FEW_FILES
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(text):
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _tells_of_memory(error):
         return out_of_memory(error, less)
     if number is None:  # no OSError, or one by which a library tells of something else
         return f"{file}: {text}" if file else None
@@ -107,10 +128,10 @@ def out_of_memory(error: BaseException, less: str) -> str:
     """The line about memory that was not there."""
     text = text_of(error)
     gpu = any(word in text for word in ("CUDA", "CUBLAS", "CUDNN", "HIP"))
-    wanted = re.search(r"(?i)tried to allocate (\d[\d.]* \w+)|unable to allocate (\d[\d.]* \w+)", text)
     if TOO_LARGE in text:  # which names the file
         return f"{text.rpartition('MemoryError: ')[2]}; use {less}"
-    amount = f" ({wanted[1] or wanted[2]} more were asked for)" if wanted else ""
+    asked = WANTED.search(text)
+    amount = f" ({asked[1]} more were asked for)" if asked else ""
     return f"out of {'GPU ' if gpu else ''}memory{amount}; use {'a smaller --b, or --amp' if gpu else less}"
 
 

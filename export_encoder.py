@@ -152,10 +152,11 @@ def to_detectron2(source: Exported, folder: Path) -> Path:
     path = folder / "encoder_detectron2.pkl"
     content = {"model": model, "__author__": "medssl", "matching_heuristics": True}
     with writing(path) as part:  # checked before it becomes the file
-        part.write_bytes(pickle.dumps(content))
-        back = pickle.loads(part.read_bytes())["model"]
+        raw = pickle.dumps(content)
+        part.write_bytes(raw)
+        back = pickle.loads(raw)["model"]  # not the file: others may write into its folder
         restored = {torchvision_name(key): torch.from_numpy(np.array(value)) for key, value in back.items()}
-        if any(not torch.equal(restored[key], source.state[key]) for key in restored):
+        if part.read_bytes() != raw or any(not torch.equal(restored[key], source.state[key]) for key in restored):
             raise InputError(f"--file {source.path}: {path} does not hold what was written")
         try:
             from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
@@ -209,7 +210,9 @@ def to_safetensors(source: Exported, folder: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     facts = {"arch": source.arch, **{key: source.content[key] for key in FACTS if key in source.content}}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in facts.items()
+    }
     path = folder / "encoder.safetensors"
     with writing(path) as part:  # checked before it becomes the file
         save_file({key: value.contiguous() for key, value in source.state.items()}, part, metadata)

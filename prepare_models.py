@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from medssl import errors
 from medssl.engine import options
 from medssl.engine.checkpoint import load_safe, save_atomic
+from medssl.engine.entries import shown
 from medssl.errors import InputError, unusable
 from medssl.models.encoders import IMAGENET, METADATA
 from medssl.reading.pickles import read_pickle
@@ -187,12 +188,29 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: for a file that cannot be read, or is of another model.
     """
+    state, network = read_model(name, path), bare_resnet50()
+    with unusable(path, f"not laid out as {name}'s file is"):
+        network.load_state_dict(state)
+    with torch.no_grad():
+        features = network.eval()(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    if not bool(torch.isfinite(features).all()):
+        raise InputError(f"{path}: its features are not finite")
+    return state
+
+
+def read_model(name: str, path: Path) -> dict[str, Tensor]:
+    """A model's file → torchvision's state dict of the right names, shapes and types; errors as `convert`'s."""
     content = read_pickle(path) if name == "byol" else load_safe(path)
     with unusable(path, f"not laid out as {name}'s file is"):
-        try:
-            state = CONVERTERS[name](content)
-        except InputError as error:
-            raise InputError(f"{path}: {error}; is it {name}'s file?") from None
+        return _checked(name, path, content)
+
+
+def _checked(name: str, path: Path, content: object) -> dict[str, Tensor]:
+    """A file's content → torchvision's state dict; an InputError, or anything, where it is of another model."""
+    try:
+        state = CONVERTERS[name](content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; is it {name}'s file?") from None
     wanted = expected()
     learned = [key for key in wanted if not key.endswith("num_batches_tracked")]
     state = {key: value for key, value in state.items() if key in wanted or not key.endswith("num_batches_tracked")}
@@ -207,16 +225,10 @@ def convert(name: str, path: Path) -> dict[str, Tensor]:
         state[key] = state[key].float()
     unknown = [key for key in state if key not in wanted]
     if unknown:
-        raise InputError(f"{path}: has {unknown[0]}, which ResNet-50 has not; is it {name}'s file?")
+        raise InputError(f"{path}: has {shown(unknown[0])}, which ResNet-50 has not; is it {name}'s file?")
     # Counts of batches may be missing.
     state = OrderedDict((key, state.get(key, wanted[key]).clone()) for key in wanted)
     state._metadata = {METADATA: {"normalization": RAW if name.startswith("simclr") else IMAGENET}}
-    network = bare_resnet50()
-    network.load_state_dict(state)
-    with torch.no_grad():
-        features = network.eval()(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    if not bool(torch.isfinite(features).all()):
-        raise InputError(f"{path}: its features are not finite")
     return state
 
 

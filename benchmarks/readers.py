@@ -436,11 +436,34 @@ def read_byol(place: Path) -> None:
                 raise
 
 
+def make_prepared(place: Path) -> None:
+    """A file of each other layout, whose entries repeat one number."""
+    state = {key: torch.ones(1, dtype=value.dtype).expand(value.shape) if value.ndim else torch.tensor(1)
+             for key, value in small_network().state_dict().items()}  # fmt: skip
+    query = {f"module.encoder_q.{key}": value for key, value in state.items()}
+    torch.save({"state_dict": query, "epoch": 200, "arch": "resnet50"}, place / "moco-v2.pth")
+    torch.save(state, place / "supervised.pth", _use_new_zipfile_serialization=False)
+    stem = {"net.0.0.weight": state["conv1.weight"], "net.0.1.0.weight": state["bn1.weight"]}
+    torch.save({"resnet": stem, "head": {}}, place / "simclr-v2.pth")
+
+
+def read_prepared(place: Path) -> None:
+    prepare_models.bare_resnet50 = small_network
+    for path in sorted(place.glob("*.pth")):
+        try:
+            prepare_models.read_model(path.stem, path)
+        except InputError as error:
+            if path.stem != "simclr-v2" or "has no bn1.bias" not in str(error):  # the valid one is a stem alone
+                raise
+
+
 @cache
 def small_network() -> nn.Module:
-    """A ResNet-50 without numbers."""
+    """A ResNet-50 without numbers, and without its classifier."""
     with torch.device("meta"):
-        return torchvision.models.resnet50()
+        network = torchvision.models.resnet50()
+    network.fc = nn.Identity()
+    return network
 
 
 def make_safetensors(place: Path) -> None:
@@ -650,6 +673,7 @@ READERS: list[Reader] = [
            "*.json*"),
     Reader("checkpoint", make_checkpoints, read_checkpoints, checkpoint_changes),
     Reader("checkpoint to resume", make_run, read_run, checkpoint_changes, "last.pt"),
+    Reader("published models", make_prepared, read_prepared, checkpoint_changes),
     Reader("BYOL pickle", make_byol, read_byol, damage.opcodes),
     Reader("safetensors", make_safetensors, read_safetensors, damage.safetensors),
     Reader("lists", make_lists, read_lists, damage.table),

@@ -2,7 +2,7 @@
 dictionaries and prefixes they lie in."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,10 @@ DECODER = "decoder_state_dict"  # where our files and PCRL's have what is no enc
 TEACHERS = {"teacher"}
 AVERAGES = {"ema", "swa", "average", "averaged", "avg"}
 TWINS = {"k", "key", "momentum", "target"}
+# Parts that say that entries are no weights, though they have their names and shapes: an optimiser's, gradients.
+NO_WEIGHTS = re.compile(r"(?i)(optimi[sz]ers?|optim|opt)(_states?)?|grads?|gradients?|exp_avg(_sq)?|momentum_buffers?")
+# What wrappers put before a module's names, anywhere in them: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.")
 CONTRASTS = {"contrast", "queue"}  # what files hold whose momentum twin makes keys
 
 
@@ -73,7 +77,8 @@ def tables_of(content: object, path: str | Path) -> list[Table]:
 
 def _is_plain(value: Tensor) -> bool:
     """Whether a tensor holds numbers that can be copied into a network's."""
-    return value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+    odd = value.is_nested or value.is_meta or value.is_quantized or value.is_complex()
+    return value.layout == torch.strided and not odd
 
 
 @dataclass
@@ -182,26 +187,34 @@ def places_of(
     found = []
     for table in tables:
         here: dict[tuple[str, int], Place] = {}
-        for name in table.entries:
-            start = len(name) + 1
-            for _ in range(longest):  # a dot before each, from the last one
-                start = name.rfind(".", 0, max(0, start - 1)) + 1
-                for number, key in own.get(name[start:], ()):
-                    if table.entries[name].is_floating_point() or not wanted[key].is_floating_point():
-                        place = name[:start], number
+        for name, value in table.entries.items():
+            for prefix, ending in _endings(name, longest):
+                for number, key in own.get(ending, ()):
+                    if value.is_floating_point() or not wanted[key].is_floating_point():
+                        place = prefix, number
                         here[place] = here.get(place) or Place(table, *place, wanted)
                         here[place].names.setdefault(key, name)
-                if not start:
-                    break
         found += here.values()
     return found
 
 
+def _endings(name: str, longest: int) -> Iterator[tuple[str, str]]:
+    """A name in two, at each of its dots from the last one: at most `longest` parts; then without wrappers' parts."""
+    for text in dict.fromkeys((name, WRAPPERS.sub("", name))):
+        start = len(text) + 1
+        for _ in range(longest):
+            start = text.rfind(".", 0, max(0, start - 1)) + 1
+            yield text[:start], text[start:]
+            if not start:
+                break
+
+
 def asked_for(places: Sequence[Place], prefix: str) -> list[Place]:
-    """The places that `--init FILE:PREFIX` means: those of exactly that dictionary, prefix or both; else those that
-    have its parts one after the other among their own; else in that order, others between."""
+    """The places that `--init FILE:PREFIX` means: that of exactly this name; else those of exactly that dictionary or
+    prefix; else those that have its parts one after the other among their own; else in that order, others between."""
     wanted = prefix.strip(".")
-    exact = [
+    whole = [place for place in places if place.name == wanted]
+    exact = whole or [
         place for place in places
         if wanted in (place.name, place.prefix.strip("."), ".".join(place.table.path) or None)
     ]  # fmt: skip
@@ -216,8 +229,8 @@ def _in_that_order(wanted: Sequence[str], parts: Sequence[str]) -> bool:
 
 def in_order(places: Sequence[Place], tables: Sequence[Table], own_run: bool) -> list[tuple[int, Place]]:
     """Places, first what a paper would judge, each with what its name says of it: 0 a teacher or an average, 2 a
-    momentum twin, which makes keys and targets, 1 anything else. Of one number: `FIRST`, the most entries, the
-    network's own names, the file's order. Entries that two spellings find are there once.
+    momentum twin, which makes keys and targets, 3 what is no weights, 1 anything else. Of one number: `FIRST`,
+    the most entries, the network's own names, the file's order. Entries that two spellings find are there once.
 
     Args:
         tables: of the whole file. own_run: it is a run's of this project, where the student is judged.
@@ -225,6 +238,8 @@ def in_order(places: Sequence[Place], tables: Sequence[Table], own_run: bool) ->
     contrast = any(CONTRASTS & {*table.path, *(name.rpartition(".")[2] for name in table.entries)} for table in tables)
 
     def says(place: Place) -> int:
+        if any(NO_WEIGHTS.fullmatch(part) for part in place.name.split(".")):
+            return 3
         parts = {part.lower() for part in re.findall("[A-Z]?[a-z]+|[A-Z]+", place.name)}
         if TEACHERS & parts:
             return 2 if own_run else 0

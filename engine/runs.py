@@ -54,13 +54,7 @@ def open_output(
     source = folder / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None
     if args.resume != "never" and (args.resume != "auto" or source.exists()):
-        saved = load_safe(source)
-        if not isinstance(saved, dict) or not {"name", "config", "step"} <= saved.keys():
-            raise InputError(f"--resume {source}: not a checkpoint that can be continued")
-        if type(saved["step"]) is not int or not 0 <= saved["step"] < MOST_STEPS:
-            raise InputError(f"{source}: damaged: no number of steps; use {OR_RESUME}")
-        if saved["name"] != method_name:
-            raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
+        saved = _checkpoint_of(source, method_name)
         refuse_changes(saved["config"], settings(args, data_digest), source)
     if devices.any((saved or {}).get("step", 0) != devices.broadcast((saved or {}).get("step", 0))):
         raise InputError(f"--output {folder}: not the same files on every machine; use a shared file system")
@@ -79,6 +73,19 @@ def open_output(
         }
         write_json(folder / "config.json", config)
     return folder, saved
+
+
+def _checkpoint_of(source: Path, method_name: str) -> dict:
+    """The content of a run's last.pt; an InputError where it is none of this method."""
+    saved = load_safe(source)
+    with unusable(source, f"damaged; use {OR_RESUME}"):
+        if not isinstance(saved, dict) or not {"name", "config", "step"} <= saved.keys():
+            raise InputError(f"--resume {source}: not a checkpoint that can be continued")
+        if type(saved["step"]) is not int or not 0 <= saved["step"] < MOST_STEPS:
+            raise InputError(f"{source}: damaged: no number of steps; use {OR_RESUME}")
+        if saved["name"] != method_name:
+            raise InputError(f"{source}: a run of {saved['name']}, not {method_name}; choose another --output")
+    return saved
 
 
 def settings(args: argparse.Namespace, data_digest: str | None = None) -> dict:

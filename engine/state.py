@@ -15,7 +15,7 @@ from medssl.engine.method import Method
 from medssl.engine.order import make_optimizer
 from medssl.engine.parallel import Devices
 from medssl.engine.runs import settings
-from medssl.errors import InputError, unusable
+from medssl.errors import InputError, lacks, unusable
 
 
 @dataclass
@@ -106,6 +106,8 @@ class State:
                 self.method.load_state_dict(saved["method"])
                 load_optimizer(self.optimizer, saved["optimizer"])
             except (RuntimeError, ValueError, KeyError) as error:
+                if lacks(error):
+                    raise
                 raise InputError(f"{folder}: its checkpoint does not fit: {str(error).splitlines()[0]}") from None
             self.scaler.load_state_dict(saved["scaler"])
             self.step, self.since_best, self.over = saved["step"], saved["since_best"], saved["over"]
@@ -126,10 +128,13 @@ class State:
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Give an optimizer its saved state; a ValueError for one of other options, shapes or kinds."""
     before = [dict(group) for group in optimizer.param_groups]
-    for value in (value for values in saved["state"].values() for value in values.values()):
+    shapes = {parameter.shape for group in before for parameter in group["params"]}
+    for key, value in (pair for values in saved["state"].values() for pair in values.items()):
         plain = value.layout == torch.strided if isinstance(value, Tensor) else isinstance(value, int | float | None)
         if not plain:
             raise ValueError("the optimizer's state holds no plain numbers")
+        if isinstance(value, Tensor) and value.ndim and value.shape not in shapes:  # before memory is taken for it
+            raise ValueError(f"the optimizer's {key} has shape {tuple(value.shape)}")
     optimizer.load_state_dict(saved)
     for own, group in zip(before, optimizer.param_groups, strict=True):
         known = own.keys() & group.keys() - {"params", "lr"}  # another version of torch may have more

@@ -2,7 +2,6 @@
 torchvision's key names; in 3D the U-Net's way down."""
 
 import logging
-import math
 import re
 import sys
 import urllib.error
@@ -16,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medssl.engine.checkpoint import WITHOUT_LAST_RELU, lacks_last_relu
-from medssl.engine.entries import SHARE, Place, shown
-from medssl.errors import InputError
+from medssl.engine.entries import SHARE, Place, places_of, shown
+from medssl.errors import InputError, unusable
 from medssl.models.unet3d import WIDTHS, UNet3dEncoder
 from medssl.models.weights import METADATA as METADATA  # who writes it asks for it here
-from medssl.models.weights import Weights
+from medssl.models.weights import Weights, spellings
 
 DEFAULT_ARCH = {2: "resnet18", 3: "unet3d"}  # by dimension
 COMMON = {  # that published files hold, by dimension
@@ -34,6 +33,7 @@ INPUTS = {  # by the names that MAGICAL's fine-tuning has for them, and "half", 
     "half": {"mean": [0.5] * 3, "std": [0.5] * 3},
     "none": {"mean": [0.0] * 3, "std": [1.0] * 3},
 }
+LARGEST = torch.finfo(torch.float32).max
 PARTIAL = {2: SHARE, 3: 0.5}  # what a file must have of an encoder, by dimension; a note says where it is not all
 
 
@@ -80,7 +80,11 @@ def arch_of(init: str, dims: int) -> str | None:
         what a checkpoint says, or else the largest of `COMMON` whose every entry it has, in its shape; None where it
         has none of them, is of another dimension, or is no file.
     """
-    return None if init in ("random", "imagenet") else _arch_of(Weights.read(init), dims)
+    if init in ("random", "imagenet"):
+        return None
+    weights = Weights.read(init)
+    with weights.looking():
+        return _arch_of(weights, dims)
 
 
 def _arch_of(weights: Weights, dims: int) -> str | None:
@@ -118,7 +122,13 @@ def read_encoder(init: str | Path) -> tuple[str, dict[str, Tensor], dict]:
         InputError: for a file that cannot be read, or holds no encoder that is known.
     """
     weights = Weights.read(init)
-    said = weights.fields.get("arch")
+    with weights.looking():
+        return _whole_encoder(weights)
+
+
+def _whole_encoder(weights: Weights) -> tuple[str, dict[str, Tensor], dict]:
+    """What `read_encoder` returns, of a file that was read."""
+    init, said = weights.init, weights.fields.get("arch")
     arch = said if isinstance(said, str) else _arch_of(weights, 2)
     if arch in WIDTHS or weights.fields.get("dims") == 3:
         raise InputError(f"{init}: of volumes, which other tools' networks are not for; leave it as it is")
@@ -187,14 +197,17 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
         return report
     if init == "imagenet":
         state, report["normalization"] = _imagenet(arch)
-        weights = Weights(init, Path(), None, state)
+        weights = Weights(init, Path(init), None, state)
     else:
         weights = Weights.read(init)
-        _check_said(weights, arch, dims)
-    place, *rest = _find(weights, encoder, arch)
-    report["normalization"] = _normalization(weights, place, dims) or report["normalization"]
-    missing = [key for key in place.learned if key not in place.names]
-    unexpected = place.unexpected()
+    with weights.looking():
+        if init != "imagenet":
+            _check_said(weights, arch, dims)
+        place, *rest = _find(weights, encoder, arch)
+        report["normalization"] = _normalization(weights, place, dims) or report["normalization"]
+        missing = [key for key in place.learned if key not in place.names]
+        unexpected, state = place.unexpected(), place.state()
+        larger = _larger(place, arch, dims) if unexpected else None
     print(
         f"{init}: {len(place.fitting)} of {len(place.learned)} encoder entries matched, "
         f"{len(missing)} missing, {len(unexpected)} unexpected{place.where}"
@@ -204,19 +217,36 @@ def initialise(encoder: nn.Module, arch: str, init: str) -> dict:
     for key in place.grey:
         count = place.wanted[key].shape[1]
         print(f"note: {init}: {key} takes one channel; repeated for {count}, and divided by {count}", file=sys.stderr)
+    if larger:
+        print(f"note: {init}: it is all of a {larger}, of which {arch} takes a part; --arch {larger} takes it whole",
+              file=sys.stderr)  # fmt: skip
     if not place.fits(SHARE):
         print(f"note: {init}: holds a part of {arch}; the missing {len(missing)} start at random", file=sys.stderr)
     # Not the encoder's own method: some of the library's (DenseNet's) know no `strict`.
-    nn.Module.load_state_dict(encoder, place.state(), strict=False)
+    nn.Module.load_state_dict(encoder, state, strict=False)
     report |= {"matched": len(place.fitting), "missing": len(missing), "unexpected": len(unexpected)}
     return report
+
+
+def _larger(place: Place, arch: str, dims: int) -> str | None:
+    """The largest of `COMMON` that is where a smaller network was found: a ResNet-34 has all entries of a ResNet-18."""
+    sizes = {arch: len(place.learned)}
+    for other in COMMON[dims] if arch in COMMON[dims] else ():
+        network = _skeleton(other, dims)
+        for found in places_of([place.table], network.state_dict(), spellings(network)):
+            same = (found.prefix, found.spelling) == (place.prefix, place.spelling)
+            if same and len(found.fitting) == len(found.learned):
+                sizes[other] = len(found.learned)
+    largest = max(sizes, key=sizes.get)
+    return None if largest == arch else largest
 
 
 def check_weights(init: str, arch: str) -> None:
     """Raise InputError for a file that cannot be read or holds no entries, and for a prefix that is not in it."""
     weights, dims = Weights.read(init), 3 if arch in WIDTHS else 2
-    if weights.tables and weights.prefix is not None:
-        weights.check_prefix(make_encoder(arch, dims=dims), PARTIAL[dims])
+    with weights.looking():
+        if weights.tables and weights.prefix is not None:
+            weights.check_prefix(make_encoder(arch, dims=dims), PARTIAL[dims])
 
 
 def _check_said(weights: Weights, arch: str, dims: int) -> None:
@@ -287,7 +317,7 @@ def check_normalization(found: object, dims: int, path: str | Path) -> dict:
         return (
             isinstance(values, Sequence)
             and len(values) == 3
-            and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+            and all(isinstance(value, int | float) and abs(value) < LARGEST for value in values)
         )
 
     if dims == 3:
@@ -315,11 +345,13 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
         start = initialise(network.encoder, arch, init)
         content = {} if init == "imagenet" else Weights.read(init).content
         state = content.get("decoder_state_dict") if isinstance(content, dict) else None
-        try:
-            network.decoder.load_state_dict(state or {})
-        except (RuntimeError, TypeError, AttributeError):
-            which = "of other shapes, as those without skips are (PCRLv2's)" if state else "not there"
-            raise InputError(f"--init {init}: its decoder is {which}; use --load encoder") from None
+        if not isinstance(state, dict) or not state:
+            raise InputError(f"--init {init}: its decoder is not there; use --load encoder")
+        with unusable(
+            f"--init {init}",
+            "its decoder is of other shapes, as those without skips are (PCRLv2's); use --load encoder",
+        ):
+            network.decoder.load_state_dict(state)
         print(f"{init}: {len(state)} of {len(state)} decoder entries matched")
         return start | {"matched": start["matched"] + len(state)}
     body = nn.Module()

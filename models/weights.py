@@ -1,5 +1,6 @@
 """Checkpoint files that `--init` names: what they say, and where in them a network's weights are."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from medssl.engine.checkpoint import load_safe
+from medssl.engine.checkpoint import SAVE_ANEW, load_safe
 from medssl.engine.entries import Place, Table, asked_for, in_order, places_of, shown, tables_of
-from medssl.errors import InputError
+from medssl.errors import InputError, unusable
 from medssl.files import split_init
 
 METADATA = "medssl"  # under which prepare_models.py keeps what a flat state dict has no place for
@@ -37,6 +38,11 @@ class Weights:
         path, prefix = split_init(init)
         return cls(str(init), Path(path), prefix, load_safe(path))
 
+    def looking(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which what is in the file is looked at: whatever that raises, the file is laid out as no
+        checkpoint is, which an InputError says."""
+        return unusable(self.path, f"not laid out as a checkpoint; {SAVE_ANEW}")
+
     @property
     def own_run(self) -> bool:
         """Whether it is a run's last.pt, whose student is the encoder."""
@@ -48,7 +54,8 @@ class Weights:
         """What it says beside its entries. Of a file of others, whose words may mean anything, the architecture."""
         content = self.content if isinstance(self.content, dict) else {}
         if not self.own_run:
-            ours = "arch" in content and content.get("dims") in (2, 3)  # which all have that this project writes
+            # All files that this project writes have both.
+            ours = "arch" in content and type(content.get("dims")) is int and content["dims"] in (2, 3)
             beside = getattr(content, "_metadata", None)
             said = beside.get(METADATA) if isinstance(beside, dict) else None
             return {**(said if isinstance(said, dict) else {}), **(content if ours else {"arch": content.get("arch")})}

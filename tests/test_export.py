@@ -1,7 +1,9 @@
 """Exports: each tool's own network gives our features, and files that do not fit are refused."""
 
 import json
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,3 +198,18 @@ def test_an_encoder_is_extracted_from_any_checkpoint(tmp_path, kind):
 def test_one_form_or_the_other(words):
     with pytest.raises(InputError, match="give --file FILE, or the two files CHECKPOINT WEIGHT_FILE"):
         main(words)
+
+
+def test_the_detectron2_file_is_not_run(tmp_path, monkeypatch):
+    """Another may write into the folder: what is checked is what was made."""
+
+    class Planted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, _: write(path, pickle.dumps(Planted())))
+    torch.save({"state_dict": make_encoder("resnet18").state_dict(), "arch": "resnet18", "dims": 2}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="does not hold what was written"):
+        main(["--file", str(tmp_path / "a.pt"), "--to", "detectron2", "--output", str(tmp_path)])
+    assert not (tmp_path / "ran").exists()

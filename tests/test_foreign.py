@@ -647,3 +647,55 @@ def test_a_search_looks_at_each_name_a_few_times(encoder):
     for _ in range(DEEPEST + 1):
         deep = {"x": deep}
     assert "no state dict" in refusal(tables_of, deep, "x")
+
+
+# What is like weights, and what is more ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place", [("optimizer", "state", "exp_avg"), ("grads",), ("optim_state", "ema"), ("opt", "avg")]
+)
+def test_moments_and_gradients_come_last(encoder, state, twin, place, tmp_path, capsys):
+    """Though they have the weights' names and shapes, and `avg` is a part of one's name."""
+    beside = twin
+    for key in reversed(place):
+        beside = {key: beside}
+    for content in (beside | {"weights": state}, {"weights": state} | beside):
+        torch.save(content, tmp_path / "a.pth")
+        start(encoder, tmp_path / "a.pth")
+        assert has(encoder, state)
+        assert capsys.readouterr().err == ""
+    start(encoder, f"{tmp_path}/a.pth:{'.'.join(place)}")
+    assert has(encoder, twin)
+
+
+@pytest.mark.parametrize(("small", "large"), [("resnet18", "resnet34"), ("resnet50", "resnet152")])
+def test_a_part_of_a_larger_network_is_said(small, large, tmp_path, capsys):
+    torch.save({"state_dict": under("module.", marked(make_encoder(large)))}, tmp_path / "a.pth")
+    start(make_encoder(small), tmp_path / "a.pth", small)
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}/a.pth: it is all of a {large}, of which {small} takes a part; "
+        f"--arch {large} takes it whole\n"
+    )
+    start(make_encoder(large), tmp_path / "a.pth", large)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("infix", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model._fsdp_wrapped_module."])
+def test_wrappers_inside_of_names(encoder, state, infix, prefix, tmp_path, capsys):
+    names = {key: re.sub(r"^(layer\d\.)(\d\.)", rf"\1{infix}\2{infix}", key) for key in state}
+    torch.save({"state_dict": {prefix + names[key]: value for key, value in state.items()}}, tmp_path / "a.pth")
+    report = start(encoder, tmp_path / "a.pth")
+    assert has(encoder, state)
+    assert (report["matched"], report["missing"], report["unexpected"]) == (100, 0, 0)
+    assert "would fit" not in capsys.readouterr().out
+    assert arch_of(str(tmp_path / "a.pth"), 2) == "resnet18"
+
+
+def test_the_outermost_that_was_asked_for_is_the_only_one(encoder, state, twin, tmp_path, capsys):
+    torch.save({**state, "inner": twin}, tmp_path / "a.pth")
+    start(encoder, f"{tmp_path}/a.pth:")
+    assert has(encoder, state)
+    printed = capsys.readouterr()
+    assert "would fit" not in printed.out + printed.err

@@ -282,7 +282,9 @@ def _tells(note: dict, count: int, rows: range) -> bool:
     """Whether an index, or a note of progress, tells of `count` images, the bad ones of them in `rows`."""
     prints, sizes, bad = note["fingerprints"], note["sizes"], note["bad"]
     whole = len(prints) == len(sizes) == count and all(isinstance(one, str) for one in [*prints, *bad.values()])
-    return whole and np.array(sizes, np.float32).shape == (count, 2) and all(int(row) in rows for row in bad)
+    numbers = np.array(sizes)  # of a text among them, texts are made of all
+    whole = whole and numbers.dtype.kind in "iuf" and numbers.shape == (count, 2)
+    return whole and all(int(row) in rows for row in bad)
 
 
 def _read_progress(path: Path, data: ImageDataset, block: int) -> dict[int, dict]:

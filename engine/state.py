@@ -138,7 +138,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict(saved)
     for own, group in zip(before, optimizer.param_groups, strict=True):
         known = own.keys() & group.keys() - {"params", "lr"}  # another version of torch may have more
-        if any(own[key] != group[key] for key in known):
+        if own.keys() - group.keys() or any(own[key] != group[key] for key in known):  # torch fills in what is newer
             raise ValueError("the optimizer's options differ")
     for parameter, own in optimizer.state.items():
         for key, value in own.items():

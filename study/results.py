@@ -79,7 +79,7 @@ def check_entry(entry: dict, metric: str) -> None:
         raise TypeError("device or config")
     numbers = (
         entry["seconds"], entry["train_images"], entry["start"]["missing"], entry.get("best_epoch", 0),
-        entry["config"].get("epochs", 0),
+        entry["config"]["epochs"] if "best_epoch" in entry else 0,
     )  # fmt: skip
     if not all(isinstance(number, int | float) for number in numbers) or not isinstance(
         entry["versions"]["torch"], str

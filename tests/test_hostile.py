@@ -1056,7 +1056,8 @@ def test_damaged_records_of_a_study(tmp_path):
     for changes in (
         {"trials": []}, {"trials": 3}, {"config": "x"}, {"versions": None}, {"device": 1},
         {"trials": [entry | {"auroc": "0.7"}]}, {"trials": [entry | {"per_class": {"a": 1}}]},
-        {"trials": [entry | {"best_epoch": {}}]}, {"config": {"epochs": "x"}},
+        {"trials": [entry | {"best_epoch": {}}]},
+        *({"trials": [entry | {"best_epoch": 1.0}], "config": config} for config in ({"epochs": "x"}, {})),
     ):  # fmt: skip
         path.write_text(json.dumps({**whole, **changes, "more": len(str(changes)) * "x"}))
         os.utime(path, ns=(0, len(str(changes)) * 1000))  # a file is read again when it has changed
@@ -1084,7 +1085,8 @@ def test_damaged_indices_of_caches(tmp_path):
     path = tmp_path / "cache" / "index.json"
     whole = json.loads(path.read_text())
     for change in ({"ids": 3}, {"ids": [1] * 5}, {"size": "8"}, {"size": -8}, {"sizes": [[1, 2]]}, {"bad": {"x": "y"}},
-                   {"sizes": [["a", 2]] * 5}, {"fingerprints": [None] * 5}, {"block": 0}, {"bad": [1]}):  # fmt: skip
+                   {"sizes": [["a", 2]] * 5}, {"sizes": [["8", 2]] * 5}, {"fingerprints": [None] * 5}, {"block": 0},
+                   {"bad": [1]}):  # fmt: skip
         path.write_text(json.dumps(whole | change))
         with pytest.raises(InputError, match=r"index.json: not the index of a cache; choose another folder"):
             readers.read_cache(tmp_path)
@@ -1191,7 +1193,9 @@ def test_an_optimizers_state_must_fit_its_parameters(tmp_path):
         with pytest.raises(InputError, match="the optimizer's state holds no plain numbers"):
             readers.read_run(tmp_path)
     saved["optimizer"]["state"][0]["exp_avg"] = moment
-    saved["optimizer"]["param_groups"][0]["betas"] = "x"
-    torch.save(saved, tmp_path / "last.pt")
-    with pytest.raises(InputError, match="the optimizer's options differ"):
-        readers.read_run(tmp_path)
+    group = saved["optimizer"]["param_groups"][0]
+    for damaged in (group | {"betas": "x"}, {key: value for key, value in group.items() if key != "eps"}):
+        saved["optimizer"]["param_groups"][0] = damaged
+        torch.save(saved, tmp_path / "last.pt")
+        with pytest.raises(InputError, match="the optimizer's options differ"):
+            readers.read_run(tmp_path)

@@ -262,7 +262,8 @@ def test_a_set_is_named_by_its_module_and_its_row(name):
 
 # Commands in docstrings, and tools that are for one set.
 EXAMPLES = {
-    "nct": {f"train_{method}.py" for method in ("byol", "concl", "densecl", "moco", "pcl", "simclr")},
+    "nct": {f"train_{method}.py" for method in ("byol", "concl", "densecl", "moco", "pcl", "simclr")}
+    | {"study/intervals.py"},  # the noncentral t distribution has the same name
     "brats": {"tasks/segmentation3d.py", "finetune_segmentation.py"},
 }
 

@@ -28,6 +28,7 @@ BY_NAME = {
     "medssl.datasets.registry": "|".join(re.escape(f"medssl.datasets.{row.module}") for row in registry.ROWS),
     "medssl.study.jobs": r"medssl\.(train_\w+|finetune_\w+|evaluate_features)",
     "medssl.study.plan": r"medssl\.train_\w+",
+    "medssl.benchmarks.lab": r"medssl\.train_\w+",
     "medssl.docs.hooks": r"medssl\.train_\w+",
     "medssl.benchmarks.endure_kills": r"medssl\.(train_\w+|finetune_\w+|evaluate_features|compare|preprocess\.luna)",
 }

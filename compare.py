@@ -15,9 +15,11 @@ or finetune_detection.py as it is; those that say what images are and on what to
 task, for `pretraining`, or for `features` (evaluate_features.py, which judges the frozen encoders of classification).
 
 Trial k draws the same labelled images, order and head for every init, so that the gain over the first `--init` is a
-mean of paired differences, with its standard error, and the p of a paired t-test, adjusted for the number of
-comparisons (Holm). Every fine-tuning is a run of its own: a failed one is shown with its reason, and the rest goes on.
-Finished runs are kept: the same command continues, and tries failed ones again.
+mean of paired differences, with its standard error, the p of a paired t-test, adjusted for the number of comparisons
+(Holm), and how many trials would tell a gain of .01 (of AP, 1). All trials share the test cases, and their differences
+say nothing of other cases: the gain's interval is a bootstrap over trials and test cases. Every fine-tuning is a run
+of its own: a failed one is shown with its reason, and the rest goes on. Finished runs are kept: the same command
+continues, and tries failed ones again.
 
 `--output` gets report.html, one page with all that was found, to open in a browser, send or print; results.csv (a row a
 run), comparison.json, comparison.md, comparison.tex, comparison.png; and the runs:

@@ -90,8 +90,9 @@ def fit(
 
             # backward
             state.optimizer.zero_grad(set_to_none=True)
-            state.scaler.scale(loss).backward()
             logs = (state.step + 1) % args.log_every == 0 or state.step + 1 == last
+            shares = gradients_of(method, losses) if logs and getattr(args, "log_gradients", False) else {}
+            state.scaler.scale(loss).backward()
             norm = clip_gradients(state, args.clip_grad) if args.clip_grad or logs else None
             state.scaler.step(state.optimizer)
             state.scaler.update()
@@ -102,7 +103,7 @@ def fit(
             if monitor:
                 monitor.tick(args.b, clock.waited)
             if logs:
-                log(state, loss, losses, norm, monitor, devices)
+                log(state, loss, losses, norm, shares, monitor, devices)
 
             # validate
             if evaluate and state.ends_epoch(total):
@@ -141,6 +142,18 @@ def prepare(
     return wrap(method, devices, method.find_unused, method.sync_batch_norm)
 
 
+def gradients_of(method: Method, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The norm of each loss's gradient in the encoder, () each, of this process's images: which of them it learns from.
+    Each takes a backward pass of its own."""
+    encoder = method.encoder_parameters()
+    norms = {}
+    for name, value in losses.items():
+        if value.requires_grad:
+            found = torch.autograd.grad(value, encoder, retain_graph=True, allow_unused=True)
+            norms[f"gradient_{name}"] = nn.utils.get_total_norm([part for part in found if part is not None])
+    return norms
+
+
 def clip_gradients(state: states.State, largest: float) -> Tensor:
     """The gradients' norm, (), before they are clipped to `largest` (0: not clipped)."""
     state.scaler.unscale_(state.optimizer)
@@ -151,13 +164,14 @@ def clip_gradients(state: states.State, largest: float) -> Tensor:
 
 
 def log(
-    state: states.State, loss: Tensor, losses: dict[str, Tensor], norm: Tensor, monitor: Monitor | None,
-    devices: Devices,
+    state: states.State, loss: Tensor, losses: dict[str, Tensor], norm: Tensor, shares: dict[str, Tensor],
+    monitor: Monitor | None, devices: Devices,
 ) -> None:  # fmt: skip
-    """A line of numbers: the losses' means over the processes, learning rate, gradient norm."""
+    """A line of numbers: the losses' means over the processes, learning rate, gradient norm, and of `gradients_of`."""
     means = devices.mean(torch.stack([loss.detach(), *(value.detach() for value in losses.values())])).tolist()
     values = dict(zip(["loss", *losses], means))
     values |= {"lr": state.optimizer.param_groups[0]["lr"], "grad_norm": float(norm)}
+    values |= {name: float(share) for name, share in shares.items()}
     if monitor:
         monitor.log(state.step, state.epoch, values, state.method.features, state.method.embeddings)
 

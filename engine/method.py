@@ -31,6 +31,13 @@ class Method(nn.Module):
         """What fine-tuning loads."""
         raise NotImplementedError
 
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the encoder. A volume's network is exported whole, and its encoder are the levels down."""
+        state = self.encoder_state()
+        down = {key: value for key, value in state.items() if key.startswith("down_tr")}
+        own = {value.data_ptr() for value in (down or state).values()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter.data_ptr() in own]
+
     def decoder_state(self) -> dict[str, Tensor] | None:
         """The decoder, where it lies beside the encoder and segmentation can start from it (one with skips)."""
         return None

@@ -300,6 +300,7 @@ def add_pretraining(parser: Parser) -> argparse._ArgumentGroup:
     """How much of the training list pre-training uses."""
     group = parser.add_argument_group("pre-training")
     group.add_argument("--ratio", type=fraction, default=1.0, help="use the first R of the training list")
+    flag(group, "--log-gradients", False, "with each logged line, the norm of each loss's gradient in the encoder")
     return group
 
 

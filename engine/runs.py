@@ -20,7 +20,8 @@ from medssl.locks import own_folder
 # change, which their digest tells, with a message of its own.
 FREE_OPTIONS = {
     "output", "resume", "steps", "workers", "worker_timeout", "cache", "max_bad", "gpus", "device", "save_every",
-    "log_every", "data", "data_digest", "compile", "trials", "format", "protocol",  # whose values are options, too
+    "log_every", "log_gradients", "data", "data_digest", "compile", "trials", "format",
+    "protocol",  # whose values are options, too
 }  # fmt: skip
 # Options that are newer than some runs, and the value by which these were made.
 AS_EVER = {"augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells"}

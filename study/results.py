@@ -12,11 +12,11 @@ from scipy import stats
 from medssl.errors import unusable
 from medssl.files import read_json, write_csv, write_json, write_text
 from medssl.markup import latex_text, markdown_text
+from medssl.study.intervals import CONFIDENCE, DAMAGED, MOST_TRIALS, Judged, trials_for, two_way_interval
 from medssl.study.jobs import Job
 from medssl.tasks.metrics import mean_of
 
-CONFIDENCE = 0.95
-DAMAGED = "damaged; restore it from a copy, or remove its folder, and the run is made again"
+JUDGED = {"auroc": ("predictions.csv", Judged.of_classes), "dice": ("predictions/cases.csv", Judged.of_cases)}
 COLUMNS = (
     "task", "percent", "images", "init", "trial", "status", "metric", "value", "val_score", "matched_keys", "seconds",
     "reason",
@@ -61,6 +61,11 @@ class Cell:
             entry = {**trial, **{key: results[key] for key in more if key in results}}
             check_entry(entry, self.metric)
             return entry
+
+    def judged(self) -> tuple[Path, int] | None:
+        """Its predictions of the test cases, and when they were written; None where they are not kept."""
+        path = self.job.folder / JUDGED[self.metric][0] if self.metric in JUDGED else None
+        return (path, path.stat().st_mtime_ns) if path and path.exists() else None
 
     def reason(self) -> str | None:
         """Why there is no value, or None."""
@@ -129,6 +134,15 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+@cache
+def interval_of_gain(
+    metric: str, mine: tuple[tuple[Path, int], ...], its: tuple[tuple[Path, int], ...]
+) -> tuple[float, float] | None:
+    """`two_way_interval` of runs' predictions, made once until these change: tables are written after each run."""
+    read = JUDGED[metric][1]
+    return two_way_interval(*([read(path) for path, _ in part] for part in (mine, its)))
+
+
 # Gathering -----------------------------------------------------------------------------------------
 
 
@@ -137,7 +151,8 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
 
     Numbers of a row are over the trials that have a value ("values" has None for others, "failures" their reasons);
     its comparison with the first init of its task and share is over the trials that both have. "p" is the paired
-    t-test's, "p_adjusted" Holm's over all comparisons of the task.
+    t-test's, "p_adjusted" Holm's over all comparisons of the task; "gain_interval" is over trials and test cases, and
+    "trials_needed" are those that would tell `least_gain`.
     """
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
@@ -148,7 +163,7 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
         values = [value_of(entry, cell.metric) if entry else None for cell, entry in zip(own, entries)]
         known = [value for value in values if value is not None]
         done = [entry for entry in entries if entry]
-        baseline = first.setdefault((task, percent), values)
+        baseline, its_cells = first.setdefault((task, percent), (values, own))
         row = {
             "task": task, "percent": percent, "init": init, "metric": own[0].metric,
             "file": own[0].job.argv[own[0].job.argv.index("--init") + 1],
@@ -156,6 +171,7 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
             "values": values, "trials": len(known), "mean": mean_of(known),
             "std": float(np.std(known, ddof=1)) if len(known) > 1 else None, "interval": interval(known),
             "gain": None, "standard_error": None, "better": None, "pairs": 0, "p": None, "p_adjusted": None,
+            "gain_interval": None, "trials_needed": None,
             "failures": {cell.trial: cell.reason() for cell in own if cell.reason()},
             "per_class": per_class(done), "measures": join_measures(done, own[0].metric),
             "seconds": sum(entry["seconds"] for entry in done),
@@ -167,12 +183,26 @@ def gather(cells: Sequence[Cell]) -> list[dict]:
             row["gain"], row["standard_error"] = paired_gain(mine, its)
             row["p"], row["pairs"] = paired_test(mine, its), len(pairs)
             row["better"] = int(np.sum(np.greater(mine, its)))
+            row |= how_sure(own, its_cells, mine, its)
         rows.append(row)
     for task in {row["task"] for row in rows}:
         tested = [row for row in rows if row["task"] == task and row["p"] is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             row["p_adjusted"] = p
     return rows
+
+
+def how_sure(own: Sequence[Cell], its: Sequence[Cell], values: Sequence[float], baseline: Sequence[float]) -> dict:
+    """ "gain_interval" and "trials_needed" of a row, of the trials that both inits have."""
+    pairs = [(a, b) for a, b in zip(own, its) if not (a.reason() or b.reason())]
+    kept = [(a.judged(), b.judged()) for a, b in pairs]
+    found = {"gain_interval": None, "trials_needed": None}
+    if all(None not in pair for pair in kept):
+        found["gain_interval"] = interval_of_gain(own[0].metric, *map(tuple, zip(*kept)))
+    if len(values) > 1:
+        deviation = float(np.subtract(values, baseline).std(ddof=1))
+        found["trials_needed"] = trials_for(deviation, least_gain(own[0].metric))
+    return found
 
 
 def per_class(entries: Sequence[dict]) -> dict[str, float | None]:
@@ -217,13 +247,20 @@ def best_of(rows: Sequence[dict], row: dict) -> bool:
 
 # Tables --------------------------------------------------------------------------------------------
 
-HEADER = ("labels", "images", "init", "{metric} (mean ± std)", "paired gain over {first} (± standard error)", "p")
-HEADER += ("trials better",)
+HEADER = (
+    "labels", "images", "init", "{metric} (mean ± std)", "paired gain over {first} (± standard error)",
+    "95 % interval over trials and cases", "p", "trials better", "trials that tell {least:g}",
+)  # fmt: skip
 
 
 def digits(row: dict) -> int:
     """Decimals: COCO's AP is from 0 to 100, other numbers from 0 to 1."""
     return 1 if row["metric"].startswith("ap_") else 3
+
+
+def least_gain(metric: str) -> float:
+    """A gain that is worth telling from chance."""
+    return 1.0 if metric.startswith("ap_") else 0.01
 
 
 def in_words(p: float | None) -> str:
@@ -238,18 +275,22 @@ def cells_of(row: dict, minus: str = "-") -> list[str]:
         mean = "failed"
     else:
         mean = f"{row['mean']:.{n}f}" + ("" if row["std"] is None else f" ± {row['std']:.{n}f}")
-    gain = better = "–"
+    gain = better = interval_text = needed = "–"
     if row["gain"] is not None:
         gain = f"{row['gain']:+.{n}f}".replace("-", minus)
         gain += "" if row["standard_error"] is None else f" ± {row['standard_error']:.{n}f}"
         better = f"{row['better']} of {row['pairs']}"
+        needed = "–" if row["pairs"] < 2 else str(row["trials_needed"] or f"> {MOST_TRIALS}")
+    if row["gain_interval"] is not None:
+        interval_text = " to ".join(f"{end:+.{n}f}".replace("-", minus) for end in row["gain_interval"])
     images = "–" if row["images"] is None else str(row["images"])
-    return [f"{row['percent']:g} %", images, row["init"], mean, gain, in_words(row["p_adjusted"]), better]
+    p = in_words(row["p_adjusted"])
+    return [f"{row['percent']:g} %", images, row["init"], mean, gain, interval_text, p, better, needed]
 
 
 def header_of(row: dict, metric: str) -> list[str]:
     """HEADER for a task whose first row is `row`."""
-    return [text.format(metric=metric, first=row["init"]) for text in HEADER]
+    return [text.format(metric=metric, first=row["init"], least=least_gain(row["metric"])) for text in HEADER]
 
 
 def markdown(rows: Sequence[dict], metric: str) -> str:
@@ -270,7 +311,7 @@ def latex(rows: Sequence[dict], metric: str) -> str:
             texts[3] = rf"\textbf{{{texts[3]}}}"
         lines.append(" & ".join(texts) + r" \\")
     header = " & ".join(map(latex_text, header_of(rows[0], metric))) + r" \\"
-    start = [r"% needs \usepackage{booktabs}", r"\begin{tabular}{rrlllrr}", r"\toprule", header, r"\midrule"]
+    start = [r"% needs \usepackage{booktabs}", r"\begin{tabular}{rrllllrrr}", r"\toprule", header, r"\midrule"]
     return "\n".join([*start, *lines, r"\bottomrule", r"\end{tabular}"])
 
 

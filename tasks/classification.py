@@ -149,6 +149,8 @@ def test_classes(
     p, targets, indices, _ = predict_classes(network, views, data, args, devices, args.tta)
     patients = None if data.patients is None else [data.patients[i] for i in indices]
     columns, detection = {"id": [data.ids[i] for i in indices]}, {}
+    if patients is not None:
+        columns["patient"] = patients
     if data.weights is not None:
         positions = [data.positions[i] for i in indices]
         weights, scans = data.weights[positions], [data.scans[i] for i in positions]

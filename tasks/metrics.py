@@ -1,7 +1,7 @@
 """Scores of predicted probabilities, for every kind of labels. scikit-learn does the counting."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from sklearn.metrics import f1_score, roc_auc_score
@@ -82,8 +82,6 @@ def auroc_interval(
 ) -> list[float] | None:
     """Percentile bootstrap interval of one class's AUROC over the images, or over groups of them.
 
-    Every resample is a vector of counts over one sorted order, so that nothing is sorted again.
-
     Args:
         probabilities, targets: (N,), targets 0, 1 or NaN (left out).
         groups: the patient of each image, where known: patients are drawn, for images of one are no two opinions.
@@ -98,16 +96,34 @@ def auroc_interval(
     names = np.arange(len(t)) if groups is None else np.asarray(groups)[known]
     if len(np.unique(names)) < 2:
         return None
-    _, tie = np.unique(p, return_inverse=True)  # equal scores share a group, groups ascend
-    ties = tie.max() + 1
-    values = []
-    for counts in _bootstrap(names, resamples, seed):
-        positive = np.bincount(tie, counts * t, ties)
-        negative = np.bincount(tie, counts * (1 - t), ties)
-        if positive.sum() and negative.sum():
-            below = np.cumsum(negative) - negative / 2  # a tie counts half
-            values.append(float(positive @ below / (positive.sum() * negative.sum())))
+    auroc = weighted_auroc(p, t)
+    values = [value for counts in _bootstrap(names, resamples, seed) if (value := auroc(counts)) is not None]
     return _interval(values, level)
+
+
+def weighted_auroc(probabilities: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], float | None]:
+    """The AUROC of one class as a function of how often each image counts, (N,): None where one kind is left.
+
+    Nothing is sorted again for another resample.
+
+    Args:
+        probabilities, targets: (N,), targets 0, 1 or NaN (left out).
+    """
+    known = np.isfinite(targets)
+    t = targets[known]
+    _, tie = np.unique(probabilities[known], return_inverse=True)  # equal scores share a group, groups ascend
+    ties = tie.max() + 1 if len(tie) else 0
+
+    def auroc(counts: np.ndarray) -> float | None:
+        own = counts[known]
+        positive = np.bincount(tie, own * t, ties)
+        negative = np.bincount(tie, own * (1 - t), ties)
+        if not (positive.sum() and negative.sum()):
+            return None
+        below = np.cumsum(negative) - negative / 2  # a tie counts half
+        return float(positive @ below / (positive.sum() * negative.sum()))
+
+    return auroc
 
 
 def _bootstrap(groups: Sequence[str] | np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -28,7 +28,7 @@ from medssl.datasets.phantoms.radiograph import radiographs
 from medssl.engine import checkpoint, guards, options, parallel
 from medssl.engine.batches import evaluation_batches
 from medssl.engine.guards import BadFiles, Stop
-from medssl.engine.loop import fit
+from medssl.engine.loop import fit, gradients_of
 from medssl.engine.method import Method
 from medssl.engine.order import Order, learning_rate, make_optimizer
 from medssl.engine.parallel import Devices
@@ -126,6 +126,34 @@ def test_a_run_learns_and_leaves_its_files(whole):
     assert (config["method"], config["lr"], config["b"]) == ("PCRLv2", 0.01, 4)
     for name in ("step_0000000.png", "step_0000008.png"):
         assert np.array(Image.open(whole / "samples" / name)).std() > 20
+
+
+def test_each_losss_gradient_is_logged_and_changes_nothing(images, whole, tmp_path):
+    """β fades one term, whose gradient fades with it; a run without the numbers continues to the same bits."""
+    train(images, tmp_path, "--steps", 2, "--log-gradients")
+    lines = metrics(tmp_path)
+    names = {f"gradient_{name}" for name in ("restoration", "intermediate", "siamese", "local")}
+    assert all(names < set(line) and all(line[name] > 0 for name in names) for line in lines)
+    train(images, tmp_path, "--steps", 4)
+    one, two = (checkpoint.load_safe(path) for path in (tmp_path / "last.pt", whole / "four.pt"))
+    assert_equal(one["method"], two["method"])
+    assert not any(name in line for line in metrics(tmp_path)[2:] for name in names)
+
+
+def test_gradients_in_the_encoder_by_hand():
+    class Two(Method):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1, bias=False)
+
+        def encoder_state(self):
+            return self.encoder.state_dict()
+
+    method = Two()
+    x = torch.tensor([[3.0, 4.0]])
+    losses = {"first": method.encoder(x)[:, 0].sum(), "head": (method.head.weight**2).sum(), "none": torch.zeros(())}
+    found = gradients_of(method, losses)
+    assert {name: float(value) for name, value in found.items()} == {"gradient_first": 5.0, "gradient_head": 0.0}
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (2, 0), (0, 2)])

@@ -28,6 +28,7 @@ BY_NAME = {
     "medssl.datasets.registry": "|".join(re.escape(f"medssl.datasets.{row.module}") for row in registry.ROWS),
     "medssl.study.jobs": r"medssl\.(train_\w+|finetune_\w+|evaluate_features)",
     "medssl.study.plan": r"medssl\.train_\w+",
+    "medssl.benchmarks.lab": r"medssl\.train_\w+",
     "medssl.docs.hooks": r"medssl\.train_\w+",
     "medssl.benchmarks.endure_kills": r"medssl\.(train_\w+|finetune_\w+|evaluate_features|compare|preprocess\.luna)",
 }
@@ -262,7 +263,8 @@ def test_a_set_is_named_by_its_module_and_its_row(name):
 
 # Commands in docstrings, and tools that are for one set.
 EXAMPLES = {
-    "nct": {f"train_{method}.py" for method in ("byol", "concl", "densecl", "moco", "pcl", "simclr")},
+    "nct": {f"train_{method}.py" for method in ("byol", "concl", "densecl", "moco", "pcl", "simclr")}
+    | {"study/intervals.py"},  # the noncentral t distribution has the same name
     "brats": {"tasks/segmentation3d.py", "finetune_segmentation.py"},
 }
 

@@ -1,0 +1,331 @@
+"""A laboratory: questions about pre-training, each with a budget, seeds and a measure that stand before it is run.
+
+  python benchmarks/lab.py --data ../data --hours 2
+  python benchmarks/lab.py --data ../data --tables
+  python benchmarks/lab.py --questions MINE.py
+
+The questions, in order of their value, are those of `questions.py`, or `QUESTIONS` of another file of Python. Of each,
+in this order: every init is pre-trained; learning rate and length of fine-tuning are searched for random weights, then,
+over as many values, for every other init, by the validation of seeds that no trial has; and trials are run with what
+was chosen, in pairs with those from random weights, on the same labelled images.
+
+Every run continues after an interruption, and its row is written as it ends, to `--rows`, a line of JSON each. A run
+that has its row is not run again, also where its folder is gone. Hours that are left are told from the rows.
+"""
+
+import importlib
+import json
+import runpy
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from medssl import compare
+from medssl.benchmarks.machine import describe_machine
+from medssl.benchmarks.questions import QUESTIONS, Question
+from medssl.engine import options
+from medssl.errors import InputError, run_script
+from medssl.files import append_text, read_lines
+from medssl.locks import own_folder
+from medssl.study.jobs import Job, places, run_beside
+from medssl.study.plan import TASKS, Draft, held_out, open_tasks, with_network
+from medssl.study.results import Cell, gather, markdown
+
+SEARCH = 1000  # the first seed of the search, far from those of trials
+
+
+class Rows:
+    """What runs gave, a line of JSON each: of one question, stage, init, percent, rate, length, run and seed."""
+
+    KEY = ("question", "stage", "init", "percent", "rate", "length", "run", "seed")
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.rows = path, {}
+        for row in read_lines(path) if path.exists() else []:
+            self.rows[tuple(row[name] for name in self.KEY)] = row
+
+    def add(self, row: dict) -> None:
+        """Keep a row, and write it."""
+        self.rows[tuple(row[name] for name in self.KEY)] = row
+        append_text(self.path, json.dumps(row) + "\n")
+
+    def find(self, **wanted: object) -> list[dict]:
+        """Rows that have the wanted values."""
+        return [row for row in self.rows.values() if all(row[name] == value for name, value in wanted.items())]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the laboratory: its job, and the values of `Rows.KEY` less the question's name."""
+
+    job: Job
+    stage: str
+    init: str
+    percent: float | None = None
+    rate: float | None = None
+    length: int | None = None
+    run: int | None = None
+    seed: int | None = None
+
+
+class Plan:
+    """All runs of a question.
+
+    Args:
+        data: what {data} stands for. output: a folder for all runs. jobs: runs at a time.
+    """
+
+    def __init__(self, question: Question, data: str, output: Path, jobs: int) -> None:
+        self.question, self.folder = question, output / question.name
+        words = ["--task", question.task, "--init", "random", "--annotation-percent", *map(str, question.percents)]
+        words += ["--no-features", "--jobs", str(jobs), "--output", str(self.folder)]
+        words += shlex.split(question.options.format(data=data))
+        args, rest = compare.get_parser().parse_known_args(words)
+        args = compare.complete(args)
+        self.opened = open_tasks(args, rest)
+        self.draft = Draft(args, with_network(rest, args, self.opened), self.opened)
+        self.places = places(args)
+
+    @property
+    def others(self) -> list[str]:
+        """Inits but random weights."""
+        return [init for init, words in self.question.inits.items() if words]
+
+    @cached_property
+    def pretrainings(self) -> dict[tuple[str, int], Run]:
+        """The pre-training of each init and seed; it sees no image by which fine-tuning is judged."""
+        made = {}
+        for seed, init in product(range(self.question.pretrained), self.others):
+            method, *words = shlex.split(self.question.inits[init])
+            script = importlib.import_module(f"medssl.train_{method}")
+            words = [*self.draft.options_for(script, self.question.task), *words, "--seed", str(seed)]
+            folder, name = self.folder / "pretraining" / f"{init}_{seed}", f"{init}, pre-training {seed}"
+            job = Job(name, f"train_{method}", tuple(words), folder, "encoder.pt")
+            made[init, seed] = Run(held_out(job, self.opened), "pretraining", init, seed=seed)
+        return made
+
+    def tuning(self, stage: str, init: str, percent: float, rate: float, length: int, run: int, seed: int) -> Run:
+        """A fine-tuning; `run` is its seed, `seed` that of the pre-training."""
+        before = self.pretrainings[init, seed].job if init in self.others else None
+        start = {"needs": before, "weights": before.folder / "encoder.pt"} if before else {}
+        words = [*self.draft.rest, *self.draft.devices, *shlex.split(self.question.tuning.get(init, ""))]
+        words += ["--init", str(start.get("weights", "random")), "--annotation-percent", f"{percent:g}"]
+        words += ["--lr", f"{rate:g}", self.question.length, str(length), "--run", str(run)]
+        name = f"{init}_{seed}" if before else init
+        folder = self.folder / stage / f"{percent:g}_percent" / name / f"lr_{rate:g}_length_{length}_run_{run}"
+        module = TASKS[self.question.task].script.__name__.rpartition(".")[2]
+        title = f"{stage}, {percent:g} %, {name}, rate {rate:g}, length {length}, run {run}"
+        job = Job(title, module, tuple(words), folder, "results.json", **start)
+        return Run(job, stage, init, percent, rate, length, run, seed if before else None)
+
+    def searches(self) -> list[Run]:
+        """Every point of the search, random weights first."""
+        own, made = self.question, []
+        for init, percent in product(own.inits, own.percents):
+            points = product(own.rates, own.lengths, range(SEARCH, SEARCH + own.searched))
+            made += [self.tuning("search", init, percent, rate, length, run, 0) for rate, length, run in points]
+        return made
+
+    def trials(self, rows: Rows) -> list[Run]:
+        """Every trial, with the rate and length that the search chose: trial by trial, that pairs end together."""
+        own, made = self.question, []
+        for seed, trial, percent, init in product(range(own.pretrained), range(own.trials), own.percents, own.inits):
+            rate, length = chosen(own, rows, init, percent)
+            made.append(self.tuning("trial", init, percent, rate, length, seed * own.trials + trial, seed))
+        return made
+
+    def cells(self, runs: Sequence[Run]) -> list[Cell]:
+        """Trials as `gather` has them."""
+        task = self.question.task
+        order = sorted(runs, key=lambda run: (run.percent, list(self.question.inits).index(run.init), run.run))
+        return [Cell(task, run.percent, run.init, run.run, TASKS[task].metric, run.job) for run in order]
+
+
+def chosen(question: Question, rows: Rows, init: str, percent: float) -> tuple[float, int]:
+    """The rate and length with the best mean validation over the search's seeds; the first of equals.
+
+    Raises:
+        InputError: where the search is not finished.
+    """
+    found: dict[tuple[float, int], list[float]] = {}
+    for row in rows.find(question=question.name, stage="search", init=init, percent=percent):
+        found.setdefault((row["rate"], row["length"]), []).append(row["val_score"])
+    points = list(product(question.rates, question.lengths))
+    short = [point for point in points if len(found.get(point, [])) < question.searched]
+    if short:
+        raise InputError(f"{question.name}: the search of {init} at {percent:g} % is not finished: {short[0]}")
+    return max(points, key=lambda point: np.mean(found[point]))
+
+
+# Running -------------------------------------------------------------------------------------------
+
+
+class Laboratory:
+    """Runs what has no row yet.
+
+    Args:
+        hours: after which no run begins, and those that run save their state and end.
+    """
+
+    def __init__(self, rows: Rows, hours: float) -> None:
+        self.rows, self.until = rows, time.monotonic() + 3600 * hours
+
+    def run(self, plan: Plan) -> None:
+        """Run what is left of a question.
+
+        Raises:
+            SystemExit: when the time is over.
+        """
+        self.run_those(plan, [*plan.pretrainings.values(), *plan.searches()])
+        self.run_those(plan, plan.trials(self.rows))
+
+    def run_those(self, plan: Plan, runs: Sequence[Run]) -> None:
+        """Run those without a row, and the pre-trainings that they need, whose files may be gone."""
+        name = plan.question.name
+        left = [run for run in runs if not self.rows.find(question=name, **key_of(run))]
+        needed = {run.job.needs.folder for run in left if run.job.needs}
+        before = [run for run in plan.pretrainings.values() if run.job.folder in needed or run in left]
+        pending = {run.job: run for run in (*before, *left) if not run.job.finished()}
+        for run in left:
+            if run.job.finished():
+                self.note(plan, run)
+        print(f"{name}: {len(pending)} runs, {hours_left(self.rows, pending.values(), len(plan.places))}", flush=True)
+        run_beside(list(pending), plan.places, partial(self.say, plan, pending))
+
+    def say(self, plan: Plan, pending: dict[Job, Run], job: Job, reason: str | None) -> None:
+        """Note a run that has ended."""
+        run = pending.pop(job)
+        left = hours_left(self.rows, pending.values(), len(plan.places))
+        if reason:
+            print(f"{job.name}: failed: {reason}", flush=True)
+        else:
+            print(f"{job.name}: {self.note(plan, run)}; {len(pending)} runs, {left}", flush=True)
+        if time.monotonic() > self.until:
+            raise SystemExit(f"the time is over; {left}; the same command continues")
+
+    def note(self, plan: Plan, run: Run) -> str:
+        """Write a finished run's row; returns its numbers in words."""
+        row = {"question": plan.question.name, **key_of(run), "seconds": run.job.record()["seconds"]}
+        said = f"{row['seconds']:.0f} s"
+        if run.stage != "pretraining":
+            cell = Cell(plan.question.task, run.percent, run.init, run.run, TASKS[plan.question.task].metric, run.job)
+            entry = cell.results()
+            row |= {"value": entry[cell.metric], "val_score": entry["val_score"], "images": entry["train_images"]}
+            said = f"validation {row['val_score']:.4f}, test {row['value']:.4f}, {said}"
+        machine = describe_machine()
+        row |= {"options": run.job.command, "cpu": machine["cpu"], "gpu": machine["gpu"]}
+        row |= {"torch": machine["packages"].get("torch"), "commit": machine["commit"], "date": machine["date"][:10]}
+        if not self.rows.find(question=plan.question.name, **key_of(run)):
+            self.rows.add(row)
+        return said
+
+
+def key_of(run: Run) -> dict:
+    """A run's values of `Rows.KEY` but the question's name."""
+    return {name: getattr(run, name) for name in Rows.KEY[1:]}
+
+
+def hours_left(rows: Rows, runs: Sequence[Run], beside: int) -> str:
+    """How long runs will take, by what those of their kind took; in words."""
+    known: dict[tuple, list[float]] = {}
+    for row in rows.rows.values():
+        known.setdefault((row["stage"] == "pretraining", row["init"], row["length"]), []).append(row["seconds"])
+    everything = [seconds for part in known.values() for seconds in part]
+    if not runs or not everything:
+        return "nobody knows how long" if runs else "none left"
+    guess = np.mean(everything)
+    seconds = sum(np.mean(known.get((run.stage == "pretraining", run.init, run.length), guess)) for run in runs)
+    return f"about {seconds / beside / 3600:.1f} hours left"
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+def answer(plan: Plan, rows: Rows) -> str:
+    """What is known of a question so far, as Markdown: what the search chose, and what longer training is worth there;
+    then the trials whose predictions are there."""
+    own, lines = plan.question, [f"## {plan.question.name}", "", plan.question.asks, ""]
+    lines += [f"| labels | init | rate | length | validation with each length ({own.length}) |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    for percent, init in product(own.percents, own.inits):
+        try:
+            rate, length = chosen(own, rows, init, percent)
+        except InputError as error:
+            return "\n".join([*lines, f"\n{error}"])
+        same = rows.find(question=own.name, stage="search", init=init, percent=percent, rate=rate)
+        means = []
+        for other in own.lengths:
+            values = [row["val_score"] for row in same if row["length"] == other]
+            means.append(f"{other}: {np.mean(values):.4f} ± {error_of(values):.4f}")
+        lines.append(f"| {percent:g} % | {init} | {rate:g} | {length} | {', '.join(means)} |")
+    cells = [cell for cell in plan.cells(plan.trials(rows)) if cell.job.finished()]
+    if cells:
+        lines += ["", markdown(gather(cells), TASKS[own.task].name)]
+    return "\n".join(lines)
+
+
+def error_of(values: Sequence[float]) -> float:
+    """The standard error of a mean; 0 of one value."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
+def read_questions(path: str) -> list[Question]:
+    """The questions of a file, which is run.
+
+    Raises:
+        InputError: where it has none, or two of a name.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"--questions {path}: no such file")
+    found = runpy.run_path(path).get("QUESTIONS")
+    if not found or not all(isinstance(question, Question) for question in found):
+        raise InputError(f"--questions {path}: makes no QUESTIONS, a list of medssl.benchmarks.questions.Question")
+    names = [question.name for question in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"--questions {path}: two questions of one name")
+    return found
+
+
+def get_parser() -> options.Parser:
+    parser = options.Parser(__doc__)
+    here = Path(__file__).resolve().parent
+    group = parser.add_argument_group("questions")
+    group.add_argument("--questions", metavar="FILE", help="what to find out; else those of the project")
+    group.add_argument("--only", nargs="+", metavar="NAME", default=[], help="these questions alone")
+    group.add_argument("--data", metavar="DIR", default=".", help="what {data} stands for in the questions")
+    group.add_argument("--tables", action="store_true", help="run nothing; print what is known")
+    group = parser.add_argument_group("running")
+    group.add_argument("--hours", type=float, default=1e9, help="after which no run begins")
+    group.add_argument("--jobs", type=options.positive_int, default=2, help="runs at a time")
+    group.add_argument("--rows", metavar="FILE", default=str(here / "results" / "lab.jsonl"), help="what runs gave")
+    group.add_argument("--output", metavar="DIR", default="runs/lab", help="of the runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    questions = read_questions(args.questions) if args.questions else QUESTIONS
+    unknown = set(args.only) - {question.name for question in questions}
+    if unknown:
+        raise InputError(f"--only {min(unknown)}: no such question; there are {', '.join(q.name for q in questions)}")
+    rows = Rows(Path(args.rows))
+    laboratory = Laboratory(rows, args.hours)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    with own_folder(args.output):
+        for question in questions:
+            if args.only and question.name not in args.only:
+                continue
+            plan = Plan(question, args.data, Path(args.output), args.jobs)
+            if not args.tables:
+                laboratory.run(plan)
+            print(f"\n{answer(plan, rows)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

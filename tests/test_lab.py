@@ -1,0 +1,121 @@
+"""The laboratory: what it runs, what it chooses, and that it goes on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from medssl.benchmarks import lab, questions
+from medssl.benchmarks.lab import Laboratory, Plan, Rows, chosen, hours_left
+from medssl.benchmarks.questions import Question
+from medssl.errors import InputError
+
+TOY = Question(
+    name="toy", asks="Does it run?", task="classification",
+    options="--data {data} --dataset pneumoniamnist --arch mobilenet_v2 --image-size 32 --b 8 --workers 0",
+    inits={"random": "", "short": "moco --epochs 1 --queue 64", "long": "moco --epochs 2 --queue 64"}, percents=(50,),
+    rates=(1e-3, 1e-4), length="--epochs", lengths=(1, 2), trials=2, searched=2, pretrained=2,
+    tuning={"short": "--dropout 0.5"},
+)  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 24), ("val", 8), ("test", 8)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count) % 2).astype(np.uint8)[:, None]
+    np.savez(tmp_path / "pneumoniamnist.npz", **arrays)
+    return tmp_path / "pneumoniamnist.npz"
+
+
+def row(plan, run, value):
+    """As a finished run's."""
+    return {"question": plan.question.name, **lab.key_of(run), "seconds": 60.0, "val_score": value, "value": value}
+
+
+def test_every_init_is_searched_alike_and_trials_are_pairs(data, tmp_path):
+    plan, rows = Plan(TOY, str(data), tmp_path / "runs", 1), Rows(tmp_path / "rows.jsonl")
+    assert len(plan.pretrainings) == 2 * 2
+    searches = plan.searches()
+    assert {init: sum(run.init == init for run in searches) for init in TOY.inits} == dict.fromkeys(TOY.inits, 8)
+    with pytest.raises(InputError, match="the search of random at 50 % is not finished"):
+        plan.trials(rows)
+    for run in searches:
+        best = {"random": (1e-4, 1), "short": (1e-3, 2), "long": (1e-4, 2)}[run.init]
+        rows.add(row(plan, run, 0.9 if (run.rate, run.length) == best else 0.5 + run.run % 2 / 10))
+    assert chosen(TOY, Rows(rows.path), "long", 50) == (1e-4, 2)
+    trials = plan.trials(rows)
+    assert len(trials) == 3 * 4
+    assert {run.run for run in trials}.isdisjoint({run.run for run in searches})
+    for number in range(4):
+        pair = [run for run in trials if run.run == number]
+        assert [run.init for run in pair] == list(TOY.inits)
+        assert {run.seed for run in pair} == {None, number // 2}
+        words = {run.init: " ".join(run.job.argv) for run in pair}
+        assert "--init random" in words["random"]
+        assert f"pretraining/short_{number // 2}/encoder.pt" in words["short"]
+        assert "--lr 0.001 --epochs 2" in words["short"]
+        assert [init for init in words if "--dropout 0.5" in words[init]] == ["short"]
+    assert [cell.init for cell in plan.cells(trials)] == ["random"] * 4 + ["short"] * 4 + ["long"] * 4
+
+
+def test_hours_are_told_from_rows(data, tmp_path):
+    plan, rows = Plan(TOY, str(data), tmp_path / "runs", 2), Rows(tmp_path / "rows.jsonl")
+    searches = plan.searches()
+    assert hours_left(rows, searches, 2) == "nobody knows how long"
+    for run in searches[:2]:
+        rows.add(row(plan, run, 0.5) | {"seconds": 3600.0})
+    assert hours_left(rows, searches[2:6], 2) == "about 2.0 hours left"
+    assert hours_left(rows, [], 2) == "none left"
+
+
+@pytest.mark.slow
+def test_a_question_is_answered_and_goes_on(data, tmp_path, capsys):
+    words = f"QUESTIONS = [{TOY!r}]"
+    (tmp_path / "mine.py").write_text(f"from medssl.benchmarks.questions import Question\n{words}\n")
+    command = ["--questions", str(tmp_path / "mine.py"), "--data", str(data), "--output", str(tmp_path / "runs")]
+    command += ["--rows", str(tmp_path / "rows.jsonl"), "--jobs", "2"]
+    with pytest.raises(SystemExit, match="the time is over; .*; the same command continues"):
+        lab.main([*command, "--hours", "0"])
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") >= 1
+    lab.main(command)
+    out = capsys.readouterr().out
+    assert "| 50 % | 12 | short |" in out
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {kind: sum(line["stage"] == kind for line in lines) for kind in ("pretraining", "search", "trial")} == {
+        "pretraining": 4, "search": 24, "trial": 12,
+    }  # fmt: skip
+    lab.main(command)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(lines)
+    assert "toy: 0 runs, none left" in capsys.readouterr().out
+
+
+def test_a_run_that_has_its_row_is_not_run_again(data, tmp_path, monkeypatch):
+    """Also where its folder is gone; a pre-training then is run for what needs it alone."""
+    plan, rows = Plan(TOY, str(data), tmp_path / "runs", 1), Rows(tmp_path / "rows.jsonl")
+    begun = []
+    monkeypatch.setattr(lab, "run_beside", lambda jobs, places, say: begun.extend(jobs))
+    for run in (*plan.pretrainings.values(), *plan.searches()):
+        rows.add(row(plan, run, 0.5))
+    Laboratory(rows, 1).run_those(plan, [*plan.pretrainings.values(), *plan.searches()])
+    assert begun == []
+    trials = plan.trials(rows)
+    for run in trials[:6]:
+        rows.add(row(plan, run, 0.5))
+    Laboratory(rows, 1).run_those(plan, trials)
+    assert [job.name for job in begun[:2]] == ["short, pre-training 1", "long, pre-training 1"]
+    assert len(begun) == 2 + 6
+
+
+def test_files_of_questions_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        lab.main(["--questions", str(tmp_path / "q.py")])
+    (tmp_path / "q.py").write_text("QUESTIONS = [1]")
+    with pytest.raises(InputError, match="makes no QUESTIONS"):
+        lab.main(["--questions", str(tmp_path / "q.py")])
+    with pytest.raises(InputError, match="--only other: no such question"):
+        lab.main(["--only", "other"])
+    names = [question.name for question in questions.QUESTIONS]
+    assert len(set(names)) == len(names)

@@ -42,7 +42,7 @@ lint: .venv/installed
 	@$(BIN)/ruff format --check .
 
 docs: .venv/installed
-	@$(BIN)/python -m mkdocs build --strict --quiet && echo "written: runs/site/index.html"
+	@$(BIN)/python -m mkdocs build --strict && echo "written: runs/site/index.html"
 
 clean:
 	rm -rf .venv .venv-lowest runs/demo .pytest_cache .ruff_cache *.egg-info build dist

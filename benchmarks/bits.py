@@ -35,6 +35,7 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
     "c2l": ([*TINY, *QUEUE], []),
     "concl": ([*TINY, *QUEUE, "--image-size", "64", "--concepts", "3", "--warm-up", "0"], ["--warm-up", "1"]),
     "densecl": ([*TINY, *QUEUE, "--image-size", "64"], []),
+    "genesis": (TINY, []),
     "insdis": ([*TINY, "--negatives", "8"], []),
     "magical": (TINY, []),
     "moco": ([*TINY, *QUEUE], []),
@@ -43,7 +44,9 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
     "pcrlv2": ([*TINY, "--local-size", "32", "--local-views", "2"], []),
     "simclr": (TINY, []),
 }
+PREPARED = ("pcrl", "pcrlv2")  # whose cubes `preprocess/luna.py` makes; others take the latter's
 VOLUMES = {
+    "genesis": CUBES,
     "pcrl": [*CUBES, *QUEUE],
     "pcrlv2": [*CUBES, "--local-cube-size", "8", "8", "8", "--local-views", "2"],
 }
@@ -80,9 +83,14 @@ class Tree:
     """
 
     def __init__(self, root: Path, work: Path) -> None:
+        self.root = root
         (work / "tree").mkdir()
         (work / "tree" / "medssl").symlink_to(root.resolve())
         self.env = os.environ | {"PYTHONPATH": str(work / "tree"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def has(self, method: str) -> bool:
+        """Whether there is such a method; an older checkout lacks some."""
+        return (self.root / f"train_{method}.py").exists()
 
     def run(self, module: str, *words: object, processes: int = 1) -> None:
         """Run a script to its end; raises RuntimeError with what it said where it fails."""
@@ -151,6 +159,11 @@ def files(folder: Path) -> str:
     )
 
 
+def cubes_of(method: str) -> str:
+    """The folder of the prepared cubes that a method takes."""
+    return f"cubes_{method if method in PREPARED else PREPARED[-1]}"
+
+
 def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[str, object]:
     """Name → a function that runs something and gives its digest."""
     listed = ["--data", data / "pictures", "--list", data / "train.txt", "--texture-size", "64"]
@@ -158,6 +171,9 @@ def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[
     made: dict[str, object] = {}
 
     def pretrain(name: str, method: str, *words: object, processes: int = 1) -> None:
+        if not tree.has(method):
+            return
+
         def go() -> str:
             folder = work / name.replace("/", "_")
             tree.run(f"train_{method}", *PLAIN, *words, "--output", folder, processes=processes)
@@ -167,6 +183,8 @@ def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[
 
     def half(name: str, method: str, *words: object) -> None:
         """Stop after four of the steps, or continue such a run."""
+        if not tree.has(method):
+            return
 
         def go() -> str:
             stopped, folder = halves / name.replace("/", "_"), work / f"half_{name.replace('/', '_')}"
@@ -190,13 +208,14 @@ def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[
     for name in ("phantom2d", "fundus2d", "tissue2d"):
         pretrain(f"moco/{name}", "moco", *METHODS["moco"][0], "--dataset", name, "--texture-size", 64, "--steps", 3)
     for method, tiny in VOLUMES.items():
-        cubes = [*tiny, "--data", data / f"cubes_{method}", "--dataset", "luna"]
+        cubes = [*tiny, "--data", data / cubes_of(method), "--dataset", "luna"]
         pretrain(f"{method}_3d/luna", method, *cubes, "--steps", 3, "--workers", 0)
         pretrain(f"{method}_3d/luna/workers", method, *cubes, "--steps", 3, "--workers", 2)
         pretrain(f"{method}_3d/luna/processes", method, *cubes, "--steps", 3, "--b", 4, "--workers", 0, processes=2)
         pretrain(f"{method}_3d/luna/epochs", method, *cubes, "--epochs", 2, "--workers", 0)
         half(f"{method}_3d/luna/epochs", method, *cubes, "--epochs", 2, "--workers", 0)
-        made[f"cubes/{method}"] = lambda method=method: files(data / f"cubes_{method}")
+    for method in PREPARED:
+        made[f"cubes/{method}"] = lambda method=method: files(data / cubes_of(method))
     pretrain("pcrlv2_3d/phantom3d", "pcrlv2", *VOLUMES["pcrlv2"], "--d", 3, "--steps", 3)
 
     def tune(name: str, script: str, *words: object) -> None:
@@ -248,10 +267,10 @@ def main() -> None:
             make_data(data)
         if not (data / "scans").exists():
             tree.run("preprocess.make_phantom_ct", "--save", data / "scans", "--count", 2, "--shape", 160, 160, 140)
-        for method in VOLUMES:  # made anew by this tree
-            shutil.rmtree(data / f"cubes_{method}", ignore_errors=True)
+        for method in PREPARED:  # made anew by this tree
+            shutil.rmtree(data / cubes_of(method), ignore_errors=True)
             words = ["--method", method, "--scale", 6, "--workers", 2]
-            tree.run("preprocess.luna", "--data", data / "scans", "--save", data / f"cubes_{method}", *words)
+            tree.run("preprocess.luna", "--data", data / "scans", "--save", data / cubes_of(method), *words)
         found: dict[str, str] = {}
 
         def do(item: tuple[str, object]) -> None:

@@ -27,6 +27,7 @@ from medssl.train_byol import BYOL
 from medssl.train_c2l import C2L
 from medssl.train_concl import ConCL
 from medssl.train_densecl import DenseCL
+from medssl.train_genesis import Genesis
 from medssl.train_insdis import InsDis
 from medssl.train_magical import MAGICAL
 from medssl.train_moco import MoCo
@@ -87,6 +88,12 @@ def magical_batch():
     """An image, the same changed, and its values in [0, 1]."""
     batch = pcrlv2_batch()
     return {"image": batch["view1"], "changed": batch["view2"], "target": batch["target"].sigmoid()}
+
+
+def genesis_batch(sides=(32, 32)):
+    """An image, changed, and its values in [0, 1]."""
+    batch = pcrlv2_batch(8, sides, sides)
+    return {"changed": batch["view1"], "target": batch["target"].sigmoid()}
 
 
 def plain_share(batch, rank, world):
@@ -169,6 +176,14 @@ CASES = {
         plain_share,
         lr=0.05,
         keys=ONE | {"concept_contrast": 24},
+    ),
+    "genesis": Case(Genesis, {}, genesis_batch, plain_share, lr=0.5),
+    "genesis_3d": Case(
+        Genesis,
+        {"arch": "unet3d_quarter", "dims": 3},
+        functools.partial(genesis_batch, sides=(16, 16, 16)),
+        plain_share,
+        lr=0.5,
     ),
     "magical": Case(MAGICAL, {"arch": "resnet18"}, magical_batch, plain_share, lr=0.05),
 }

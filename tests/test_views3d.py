@@ -10,6 +10,7 @@ from scipy import ndimage
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of
 from medssl.views.of_volumes import CubeViews, VolumeClassificationViews, VolumeSegmentationViews
+from medssl.views.ops import local_shuffling, painting, shuffle_map
 from medssl.views.ops3d import (
     GLOBAL_SIZES,
     add_noise_,
@@ -18,12 +19,9 @@ from medssl.views.ops3d import (
     crop_resize,
     gamma_,
     iou,
-    local_shuffling,
-    painting,
     random_boxes,
     resize,
     sample,
-    shuffle_map,
     swap_patches,
     windows,
     z_normalise,

@@ -10,7 +10,7 @@ from torch import Tensor
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
 from medssl.views.of_images import Views
-from medssl.views.ops import add_transforms
+from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones
 from medssl.views.ops3d import (
     CANDIDATES,
     CUBE_SIZE,
@@ -25,8 +25,6 @@ from medssl.views.ops3d import (
     blur,
     crop_resize,
     gamma_,
-    local_shuffling,
-    painting,
     random_affine,
     random_boxes,
     resize,
@@ -198,6 +196,46 @@ class RestorationCubeViews(CutCubes):
         out = {f"view{i}": view for i, view in enumerate(views.chunk(2), 1)}
         out |= zip(("target", "target2"), cubes.chunk(2))
         return add_transforms(out, columns, axes=3)
+
+
+class GenesisCubeViews(CutCubes):
+    """Models Genesis' 3D views (arXiv 1908.06912, §3): a cube, and the same with its tones changed, shuffled locally
+    and painted. Both stay in [0, 1].
+
+    Of the two cubes of a volume that `CutCubes` gives, one is taken, each with chance ½.
+
+    Args:
+        flips: axes mirrored with chance ½.
+        tones, shuffle, paint: chances of a random tone curve, of local shuffling and of painting; `falling` is the
+            share of curves that turn dark to light, `inner` that of in-painting.
+
+    Returns, from `forward`:
+        {"changed", "target" (B, 1, *size)}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        flips: Sequence[int] = (0, 1, 2),
+        tones: float = 0.9,
+        falling: float = 0.5,
+        shuffle: float = 0.5,
+        paint: float = 0.9,
+        inner: float = 0.2,
+    ) -> None:
+        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, "unit")
+        self.flips, self.tones, self.falling = tuple(flips), tones, falling
+        self.shuffle, self.paint, self.inner = shuffle, paint, inner
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        (cubes,) = self.cut(batch, draws)
+        columns = Columns(draws.uniform(1, 1 + 10 + 1 + 6 + 37))
+        second = (columns.take(1) < 0.5).view(-1, 1, 1, 1, 1).to(cubes.device, non_blocking=True)
+        target = torch.where(second, *cubes.chunk(2)).clamp(0, 1)
+        target = sample(target, random_affine(columns, target.shape[2:], self.flips, 0, 0))
+        changed = local_shuffling(target, columns, seeds_of(draws, 2), self.shuffle)
+        changed = random_tones(changed, columns, self.tones, self.falling)
+        return {"changed": painting(changed, columns, seeds_of(draws, 3), self.paint, self.inner), "target": target}
 
 
 class VolumeClassificationViews(VolumeViews):

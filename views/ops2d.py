@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.views.draws import Columns
+from medssl.views.ops import apply_tones
 
 
 def random_resized_crop(
@@ -376,13 +377,9 @@ def change_tones(x: Tensor, draws: Columns) -> Tensor:
     Returns:
         the same shape and range.
     """
-    n = len(x)
     curve, falling = draws.take(1, 0, len(TONE_CURVES))[:, 0].long(), draws.take(1) < 0.5
     table = tone_table()[curve]  # (N, TONE_STEPS + 1)
-    table = torch.where(falling, table.flip(1), table).to(x.device, non_blocking=True)
-    place = x.reshape(n, -1) * TONE_STEPS
-    left = place.long().clamp(0, TONE_STEPS - 1)
-    return torch.lerp(table.gather(1, left), table.gather(1, left + 1), place - left).view_as(x)
+    return apply_tones(x, torch.where(falling, table.flip(1), table))
 
 
 def mask_cells(x: Tensor, draws: Columns, ratio: float, rows: int, columns: int) -> Tensor:

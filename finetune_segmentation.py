@@ -64,7 +64,7 @@ from medssl.engine.parallel import Devices, finish, setup
 from medssl.engine.runs import alone_in
 from medssl.errors import InputError
 from medssl.models.encoders import check_arch, initialise_unet
-from medssl.tasks import protocols, segmentation2d, trials
+from medssl.tasks import protocols, segmentation2d, segmentation3d, trials
 from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
 from medssl.tasks.segmentation2d import ImageSegmentation
 from medssl.tasks.segmentation3d import VolumeSegmentation
@@ -162,6 +162,11 @@ def get_parser() -> options.Parser:
         "of volumes z, zero mean and unit deviation, or unit, [0, 1]",
     )  # fmt: skip
     by_set.add_argument("--flip", choices=tuple(segmentation2d.FLIPS), help="how images are mirrored in training")
+    by_set.add_argument(
+        "--mirror", choices=segmentation3d.MIRRORS,
+        help="axes along which volumes are mirrored in training: x left–right, y front–back, z foot–head; xyz unless "
+        "given. Leave out those that tell labels apart",
+    )  # fmt: skip
     by_set.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
     by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
     by_set.add_argument("--foreground", type=options.fraction, help="share of patches of volumes around a label; 0.5")
@@ -218,6 +223,8 @@ def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[st
     for option in ("spacing", "window"):  # as the volumes are read
         value = getattr(train, option, None)
         setattr(args, option, None if value is None else list(value))
+    if args.augment == "none" and "mirror" in given:
+        raise InputError(f"--mirror {args.mirror}: --augment none mirrors nothing; leave one of them out")
     check_arch(args.arch, info.dims)
     kind.check(args)
     return args

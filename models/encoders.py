@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from medssl.engine.checkpoint import WITHOUT_LAST_RELU, lacks_last_relu
 from medssl.engine.entries import SHARE, Place, places_of, shown
 from medssl.errors import InputError, unusable
-from medssl.models.unet3d import WIDTHS, UNet3dEncoder
+from medssl.models.unet3d import WIDTHS, UNet3d, UNet3dEncoder
 from medssl.models.weights import METADATA as METADATA  # who writes it asks for it here
 from medssl.models.weights import Weights, spellings
 
@@ -354,20 +354,36 @@ def initialise_unet(network: nn.Module, arch: str, init: str, load: str) -> dict
             network.decoder.load_state_dict(state)
         print(f"{init}: {len(state)} of {len(state)} decoder entries matched")
         return start | {"matched": start["matched"] + len(state)}
+    try:
+        start = initialise(_without_output(network), arch, init)
+    except InputError as error:
+        if not network.skips or not re.search(r": up_tr\S* has shape", str(error)):
+            raise
+        start = _take_without_skips(network, arch, init)
+    if start["missing"]:
+        raise InputError(f"--init {init}: holds no whole decoder; use --load encoder")
+    return start
+
+
+def _without_output(network: UNet3d) -> nn.Module:
+    """Ways down and up of a 3D U-Net, as a module that shares their layers."""
     body = nn.Module()
     for name, part in network.named_children():
         if name not in ("out_tr", "deep"):
             body.add_module(name, part)
-    try:
-        start = initialise(body, arch, init)
-    except InputError as error:
-        if not re.search(r": up_tr\S* has shape", str(error)):
-            raise
-        raise InputError(
-            f"--init {init}: its decoder has other shapes, as those without skips have (PCRLv2's); use --load encoder"
-        ) from None
-    if start["missing"]:
-        raise InputError(f"--init {init}: holds no whole decoder; use --load encoder")
+    return body
+
+
+def _take_without_skips(network: UNet3d, arch: str, init: str) -> dict:
+    """`initialise` a 3D U-Net with skips from one without, PCRLv2's. A level of its way up sees two maps: its kernels
+    for the one from below are taken, those for the skipped one stay as they are."""
+    plain = _without_output(UNet3d(1, False, network.channels, network.width, network.norm))
+    start = initialise(plain, arch, init)
+    own = network.state_dict()
+    for key, value in plain.state_dict().items():
+        shared = own[key] if own[key].shape == value.shape else own[key][:, : value.shape[1]]
+        shared.copy_(value)
+    print(f"{init}: its decoder sees no skipped maps; their kernels start at random")
     return start
 
 

@@ -71,7 +71,10 @@ CHANGES = {  # what training changes of patches, by `--augment`
     "flips": {"scale": 0, "degrees": 0, "blur": 0, "noise": 0, "log_gamma": 0, "contrast": 0},
 }
 CHANGES["none"] = CHANGES["flips"] | {"flips": ()}
-OPTIONS = {"patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch"}  # of volumes alone
+MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which training mirrors, by `--mirror`
+OPTIONS = {  # of volumes alone
+    "patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch", "mirror": "xyz",
+}  # fmt: skip
 DEEP, DECAY, DECAY_EPOCHS = 0.33, 0.8, 40  # weight of deep supervision, and its decay (PCRLv2's train_ds.py)
 SIDES = 3  # numbers of --patch
 MEASURES = ("dice", "hd95")
@@ -306,8 +309,9 @@ class VolumeSegmentation(Segmentation):
 
     def make_views(self, args: argparse.Namespace, normalization: dict) -> VolumeSegmentationViews:
         """Random patches in training, whole volumes in evaluation."""
-        changes = CHANGES[args.augment]
-        return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **changes, **normalization)
+        own = {"flips": tuple("xyz".index(axis) for axis in args.mirror if args.mirror != "none")}
+        own |= CHANGES[args.augment]
+        return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **own, **normalization)
 
     def make_method(self, args: argparse.Namespace, network: nn.Module, data: ImageDataset) -> Method:
         """What trains the network."""

@@ -119,9 +119,17 @@ def test_segmentation_of_volumes():
     assert (views.flips, views.scale, views.degrees, views.blur, views.noise) == ((0, 1, 2), 0, 0, 0, 0)
     assert kind.make_views(lits, {"kind": "unit"}).flips == ()
     assert views.foreground == 0
-    for words in (["--protocol", "magical-drive"], ["--augment", "wrong"], ["--normalization", "imagenet"]):
+    for axes, flips in (("x", (0,)), ("yz", (1, 2)), ("none", ())):
+        args = completed(finetune_segmentation, ["--mirror", axes], Info("brats", 3, 4))
+        assert kind.make_views(args, {"kind": "z"}).flips == flips
+    for words in (
+        ["--protocol", "magical-drive"], ["--augment", "wrong"], ["--normalization", "imagenet"],
+        ["--mirror", "x", "--augment", "none"],
+    ):  # fmt: skip
         with pytest.raises((InputError, SystemExit)):
             completed(finetune_segmentation, words, Info("brats", 3, 4))
+    with pytest.raises(InputError, match="--mirror: is for volumes, and folder has 2 dimensions"):
+        completed(finetune_segmentation, ["--mirror", "x"], Info("folder"))
 
 
 def test_detection():

@@ -443,8 +443,16 @@ def test_starting_weights(tmp_path):
     network, report = start("unet.pt", "encoder+decoder")
     assert report["matched"] == 48 + 3 * (2 + 12)
     assert torch.equal(network.up_tr64.ops[1].conv1.weight, ours.up_tr64.ops[1].conv1.weight)
-    with pytest.raises(InputError, match="its decoder has other shapes.*--load encoder"):
-        start("pcrlv2.pt", "encoder+decoder")
+    fresh, (network, report) = UNet3d(2, width=16), start("pcrlv2.pt", "encoder+decoder")  # without skips
+    assert report["matched"] == 48 + 3 * (2 + 12)
+    assert torch.equal(network.up_tr128.up_conv.weight, published.up_tr128.up_conv.weight)
+    assert torch.equal(network.up_tr64.ops[1].conv1.weight, published.up_tr64.ops[1].conv1.weight)
+    joined, below = network.up_tr128.ops[0].conv1.weight, published.up_tr128.ops[0].conv1.weight
+    assert torch.equal(joined[:, : below.shape[1]], below)
+    skipped = joined[:, below.shape[1] :]
+    assert 0.5 < skipped.std() / fresh.up_tr128.ops[0].conv1.weight.std() < 2  # as they began
+    with pytest.raises(InputError, match="another architecture"):
+        initialise_unet(UNet3d(2, width=32), "unet3d_half", str(tmp_path / "pcrlv2.pt"), "encoder+decoder")
     with pytest.raises(InputError, match="holds no whole decoder; use --load encoder"):
         start("encoder.pt", "encoder+decoder")
     with pytest.raises(InputError, match="a 2-dimensional encoder, 3 are needed"):

@@ -96,9 +96,9 @@ class PCRLv2(Method):
     (views of an image agree, SimSiam-like, with no teacher and no negatives), and scale (both at a decoder level
     drawn anew for every pair of views, and between large crops and small ones).
 
-    L = MSE(out(x1), gt1) + S(x1, x2) + 1/(2V) Σ_v [S(x1, l_v) + S(x2, l_v)] + β MSE(level(x1), gt1), with
+    L = w MSE(out(x1), gt1) + S(x1, x2) + 1/(2V) Σ_v [S(x1, l_v) + S(x2, l_v)] + w β MSE(level(x1), gt1), with
     S(a, b) = −½[cos(q_a, sg p_b) + cos(q_b, sg p_a)] at one level drawn per call, and β = ½(1 + cos(π e/E))
-    (paper §3, Eqs. 3–9). The intermediate restoration is of the level drawn for S(x1, x2).
+    (paper §3, Eqs. 3–9, where w = 1). The intermediate restoration is of the level drawn for S(x1, x2).
 
     Batch in 2D: "view1", "view2" (B, 3, H, W), "target" (B, 3, H, W) and "locals" (V·B, 3, h, w, view-major), all
     normalised. In 3D: "view1", "view2" (B, 1, X, Y, Z) and "locals" (V·B, 1, x, y, z), each volume normalised to
@@ -116,10 +116,10 @@ class PCRLv2(Method):
 
     find_unused = True  # levels that a step does not draw have no gradient
 
-    def __init__(self, arch: str = "resnet18", locals_: int = 6, dims: int = 2) -> None:
+    def __init__(self, arch: str = "resnet18", locals_: int = 6, dims: int = 2, weight: float = 1.0) -> None:
         super().__init__()
         self.network = MultiScaleUNet(arch) if dims == 2 else PCRLv23d(width=width_of(arch))
-        self.locals_ = locals_
+        self.locals_, self.weight = locals_, weight
         self.register_buffer("beta", torch.ones(()))
 
     def draw_levels(self, generator: torch.Generator | None) -> list[int]:
@@ -135,8 +135,8 @@ class PCRLv2(Method):
         x2 = run(self.network, batch["view2"], levels=[pair, *with2])
         self.features = x1["feature"]
         losses = {
-            "restoration": F.mse_loss(x1["restored"].float(), batch["target"]),
-            "intermediate": self.beta * F.mse_loss(x1["intermediate"].float(), batch["target"]),
+            "restoration": self.weight * F.mse_loss(x1["restored"].float(), batch["target"]),
+            "intermediate": self.weight * self.beta * F.mse_loss(x1["intermediate"].float(), batch["target"]),
             "siamese": agreement(x1, x2, pair),
         }
         if self.locals_:
@@ -179,6 +179,7 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("PCRLv2")
     size = options.positive_int
     group.add_argument("--local-views", type=options.non_negative_int, default=6, help="local views V per image")
+    group.add_argument("--restoration-weight", type=options.non_negative, default=1.0, help="weight w of restorations")
     group = parser.add_argument_group("views of images (2D)")
     group.add_argument("--image-size", type=size, default=224, help="side of the large views, pixels")
     group.add_argument("--local-size", type=size, default=96, help="side of the local views, pixels")
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.refuse_other_dims(dims, data.info.name, given)
     args = options.complete(args, DEFAULTS[dims])
     torch.manual_seed(args.seed)
-    method = PCRLv2(args.arch, args.local_views, dims)
+    method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight)
     start = initialise(method.network.encoder, args.arch, args.init)
     views = make_views(args, dims, start["normalization"])
     pretrain(method, data, views, args, devices)

@@ -5,9 +5,10 @@
   python benchmarks/lab.py --questions MINE.py
 
 The questions, in order of their value, are those of `questions.py`, or `QUESTIONS` of another file of Python. Of each,
-in this order: every init is pre-trained; learning rate and length of fine-tuning are searched for random weights, then,
-over as many values, for every other init, by the validation of seeds that no trial has; and trials are run with what
-was chosen, in pairs with those from random weights, on the same labelled images.
+in this order: every init is pre-trained; where asked, its frozen features are judged; learning rate and length of
+fine-tuning are searched for random weights, then, over as many values, for every other init, by the validation of seeds
+that no trial has; and trials are run with what was chosen, in pairs with those from random weights, on the same
+labelled images.
 
 Every run continues after an interruption, and its row is written as it ends, to `--rows`, a line of JSON each. A run
 that has its row is not run again, also where its folder is gone. Hours that are left are told from the rows.
@@ -26,17 +27,18 @@ from pathlib import Path
 
 import numpy as np
 
-from medssl import compare
+from medssl import compare, evaluate_features
 from medssl.benchmarks.machine import describe_machine
 from medssl.benchmarks.questions import QUESTIONS, Question
 from medssl.engine import options
 from medssl.errors import InputError, run_script
-from medssl.files import append_text, read_lines
+from medssl.files import append_text, read_json, read_lines
 from medssl.locks import own_folder
 from medssl.study.jobs import Job, places, run_beside
 from medssl.study.plan import TASKS, Draft, held_out, open_tasks, with_network
 from medssl.study.results import Cell, gather, markdown
 
+MEASURES = ("value", "val_score", "probe", "knn", "seconds")  # that a run's line tells
 SEARCH = 1000  # the first seed of the search, far from those of trials
 
 
@@ -99,16 +101,22 @@ class Plan:
 
     @cached_property
     def pretrainings(self) -> dict[tuple[str, int], Run]:
-        """The pre-training of each init and seed; it sees no image by which fine-tuning is judged."""
-        made = {}
+        """The pre-training of each init and seed; it sees no image by which fine-tuning is judged. Inits of the same
+        words, which differ in fine-tuning, share the first one's."""
+        made: dict[tuple[str, int], Run] = {}
         for seed, init in product(range(self.question.pretrained), self.others):
-            method, *words = shlex.split(self.question.inits[init])
-            script = importlib.import_module(f"medssl.train_{method}")
-            words = [*self.draft.options_for(script, self.question.task), *words, "--seed", str(seed)]
-            folder, name = self.folder / "pretraining" / f"{init}_{seed}", f"{init}, pre-training {seed}"
-            job = Job(name, f"train_{method}", tuple(words), folder, "encoder.pt")
-            made[init, seed] = Run(held_out(job, self.opened), "pretraining", init, seed=seed)
+            first = next(other for other in self.others if self.question.inits[other] == self.question.inits[init])
+            made[init, seed] = made[first, seed] if first != init else self.pretraining(init, seed)
         return made
+
+    def pretraining(self, init: str, seed: int) -> Run:
+        """One of them."""
+        method, *words = shlex.split(self.question.inits[init])
+        script = importlib.import_module(f"medssl.train_{method}")
+        words = [*self.draft.options_for(script, self.question.task), *words, "--seed", str(seed)]
+        folder, name = self.folder / "pretraining" / f"{init}_{seed}", f"{init}, pre-training {seed}"
+        job = Job(name, f"train_{method}", tuple(words), folder, "encoder.pt")
+        return Run(held_out(job, self.opened), "pretraining", init, seed=seed)
 
     def tuning(self, stage: str, init: str, percent: float, rate: float, length: int, run: int, seed: int) -> Run:
         """A fine-tuning; `run` is its seed, `seed` that of the pre-training."""
@@ -123,6 +131,21 @@ class Plan:
         title = f"{stage}, {percent:g} %, {name}, rate {rate:g}, length {length}, run {run}"
         job = Job(title, module, tuple(words), folder, "results.json", **start)
         return Run(job, stage, init, percent, rate, length, run, seed if before else None)
+
+    def features(self) -> list[Run]:
+        """The frozen features of each init and seed, where they are asked for."""
+        made = []
+        for seed, init in product(
+            range(self.question.pretrained), self.question.inits if self.question.features else ()
+        ):
+            before = self.pretrainings[init, seed].job if init in self.others else None
+            start = {"needs": before, "weights": before.folder / "encoder.pt"} if before else {}
+            words = [*self.draft.options_for(evaluate_features, self.question.task), "--seed", str(seed)]
+            words += ["--init", str(start.get("weights", "random"))]
+            folder, name = self.folder / "features" / f"{init}_{seed}", f"features of {init}, seed {seed}"
+            job = Job(name, "evaluate_features", tuple(words), folder, "features.json", **start)
+            made.append(Run(job, "features", init, seed=seed))
+        return made
 
     def searches(self) -> list[Run]:
         """Every point of the search, random weights first."""
@@ -182,7 +205,7 @@ class Laboratory:
         Raises:
             SystemExit: when the time is over.
         """
-        self.run_those(plan, [*plan.pretrainings.values(), *plan.searches()])
+        self.run_those(plan, [*plan.pretrainings.values(), *plan.features(), *plan.searches()])
         self.run_those(plan, plan.trials(self.rows))
 
     def run_those(self, plan: Plan, runs: Sequence[Run]) -> None:
@@ -211,19 +234,27 @@ class Laboratory:
 
     def note(self, plan: Plan, run: Run) -> str:
         """Write a finished run's row; returns its numbers in words."""
-        row = {"question": plan.question.name, **key_of(run), "seconds": run.job.record()["seconds"]}
-        said = f"{row['seconds']:.0f} s"
-        if run.stage != "pretraining":
-            cell = Cell(plan.question.task, run.percent, run.init, run.run, TASKS[plan.question.task].metric, run.job)
-            entry = cell.results()
-            row |= {"value": entry[cell.metric], "val_score": entry["val_score"], "images": entry["train_images"]}
-            said = f"validation {row['val_score']:.4f}, test {row['value']:.4f}, {said}"
+        row = {"question": plan.question.name, **key_of(run), **measured(plan, run)}
+        said = ", ".join(f"{name} {row[name]:.4g}" for name in MEASURES if name in row)
         machine = describe_machine()
         row |= {"options": run.job.command, "cpu": machine["cpu"], "gpu": machine["gpu"]}
         row |= {"torch": machine["packages"].get("torch"), "commit": machine["commit"], "date": machine["date"][:10]}
         if not self.rows.find(question=plan.question.name, **key_of(run)):
             self.rows.add(row)
         return said
+
+
+def measured(plan: Plan, run: Run) -> dict:
+    """A finished run's numbers. Of a search, none of the test cases', which nothing may be chosen by."""
+    if run.stage == "pretraining":
+        return {"seconds": run.job.record()["seconds"]}
+    metric = TASKS[plan.question.task].metric
+    if run.stage == "features":
+        entry = read_json(run.job.folder / "features.json")["results"][0]
+        return {"seconds": run.job.record()["seconds"], **{name: entry[name][metric] for name in ("probe", "knn")}}
+    entry = Cell(plan.question.task, run.percent, run.init, run.run, metric, run.job).results()
+    row = {"seconds": run.job.record()["seconds"], "val_score": entry["val_score"], "images": entry["train_images"]}
+    return row | ({"value": entry[metric]} if run.stage == "trial" else {})
 
 
 def key_of(run: Run) -> dict:
@@ -248,26 +279,65 @@ def hours_left(rows: Rows, runs: Sequence[Run], beside: int) -> str:
 
 
 def answer(plan: Plan, rows: Rows) -> str:
-    """What is known of a question so far, as Markdown: what the search chose, and what longer training is worth there;
-    then the trials whose predictions are there."""
-    own, lines = plan.question, [f"## {plan.question.name}", "", plan.question.asks, ""]
-    lines += [f"| labels | init | rate | length | validation with each length ({own.length}) |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for percent, init in product(own.percents, own.inits):
-        try:
-            rate, length = chosen(own, rows, init, percent)
-        except InputError as error:
-            return "\n".join([*lines, f"\n{error}"])
-        same = rows.find(question=own.name, stage="search", init=init, percent=percent, rate=rate)
-        means = []
-        for other in own.lengths:
-            values = [row["val_score"] for row in same if row["length"] == other]
-            means.append(f"{other}: {np.mean(values):.4f} ± {error_of(values):.4f}")
-        lines.append(f"| {percent:g} % | {init} | {rate:g} | {length} | {', '.join(means)} |")
+    """What is known of a question so far, as Markdown: frozen features; what the search chose, and what longer training
+    is worth there; then the trials whose predictions are there."""
+    own = plan.question
+    lines = [f"## {own.name}", "", own.asks, "", *features_table(own, rows)]
+    if not own.rates:
+        return "\n".join(lines)
+    try:
+        lines += search_table(own, rows)
+    except InputError as error:
+        return "\n".join([*lines, str(error)])
     cells = [cell for cell in plan.cells(plan.trials(rows)) if cell.job.finished()]
     if cells:
         lines += ["", markdown(gather(cells), TASKS[own.task].name)]
     return "\n".join(lines)
+
+
+def features_table(own: Question, rows: Rows) -> list[str]:
+    """Probe and neighbours of each init on the test images, and by how much they are better than random weights', seed
+    by seed; lines of Markdown."""
+    if not own.features:
+        return []
+    lines = ["| init | linear probe | gain | nearest neighbours | gain |", "| --- | --- | --- | --- | --- |"]
+    found = {row["init"]: {} for row in rows.find(question=own.name, stage="features")}
+    for row in rows.find(question=own.name, stage="features"):
+        found[row["init"]][row["seed"]] = row
+    for init in filter(found.get, own.inits):
+        cells = []
+        for name in ("probe", "knn"):
+            values = {seed: row[name] for seed, row in found[init].items()}
+            pairs = [value - found["random"][seed][name] for seed, value in values.items() if seed in found["random"]]
+            cells += [mean_of(list(values.values())), "" if init == "random" else mean_of(pairs, "+")]
+        lines.append(f"| {init} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def search_table(own: Question, rows: Rows) -> list[str]:
+    """What the search chose; lines of Markdown.
+
+    Raises:
+        InputError: where it is not finished.
+    """
+    lines = [f"| labels | init | rate | length | validation with each length ({own.length}) | gain |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for percent in own.percents:
+        base: dict[int, float] = {}
+        for init in own.inits:
+            rate, length = chosen(own, rows, init, percent)
+            same = rows.find(question=own.name, stage="search", init=init, percent=percent, rate=rate)
+            by_length = {n: {row["run"]: row["val_score"] for row in same if row["length"] == n} for n in own.lengths}
+            base = base or by_length[length]
+            gain = "" if init == "random" else mean_of([by_length[length][run] - base[run] for run in base], "+")
+            means = ", ".join(f"{n}: {mean_of(list(values.values()))}" for n, values in by_length.items())
+            lines.append(f"| {percent:g} % | {init} | {rate:g} | {length} | {means} | {gain} |")
+    return lines
+
+
+def mean_of(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard error in words."""
+    return f"{np.mean(values):{sign}.4f} ± {error_of(values):.4f}" if values else ""
 
 
 def error_of(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ class Question:
         rates: of learning, and lengths, values of the option `length`, that are searched for every init alike.
         trials: pairs with each pre-training. tuning: init → further options of its fine-tuning, such as what is loaded.
         searched: seeds of each point of the search. pretrained: seeds of each pre-training.
+        features: whether frozen features are judged too, of random weights with as many seeds.
     """
 
     name: str
@@ -32,6 +33,30 @@ class Question:
     tuning: dict[str, str] = field(default_factory=dict)
     searched: int = 3
     pretrained: int = 1
+    features: bool = False
 
 
-QUESTIONS: list[Question] = []
+HIPPOCAMPI = (  # 4 and 16 of 112 volumes are 3.6 and 14.3 %; front and back tell the labels apart, so y is not mirrored
+    "--data {data}/hippocampus --dataset folder --d 3 --arch unet3d_quarter --patch 32 32 32 --b 2 --patches 2 "
+    "--mirror xz --amp --workers 0"
+)
+CUBES = "--b 8 --cube-size 32 32 32"
+GENESIS = f"genesis {CUBES} --epochs 90"
+PCRLV2 = f"pcrlv2 {CUBES} --local-cube-size 16 16 16 --optimizer adamw --lr 1e-3 --epochs 45"
+PCRL = f"pcrl {CUBES} --queue 192 --optimizer adamw --lr 1e-3 --epochs 25"
+WHOLE = "--load encoder+decoder"
+
+QUESTIONS: list[Question] = [
+    Question(
+        name="hippocampi_load",
+        asks="What is worth loading, after 20 minutes of one core each: the encoder, or the decoder, too?",
+        task="segmentation",
+        options=HIPPOCAMPI,
+        inits={
+            "random": "", "genesis": GENESIS, "pcrlv2": PCRLV2, "pcrlv2_encoder": PCRLV2,
+            "pcrl": PCRL, "genesis_rising": f"{GENESIS} --falling 0", "pcrlv2_20": f"{PCRLV2} --restoration-weight 20",
+        },
+        tuning={"genesis": WHOLE, "genesis_rising": WHOLE, "pcrlv2_20": WHOLE, "pcrlv2": WHOLE, "pcrl": WHOLE},
+        percents=(3.6,), rates=(7e-4, 2e-3, 6e-3), length="--epochs", lengths=(6,), searched=3, trials=0,
+    ),
+]  # fmt: skip

@@ -1,6 +1,9 @@
 """The laboratory: what it runs, what it chooses, and that it goes on."""
 
 import json
+import re
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ TOY = Question(
     options="--data {data} --dataset pneumoniamnist --arch mobilenet_v2 --image-size 32 --b 8 --workers 0",
     inits={"random": "", "short": "moco --epochs 1 --queue 64", "long": "moco --epochs 2 --queue 64"}, percents=(50,),
     rates=(1e-3, 1e-4), length="--epochs", lengths=(1, 2), trials=2, searched=2, pretrained=2,
-    tuning={"short": "--dropout 0.5"},
+    tuning={"short": "--dropout 0.5"}, features=True,
 )  # fmt: skip
 
 
@@ -61,6 +64,16 @@ def test_every_init_is_searched_alike_and_trials_are_pairs(data, tmp_path):
     assert [cell.init for cell in plan.cells(trials)] == ["random"] * 4 + ["short"] * 4 + ["long"] * 4
 
 
+def test_inits_of_the_same_words_share_a_pretraining(data, tmp_path):
+    """They differ in fine-tuning alone, such as in what is loaded."""
+    plan = Plan(replace(TOY, inits=TOY.inits | {"same": TOY.inits["short"]}), str(data), tmp_path / "runs", 1)
+    assert plan.pretrainings["same", 1] is plan.pretrainings["short", 1]
+    run = plan.tuning("trial", "same", 50, 1e-3, 1, 0, 1)
+    assert (run.init, run.job.needs) == ("same", plan.pretrainings["short", 1].job)
+    assert "short_1" in str(run.job.weights)
+    assert "same_1" in str(run.job.folder)
+
+
 def test_hours_are_told_from_rows(data, tmp_path):
     plan, rows = Plan(TOY, str(data), tmp_path / "runs", 2), Rows(tmp_path / "rows.jsonl")
     searches = plan.searches()
@@ -83,10 +96,11 @@ def test_a_question_is_answered_and_goes_on(data, tmp_path, capsys):
     lab.main(command)
     out = capsys.readouterr().out
     assert "| 50 % | 12 | short |" in out
+    assert re.search(r"\| short \| 0\.\d{4} ± 0\.\d{4} \| [+-]0\.\d{4} ± ", out)  # frozen features
     lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {kind: sum(line["stage"] == kind for line in lines) for kind in ("pretraining", "search", "trial")} == {
-        "pretraining": 4, "search": 24, "trial": 12,
-    }  # fmt: skip
+    stages = {"pretraining": 4, "features": 6, "search": 24, "trial": 12}
+    assert Counter(line["stage"] for line in lines) == stages
+    assert all(("value" in line) == (line["stage"] == "trial") for line in lines)  # a search sees no test case
     lab.main(command)
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(lines)
     assert "toy: 0 runs, none left" in capsys.readouterr().out

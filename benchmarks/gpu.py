@@ -44,8 +44,8 @@ from medssl.errors import InputError, run_script
 from medssl.files import read_json, write_json, write_text
 from medssl.markup import markdown_text, one_line, shell_words
 
-FULL = {"side": 96, "b": 16, "cube": (32, 32, 16), "cubes": 4, "arch": {2: "resnet18", 3: "unet3d"}}
-QUICK = {"side": 64, "b": 8, "cube": (16, 16, 8), "cubes": 2, "arch": {2: "resnet18", 3: "unet3d_quarter"}}
+FULL = {"files": 64, "side": 96, "b": 16, "cube": (32, 32, 16), "cubes": 4, "arch": {2: "resnet18", 3: "unet3d"}}
+QUICK = {"files": 64, "side": 64, "b": 8, "cube": (16, 16, 8), "cubes": 2, "arch": {2: "resnet18", 3: "unet3d_quarter"}}
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def run(todo: Sequence[object], place: object, minutes: float, add: Callable[[ob
                 row = here.recv()
                 add(todo[0], row)
                 todo = todo[1:]
-            process.join(0 if todo else 10)  # at its end it puts away what it shares with its workers
+            process.join(0 if todo else 3)  # at its end it puts away what it shares with its workers
         except EOFError:
             process.join()
             log = (place.folder / "log.txt").read_text(errors="replace").split("\n")
@@ -186,13 +186,13 @@ def check_and_measure(args: argparse.Namespace, argv: Sequence[str]) -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     card = re.sub(r"\W+", "_", name.lower()).strip("_")
     sizes = QUICK if args.quick else FULL
-    large = {**FULL, "side": 224, "b": args.b, "cube": (64, 64, 32), "cubes": args.cubes, "window": 5}
+    large = {**FULL, "files": 1024, "side": 224, "b": args.b, "cube": (64, 64, 32), "cubes": args.cubes, "window": 5}
     with tempfile.TemporaryDirectory() as work:
         kept = {"quick": args.quick, "b": args.b, "cubes": args.cubes, "workers": args.workers}
         report = Report(folder, card, shell_words(["python", "benchmarks/gpu.py", *argv]), kept, args.anew)
         place = made.Place(
             args.device, Path(work), args.workers, made.Sizes(**sizes), made.Sizes(**(QUICK if args.quick else large)),
-            files=64 if args.quick else max(256, args.b), radiograph=128 if args.quick else 1024,
+            radiograph=128 if args.quick else 1024,
         )  # fmt: skip
         wanted = [cell for cell in made.cells() if cell.part in args.parts and cell.method in args.methods]
         rows = {cell: report.row_of(cell) for cell in wanted}
@@ -311,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trouble = gpu_trouble() if args.device != "cpu" else None
     if trouble or (args.device == "cuda" and not torch.cuda.is_available()):
         raise InputError(trouble or "--device cuda: this machine has no GPU that PyTorch can use")
+    args.workers = options.decoders(args)
     args.device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     (study if args.study else check_and_measure)(args, argv)
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import shlex
 import sys
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from process_tools import sends_and_dies, sends_and_hangs
 
 from medssl import compare, train_moco
 from medssl.benchmarks import gpu, gpu_parts
@@ -24,7 +24,7 @@ IMAGES, VOLUMES = Cell("split", "moco", 2), Cell("split", "pcrlv2", 3)
 @pytest.fixture
 def place(tmp_path):
     sizes = Sizes(**{**gpu.QUICK, "side": 32})
-    return Place("cpu", tmp_path, 0, sizes, sizes, files=64, radiograph=64)
+    return Place("cpu", tmp_path, 0, sizes, sizes, radiograph=64)
 
 
 def read(folder):
@@ -140,29 +140,18 @@ def test_losses_are_compared(tmp_path):
     assert math.isinf(gpu_parts.difference({"a": 1.0}, {"b": 1.0}))
 
 
-def dies(todo, _place, rows):
-    rows.send({"passed": True, "numbers": {}, "seconds": 0.0})
-    os._exit(3)
-
-
-def hangs(todo, place, rows):
-    rows.send({"passed": True, "numbers": {}, "seconds": 0.0})
-    time.sleep(60)
-
-
-@pytest.mark.parametrize(("work", "second"), [(dies, "exit code 3"), (hangs, None)])
-def test_a_process_that_dies_or_hangs_does_not_end_the_rest(place, monkeypatch, work, second):
-    (place.folder / "log.txt").write_text("CUDA error\n\n")
+@pytest.mark.parametrize(("work", "second"), [(sends_and_dies, "exit code 3"), (sends_and_hangs, None)])
+def test_a_process_that_dies_or_hangs_does_not_end_the_rest(tmp_path, monkeypatch, work, second):
+    (tmp_path / "log.txt").write_text("CUDA error\n\n")
     monkeypatch.setattr(gpu_parts, "work", work)
-    found = {}
-    cells = [IMAGES, Cell("split", "simclr", 2), Cell("compile", "moco", 2)]
-    gpu.run(cells, place, 1.0 if second else 0.8, found.__setitem__)
-    assert found[cells[0]]["passed"]
-    assert found[cells[2]]["passed"]
+    cells = [SimpleNamespace(part="split"), SimpleNamespace(part="split"), SimpleNamespace(part="compile")]
+    found = []
+    minutes = 2.0 if second else 0.4  # of which the split has less than half
+    gpu.run(cells, SimpleNamespace(folder=tmp_path), minutes, lambda cell, row: found.append((cell.part, row)))
+    assert [part for part, _ in found] == ["split", "split", "compile"][not second :]
+    assert [row["passed"] for _, row in found] == ([True, False, True] if second else [True, True])
     if second:
-        assert found[cells[1]]["reason"] == "its process ended with exit code 3: CUDA error"
-    else:
-        assert cells[1] not in found
+        assert found[1][1]["reason"] == "its process ended with exit code 3: CUDA error"
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -234,7 +223,8 @@ def test_a_study_is_stopped_and_goes_on(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_other_parts(place):
-    for cell in (Cell("amp", "moco", 2), Cell("data", "moco", 2, "cache"), Cell("compile", "moco", 2),
-                 Cell("plain", "pcrlv2", 2, "pipeline"), Cell("plain", "pcrlv2", 3, "step")):  # fmt: skip
+    cells = [Cell("amp", "moco", 2), Cell("amp", "pcrlv2", 3), Cell("data", "moco", 2, "cache")]
+    cells += [Cell("plain", "pcrlv2", 2, "pipeline"), Cell("plain", "pcrlv2", 3, "step"), Cell("compile", "moco", 2)]
+    for cell in cells:
         row = gpu_parts.outcome(cell, place)
         assert row["passed"], row

@@ -82,7 +82,8 @@ class Report:
         self.json, self.page = folder / f"gpu_{card}.json", folder / f"gpu_{card}.md"
         found = {} if anew or not self.json.exists() else read_json(self.json)
         machine = describe_machine()
-        same = kept | {name: machine[name] for name in ("commit", "packages", "gpu", "cpu")}
+        same = kept | {name: machine[name] for name in ("packages", "gpu", "cpu")}
+        same["commit"] = (machine["commit"] or "").rstrip("+")  # which this very file would bring, where git has it
         if found and found.get("same") != same:
             raise InputError(f"{self.json}: is of other code, options or machine; use another --output, or --anew")
         self.rows = found.get("rows", [])
@@ -99,7 +100,7 @@ class Report:
         if earlier is not None:
             self.rows.remove(earlier)
         self.rows.append({**vars(cell), **row})
-        said = {True: "passed" if parts().PARTS[cell.part].check else "measured", False: "FAILED", None: "not run"}
+        said = {True: parts().PARTS[cell.part].done, False: "FAILED", None: "not run"}
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.get("numbers", {}).items())
         print(f"{cell.part}: {cell.name}: {said[row['passed']]}: {row.get('reason', numbers)}", flush=True)
         self.write()
@@ -120,7 +121,7 @@ class Report:
         for name, part in parts().PARTS.items():
             rows = [row for row in self.rows if row["part"] == name and row["passed"] is not None]
             if rows:
-                lines += ["", f"## {name}", "", " ".join(part.run.__doc__.split()), "", *table(rows, part.check)]
+                lines += ["", f"## {name}", "", " ".join(part.run.__doc__.split()), "", *table(rows, part.done)]
         lines += ["", "## Not run", ""]
         for name in parts().PARTS:
             left = [cell for cell in parts().cells() if cell.part == name]
@@ -130,18 +131,16 @@ class Report:
         return "\n".join(lines if lines[-1] else [*lines, "Nothing."]) + "\n"
 
 
-def table(rows: Sequence[dict], check: bool) -> list[str]:
-    """Rows of one part, with a column for each of their numbers."""
+def table(rows: Sequence[dict], done: str) -> list[str]:
+    """Rows of one part, with a column for each of their numbers; `done` is what a row is that did not fail."""
     names = list(dict.fromkeys(name for row in rows for name in row.get("numbers", {})))
-    head = ["", *(["outcome"] if check else []), *names, "seconds"]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    lines = [f"| {' | '.join(['', 'outcome', *names, 'seconds'])} |", f"|{' --- |' * (len(names) + 3)}"]
     for row in rows:
         label = " ".join(filter(None, [row["method"], f"{row['dims']}D", row["variant"]]))
-        said = "passed" if row["passed"] else f"**failed** {markdown_text(row.get('reason', ''))}".strip()
-        cells = [label, *([said] if check or not row["passed"] else [])]
-        numbers = [f"{row.get('numbers', {})[name]:.4g}" if name in row.get("numbers", {}) else "" for name in names]
-        cells += (numbers if check or row["passed"] else numbers[1:]) + [str(row["seconds"])]
-        lines.append(f"| {' | '.join(cells)} |")
+        said = done if row["passed"] else f"**failed** {markdown_text(row.get('reason', ''))}".strip()
+        numbers = row.get("numbers", {})
+        values = [f"{numbers[name]:.4g}" if name in numbers else "" for name in names]
+        lines.append(f"| {' | '.join([label, said, *values, str(row['seconds'])])} |")
     return lines
 
 

@@ -426,12 +426,17 @@ def lightly(cell: Cell, place: Place) -> tuple[bool, dict[str, float]]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part: its function, the share of the time after which it is over, all parts before it included, and whether it
+    """A part: its function, its share of the time, to which comes what the parts before it left, and whether it
     checks or measures."""
 
     run: Callable[[Cell, Place], tuple[bool, dict[str, float]]]
     share: float
     check: bool = True
+
+    @property
+    def done(self) -> str:
+        """What a row is that did not fail."""
+        return "passed" if self.check else "measured"
 
 
 PARTS = {

@@ -257,7 +257,9 @@ def study(args: argparse.Namespace, argv: Sequence[str]) -> None:
             raise InputError(f"compare.py, {name}: {said}")
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):  # what there is, as a table
             subprocess.run([*command, "--tables-only"], capture_output=True)
-            ended[name] = "stopped by --minutes; the same command continues"
+            ended[name] = (
+                "stopped by --minutes; the same command continues, and runs without a result are still to come"
+            )
         else:
             ended[name] = "finished" if code == 0 else f"ended with exit code {code}: {said}"
         page = output / name / "comparison.md"

@@ -239,9 +239,10 @@ def split(cell: Cell, place: Place) -> tuple[bool, dict[str, float]]:
     given = given_to_pretrain(cell.method, [*words(cell, place, place.checked), *output])
     method, views, args, devices = (given[name] for name in ("method", "views", "args", "devices"))
     method.to(devices.device, memory_format=CHANNELS_LAST[cell.dims])
-    views.to(devices.device).train()
+    views.to(devices.device)
     if given.get("before_epoch"):
-        given["before_epoch"](0)
+        given["before_epoch"](0)  # which may look at images in evaluation mode
+    views.train()
     with training_batches(given["data"], args, devices, slice(0, args.b), 0, 1) as batches, torch.no_grad():
         inputs = views(to_device(next(batches), devices.device), Draws((args.seed, 0), args.b))
     batch_norm_eval(method)

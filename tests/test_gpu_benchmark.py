@@ -81,6 +81,11 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     assert "5 of what was asked for not run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["pcl", pytest.param("magical", marks=pytest.mark.slow)])
+def test_what_comes_before_an_epoch_is_done(place, method):
+    assert gpu_parts.outcome(Cell("split", method, 2), place)["passed"]
+
+
 def depends_on_parts(monkeypatch):
     forward = train_moco.MoCo.forward
 

@@ -10,7 +10,8 @@ the 64 images every fourth step of 16, the others have nothing between epochs.
 """
 
 import argparse
-import json
+import functools
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -25,9 +26,9 @@ from medssl import errors
 from medssl.benchmarks.machine import ROOT, add_measuring, report
 from medssl.engine import options
 from medssl.errors import InputError
+from medssl.files import read_lines
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
-VOLUMES = ("genesis", "pcrl", "pcrlv2")
 IMAGES = 64
 BASELINE = "moco"  # to which costs are compared
 EXTRA = {  # the loss after the warm-up, not before
@@ -35,6 +36,18 @@ EXTRA = {  # the loss after the warm-up, not before
     "pcl": ["--warm-up", "0", "--clusters", "8", "16", "32"],
     "magical": ["--patience", "0"],
 }
+
+
+@functools.cache
+def parser_of(method: str) -> options.Parser:
+    """The parser of a method's script."""
+    return importlib.import_module(f"medssl.train_{method}").get_parser()
+
+
+def dims_of(method: str) -> list[int]:
+    """Dimensions of the data that a method trains on, known by the sizes of views that its script has."""
+    sizes = {2: "--image-size", 3: "--cube-size"}
+    return [dims for dims, option in sizes.items() if option in parser_of(method)._option_string_actions]
 
 
 def command(method: str, dims: int, args: argparse.Namespace, output: Path) -> list[str]:
@@ -49,12 +62,17 @@ def command(method: str, dims: int, args: argparse.Namespace, output: Path) -> l
     return [*words, "--image-size", str(args.image_size)]
 
 
-def write_images(folder: Path, size: int) -> None:
+def write_images(folder: Path, size: int, count: int = IMAGES) -> None:
     """Grey PNG files of noise, a little larger than the views."""
-    folder.mkdir()
-    for i in range(IMAGES):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
         noise = np.random.default_rng(i).integers(0, 256, (size * 8 // 7,) * 2, np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")
+
+
+def read_windows(folder: Path) -> list[dict]:
+    """The logged lines of a run less the first, which has the start in it."""
+    return [line for line in read_lines(folder / "metrics.jsonl") if "images_per_s" in line][1:]
 
 
 def measure(method: str, dims: int, args: argparse.Namespace) -> tuple[list[float], float]:
@@ -67,8 +85,7 @@ def measure(method: str, dims: int, args: argparse.Namespace) -> tuple[list[floa
         if done.returncode:
             said = (done.stderr.strip() or "nothing printed").splitlines()[-1]
             raise InputError(f"train_{method}.py failed with exit code {done.returncode}: {said}")
-        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "images_per_s" in line][1:]
+        lines = read_windows(output)
     return [line["images_per_s"] for line in lines], max(line["peak_memory_mib"] for line in lines) * 2**20 / 1e6
 
 
@@ -95,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         raise InputError(f"--b {args.b}, --cubes {args.cubes}: from 2 on, --b up to {IMAGES}")
     if BASELINE not in args.methods:
         args.methods = [BASELINE, *args.methods]
-    cases = [(method, 2) for method in args.methods] + [(method, 3) for method in VOLUMES if method in args.methods]
+    cases = [(method, dims) for dims in (2, 3) for method in args.methods if dims in dims_of(method)]
     speeds, memory = {}, {}
     for method, dims in cases:
         name = method if dims == 2 else f"{method} 3D"

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from medssl.benchmarks.gpu_parts import Halves, batch_norm_eval
 from medssl.engine.monitor import ALIKE, COLLAPSED, Monitor, feature_std, similarity
 from medssl.engine.parallel import Run, finish, setup, wrap
 from medssl.models.momentum import momentum_at
@@ -200,34 +201,14 @@ def run_with(seed, kind=Run):
     return kind(generator=torch.Generator().manual_seed(seed))
 
 
-def batch_norm_eval(method):
-    """Training mode, but batch norms use their running statistics, which do not depend on how a batch is split."""
-    method.train()
-    for module in method.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return method
+class HalvedRun(Halves):
+    """Counts its calls."""
 
-
-class HalvedRun(Run):
-    """Two calls on halves of the inputs, as DataParallel would make on two devices."""
-
-    calls, parts = 0, 2
+    calls = 0
 
     def __call__(self, net, *inputs, **options):
         HalvedRun.calls += 1
-        halves = [net(*part, **options) for part in zip(*(x.chunk(2) for x in inputs))]
-        return gather(halves)
-
-
-def gather(parts):
-    """Concatenate tensors, also inside dicts, lists and tuples."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return {k: gather([p[k] for p in parts]) for k in first}
-    return type(first)(gather(list(p)) for p in zip(*parts))
+        return super().__call__(net, *inputs, **options)
 
 
 def two_steps(method, batch, lr, wrapped=None, rank_mean=lambda t: t):

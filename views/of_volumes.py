@@ -10,7 +10,7 @@ from torch import Tensor
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
 from medssl.views.of_images import Views
-from medssl.views.ops import add_transforms
+from medssl.views.ops import add_transforms, visible_patches
 from medssl.views.ops3d import (
     CANDIDATES,
     CUBE_SIZE,
@@ -198,6 +198,42 @@ class RestorationCubeViews(CutCubes):
         out = {f"view{i}": view for i, view in enumerate(views.chunk(2), 1)}
         out |= zip(("target", "target2"), cubes.chunk(2))
         return add_transforms(out, columns, axes=3)
+
+
+class HiddenPatchCubes(CutCubes):
+    """Masked autoencoding's 3D views: one of the two cubes that `CutCubes` has, drawn, mirrored, and which of its
+    patches are seen.
+
+    Args:
+        size: shape of the cubes in voxels. patch: side of a patch, which divides theirs.
+        mask_ratio: share of the patches that is hidden.
+        flips: axes mirrored with chance ½.
+        kind: of normalisation.
+
+    Returns, from `forward`:
+        {"image" (B, 1, *size) normalised, "visible" (B, 1, *size / patch) bool}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        patch: int = 8,
+        mask_ratio: float = 0.6,
+        flips: Sequence[int] = (0, 1, 2),
+        kind: str = "z",
+    ) -> None:
+        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, kind)
+        self.grid, self.mask_ratio, self.flips = tuple(n // patch for n in size), mask_ratio, tuple(flips)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        (cubes,) = self.cut(batch, draws)
+        columns = Columns(draws.uniform(1, 4 + math.prod(self.grid)))
+        first, flips = columns.take(1) < 0.5, columns.take(3) < 0.5
+        x = torch.where(first.to(cubes.device).view(-1, 1, 1, 1, 1), *cubes.chunk(2))
+        for axis in self.flips:
+            x = torch.where(flips[:, axis].to(x.device).view(-1, 1, 1, 1, 1), x.flip(2 + axis), x)
+        visible = visible_patches(columns, self.grid, self.mask_ratio)
+        return {"image": self.normalise(x), "visible": visible.to(x.device, non_blocking=True)}
 
 
 class VolumeClassificationViews(VolumeViews):

@@ -1,5 +1,8 @@
 """Operations on batches of any number of spatial dimensions."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,3 +49,14 @@ def add_transforms(out: dict[str, Tensor], draws: Columns, axes: int) -> dict[st
     ):
         out[f"{name}1"], out[f"{name}2"] = rows.chunk(2)
     return out
+
+
+def hidden_count(grid: Sequence[int], ratio: float) -> int:
+    """How many patches of a grid are hidden where `ratio` of them shall be."""
+    return round(ratio * math.prod(grid))
+
+
+def visible_patches(draws: Columns, grid: Sequence[int], ratio: float) -> Tensor:
+    """Which patches of each image are seen, as many of each: (N, 1, *grid) bool on the CPU. Takes a column a patch."""
+    places = draws.take(math.prod(grid)).argsort(1).argsort(1)  # of each patch in the image's random order
+    return (places >= hidden_count(grid, ratio)).view(-1, 1, *grid)

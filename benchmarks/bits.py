@@ -36,6 +36,7 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
     "concl": ([*TINY, *QUEUE, "--image-size", "64", "--concepts", "3", "--warm-up", "0"], ["--warm-up", "1"]),
     "densecl": ([*TINY, *QUEUE, "--image-size", "64"], []),
     "insdis": ([*TINY, "--negatives", "8"], []),
+    "mae": (TINY, []),
     "magical": (TINY, []),
     "moco": ([*TINY, *QUEUE], []),
     "pcl": ([*TINY, *QUEUE, "--clusters", "3", "5", "--warm-up", "0"], ["--warm-up", "1"]),
@@ -44,9 +45,11 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
     "simclr": (TINY, []),
 }
 VOLUMES = {
+    "mae": CUBES,
     "pcrl": [*CUBES, *QUEUE],
     "pcrlv2": [*CUBES, "--local-cube-size", "8", "8", "8", "--local-views", "2"],
 }
+PREPARED = {"mae": "pcrlv2", "pcrl": "pcrl", "pcrlv2": "pcrlv2"}  # as whose cubes a method's are prepared
 TUNING = ["--workers", "0", "--no-tensorboard", "--trials", "2", "--epochs", "2"]
 # Times, places and machines, which may differ; options are known by what they do.
 LEFT_OUT = {"seconds", "config", "versions", "device", "init", "path", "data_digest", "train_seconds", "folder"}
@@ -190,12 +193,13 @@ def jobs(tree: Tree, data: Path, work: Path, halves: Path, begin: bool) -> dict[
     for name in ("phantom2d", "fundus2d", "tissue2d"):
         pretrain(f"moco/{name}", "moco", *METHODS["moco"][0], "--dataset", name, "--texture-size", 64, "--steps", 3)
     for method, tiny in VOLUMES.items():
-        cubes = [*tiny, "--data", data / f"cubes_{method}", "--dataset", "luna"]
+        cubes = [*tiny, "--data", data / f"cubes_{PREPARED[method]}", "--dataset", "luna"]
         pretrain(f"{method}_3d/luna", method, *cubes, "--steps", 3, "--workers", 0)
         pretrain(f"{method}_3d/luna/workers", method, *cubes, "--steps", 3, "--workers", 2)
         pretrain(f"{method}_3d/luna/processes", method, *cubes, "--steps", 3, "--b", 4, "--workers", 0, processes=2)
         pretrain(f"{method}_3d/luna/epochs", method, *cubes, "--epochs", 2, "--workers", 0)
         half(f"{method}_3d/luna/epochs", method, *cubes, "--epochs", 2, "--workers", 0)
+    for method in set(PREPARED.values()):
         made[f"cubes/{method}"] = lambda method=method: files(data / f"cubes_{method}")
     pretrain("pcrlv2_3d/phantom3d", "pcrlv2", *VOLUMES["pcrlv2"], "--d", 3, "--steps", 3)
 
@@ -248,7 +252,7 @@ def main() -> None:
             make_data(data)
         if not (data / "scans").exists():
             tree.run("preprocess.make_phantom_ct", "--save", data / "scans", "--count", 2, "--shape", 160, 160, 140)
-        for method in VOLUMES:  # made anew by this tree
+        for method in set(PREPARED.values()):  # made anew by this tree
             shutil.rmtree(data / f"cubes_{method}", ignore_errors=True)
             words = ["--method", method, "--scale", 6, "--workers", 2]
             tree.run("preprocess.luna", "--data", data / "scans", "--save", data / f"cubes_{method}", *words)

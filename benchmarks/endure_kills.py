@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from medssl.benchmarks.bits import METHODS, TUNING, VOLUMES, digest_of, make_data, pretrained, tuned
+from medssl.benchmarks.bits import METHODS, PREPARED, TUNING, VOLUMES, digest_of, make_data, pretrained, tuned
 from medssl.benchmarks.bits import files as arrays_of
 from medssl.engine import options
 from medssl.files import read_json, write_json
@@ -83,7 +83,7 @@ def tasks(data: Path) -> dict[str, Task]:
         words = [*tiny, *SMALL, *whole, *mnist, "--epochs", 4, "--workers", 0, *OFTEN]
         add(method, f"train_{method}", *words, digest=pretrained, processes=True)
     for method, tiny in VOLUMES.items():
-        cubes = ["--data", data / f"cubes_{method}", "--dataset", "luna", "--epochs", 4, "--workers", 2]
+        cubes = ["--data", data / f"cubes_{PREPARED[method]}", "--dataset", "luna", "--epochs", 4, "--workers", 2]
         add(f"{method}_3d", f"train_{method}", *tiny, *cubes, *OFTEN, digest=pretrained)
     tuning = ["--device", "cpu", "--save-every", 1, *TUNING]
     images = [*SMALL, "--image-size", 32, "--b", 8]
@@ -440,7 +440,7 @@ def make_cubes(data: Path) -> None:
     for module, words in (
         ("make_phantom_ct", ["--save", data / "scans", "--count", 2, "--shape", 160, 160, 140]),
         *(("luna", ["--data", data / "scans", "--save", data / f"cubes_{method}", "--method", method, "--scale", 6])
-          for method in VOLUMES),
+          for method in sorted(set(PREPARED.values()))),
     ):  # fmt: skip
         command = [sys.executable, str(ROOT / "preprocess" / f"{module}.py"), *map(str, words)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -27,7 +27,7 @@ from medssl.engine import options
 from medssl.errors import InputError
 
 METHODS = sorted(path.stem.removeprefix("train_") for path in ROOT.glob("train_*.py"))
-VOLUMES = ("pcrl", "pcrlv2")
+VOLUMES = ("mae", "pcrl", "pcrlv2")
 IMAGES = 64
 BASELINE = "moco"  # to which costs are compared
 EXTRA = {  # the loss after the warm-up, not before

@@ -100,7 +100,8 @@ class MAE(Method):
       * Any ResNet, ResNeXt or DenseNet and the 3D U-Net, not ResNet-50 and ConvNeXt.
       * Batch statistics are those of a device's images, there of all devices'.
       * Patches smaller than the encoder's stride, for small images: a deep position is visible where any of its
-        patches is. Such patches are normalised channel by channel, and with the variance over P, not P − 1 pixels.
+        patches is.
+      * Patches are normalised channel by channel, there all together; variances are over P, not P − 1, pixels.
       * The decoder begins with half of the encoder's channels, at most 512, up-samples by nearest neighbour, and its
         blocks end in a ReLU; there 512, transposed convolutions, ReLU6 in their middle alone.
       * AdamW at 0.001 for 64 images in place of LAMB for 4096, and a shorter run; norms and biases decay too.

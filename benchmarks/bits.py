@@ -37,6 +37,7 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
     "densecl": ([*TINY, *QUEUE, "--image-size", "64"], []),
     "genesis": (TINY, []),
     "insdis": ([*TINY, "--negatives", "8"], []),
+    "mae": (TINY, []),
     "magical": (TINY, []),
     "moco": ([*TINY, *QUEUE], []),
     "pcl": ([*TINY, *QUEUE, "--clusters", "3", "5", "--warm-up", "0"], ["--warm-up", "1"]),
@@ -47,6 +48,7 @@ METHODS = {  # options of a tiny run, and those by which two epochs show all tha
 PREPARED = ("pcrl", "pcrlv2")  # whose cubes `preprocess/luna.py` makes; others take the latter's
 VOLUMES = {
     "genesis": CUBES,
+    "mae": CUBES,
     "pcrl": [*CUBES, *QUEUE],
     "pcrlv2": [*CUBES, "--local-cube-size", "8", "8", "8", "--local-views", "2"],
 }

@@ -6,6 +6,7 @@ Run as a script, this file is one of two processes of `test_two_processes_are_on
 import copy
 import functools
 import json
+import math
 import os
 import select
 import socket
@@ -30,6 +31,7 @@ from medssl.train_concl import ConCL
 from medssl.train_densecl import DenseCL
 from medssl.train_genesis import Genesis
 from medssl.train_insdis import InsDis
+from medssl.train_mae import MAE
 from medssl.train_magical import MAGICAL
 from medssl.train_moco import MoCo
 from medssl.train_pcl import PCL
@@ -95,6 +97,13 @@ def genesis_batch(sides=(32, 32)):
     """An image, changed, and its values in [0, 1]."""
     batch = pcrlv2_batch(8, sides, sides)
     return {"changed": batch["view1"], "target": batch["target"].sigmoid()}
+
+
+def mae_batch(images=8, sides=(64, 64), grid=(4, 4)):
+    """Smooth noise, and which of its patches are seen: two fifths, others of each image."""
+    order = torch.rand(images, math.prod(grid), generator=torch.Generator().manual_seed(2)).argsort(1)
+    visible = (order < round(0.4 * math.prod(grid))).view(images, 1, *grid)
+    return {"image": pcrlv2_batch(images, sides, sides)["view1"], "visible": visible}
 
 
 def plain_share(batch, rank, world):
@@ -187,6 +196,14 @@ CASES = {
         lr=0.5,
     ),
     "magical": Case(MAGICAL, {"arch": "resnet18"}, magical_batch, plain_share, lr=0.05),
+    "mae": Case(MAE, {}, mae_batch, plain_share, lr=0.1, fall=0.25),  # its decoder begins with a plateau
+    "mae_3d": Case(
+        MAE,
+        {"arch": "unet3d_quarter", "dims": 3, "channels": 1},
+        functools.partial(mae_batch, sides=(16, 16, 16), grid=(4, 4, 4)),
+        plain_share,
+        lr=0.1,
+    ),
 }
 TEACHERS = [name for name, case in CASES.items() if case.make in (MoCo, C2L, PCRL, BYOL, DenseCL, clustered_pcl, ConCL)]
 

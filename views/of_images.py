@@ -1,5 +1,6 @@
 """What methods and tasks see of images: batches of textures become views, on the training device."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import masks_to_boxes
 
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
-from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones
+from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones, visible_patches
 from medssl.views.ops2d import (
     Pyramid,
     affine,
@@ -318,6 +319,39 @@ class GenesisViews(Views):
         changed = random_tones(changed, columns, self.tones, self.falling)
         changed = painting(changed, columns, seeds_of(draws, 3), self.paint, self.inner)
         return {"changed": self.normalise(changed), "target": target.expand(-1, 3, -1, -1)}
+
+
+class HiddenPatchViews(Views):
+    """Masked autoencoding's views: a crop, mirrored left to right with chance ½, and which of its patches are seen.
+
+    Args:
+        size: side of the view in pixels. patch: that of a patch, which divides it.
+        mask_ratio: share of the patches that is hidden.
+        scale: area shares of the crops, SparK's (arXiv 2301.03580, published code).
+
+    Returns, from `forward`:
+        {"image" (B, 3, size, size) normalised, "visible" (B, 1, size/patch, size/patch) bool}.
+
+    Random columns of an image: stream 0 of `Draws` has 24, as `random_crops` takes them, stream 1 one for each patch.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 224,
+        patch: int = 32,
+        mask_ratio: float = 0.6,
+        scale: tuple[float, float] = (0.67, 1.0),
+    ) -> None:
+        super().__init__(mean, std)
+        self.size, self.grid, self.mask_ratio, self.scale = size, (size // patch,) * 2, mask_ratio, scale
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        crops = self.random_crops(batch["size"], Columns(draws.uniform(0, 24)), 1, self.scale, 0.0)
+        x = self.normalise(sample(batch["image"], crops, self.size).clamp_(0, 1))
+        visible = visible_patches(Columns(draws.uniform(1, math.prod(self.grid))), self.grid, self.mask_ratio)
+        return {"image": x, "visible": visible.to(x.device, non_blocking=True)}
 
 
 class SegmentationViews(Views):

@@ -10,7 +10,7 @@ from torch import Tensor
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
 from medssl.views.of_images import Views
-from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones
+from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones, visible_patches
 from medssl.views.ops3d import (
     CANDIDATES,
     CUBE_SIZE,
@@ -98,6 +98,17 @@ class CutCubes(VolumeViews):
             for some, shape in zip(boxes, (self.size, self.local_size))
             if some.shape[1]
         ]
+
+    def cut_one(self, batch: dict, draws: Draws, columns: Columns, flips: Sequence[int]) -> Tensor:
+        """One of each volume's two large cubes, drawn, and mirrored along the axes `flips` with chance ½ each:
+        (B, 1, *size) in [0, 1]. Takes 4 columns."""
+        (cubes,) = self.cut(batch, draws)
+        choices = (columns.take(4) < 0.5).to(cubes.device, non_blocking=True)
+        first, *mirrored = choices.view(-1, 4, 1, 1, 1, 1).unbind(1)
+        cube = torch.where(first, *cubes.chunk(2))
+        for axis in flips:
+            cube = torch.where(mirrored[axis], cube.flip(2 + axis), cube)
+        return cube
 
 
 class CubeViews(CutCubes):
@@ -202,8 +213,6 @@ class GenesisCubeViews(CutCubes):
     """Models Genesis' 3D views (arXiv 1908.06912, §3): a cube, and the same with its tones changed, shuffled locally
     and painted. Both stay in [0, 1].
 
-    Of the two cubes of a volume that `CutCubes` gives, one is taken, each with chance ½.
-
     Args:
         flips: axes mirrored with chance ½.
         tones, shuffle, paint: chances of a random tone curve, of local shuffling and of painting; `falling` is the
@@ -228,14 +237,43 @@ class GenesisCubeViews(CutCubes):
         self.shuffle, self.paint, self.inner = shuffle, paint, inner
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        (cubes,) = self.cut(batch, draws)
-        columns = Columns(draws.uniform(1, 1 + 10 + 1 + 6 + 37))
-        second = (columns.take(1) < 0.5).view(-1, 1, 1, 1, 1).to(cubes.device, non_blocking=True)
-        target = torch.where(second, *cubes.chunk(2)).clamp(0, 1)
-        target = sample(target, random_affine(columns, target.shape[2:], self.flips, 0, 0))
+        columns = Columns(draws.uniform(1, 4 + 1 + 6 + 37))
+        target = self.cut_one(batch, draws, columns, self.flips).clamp(0, 1)
         changed = local_shuffling(target, columns, seeds_of(draws, 2), self.shuffle)
         changed = random_tones(changed, columns, self.tones, self.falling)
         return {"changed": painting(changed, columns, seeds_of(draws, 3), self.paint, self.inner), "target": target}
+
+
+class HiddenPatchCubes(CutCubes):
+    """Masked autoencoding's 3D views: one of the two cubes that `CutCubes` has, drawn, mirrored, and which of its
+    patches are seen.
+
+    Args:
+        size: shape of the cubes in voxels. patch: side of a patch, which divides theirs.
+        mask_ratio: share of the patches that is hidden.
+        flips: axes mirrored with chance ½.
+        kind: of normalisation.
+
+    Returns, from `forward`:
+        {"image" (B, 1, *size) normalised, "visible" (B, 1, *size / patch) bool}.
+    """
+
+    def __init__(
+        self,
+        size: Shape = CUBE_SIZE,
+        patch: int = 8,
+        mask_ratio: float = 0.6,
+        flips: Sequence[int] = (0, 1, 2),
+        kind: str = "z",
+    ) -> None:
+        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, kind)
+        self.grid, self.mask_ratio, self.flips = tuple(n // patch for n in size), mask_ratio, tuple(flips)
+
+    def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
+        columns = Columns(draws.uniform(1, 4 + math.prod(self.grid)))
+        x = self.cut_one(batch, draws, columns, self.flips)
+        visible = visible_patches(columns, self.grid, self.mask_ratio)
+        return {"image": self.normalise(x), "visible": visible.to(x.device, non_blocking=True)}
 
 
 class VolumeClassificationViews(VolumeViews):

@@ -1,5 +1,6 @@
 """Operations on batches of any number of spatial dimensions."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -163,3 +164,14 @@ def painting(x: Tensor, draws: Columns, seeds: Sequence[int], p: float = 0.9, in
     # In-painting: noise in the blocks. Out-painting: noise outside of them. Neither: noise nowhere.
     inside, painted = (t.view(-1, *[1] * (axes + 1)).to(x.device, non_blocking=True) for t in (inside, painted))
     return torch.where((blocks == inside) & painted, random_field(x, seeds, Tensor.uniform_), x)
+
+
+def hidden_count(grid: Sequence[int], ratio: float) -> int:
+    """How many patches of a grid are hidden where `ratio` of them shall be."""
+    return round(ratio * math.prod(grid))
+
+
+def visible_patches(draws: Columns, grid: Sequence[int], ratio: float) -> Tensor:
+    """Which patches of each image are seen, as many of each: (N, 1, *grid) bool on the CPU. Takes a column a patch."""
+    places = draws.take(math.prod(grid)).argsort(1).argsort(1)  # of each patch in the image's random order
+    return (places >= hidden_count(grid, ratio)).view(-1, 1, *grid)

@@ -55,8 +55,9 @@ QUESTIONS: list[Question] = [
         inits={
             "random": "", "genesis": GENESIS, "pcrlv2": PCRLV2, "pcrlv2_encoder": PCRLV2,
             "pcrl": PCRL, "genesis_rising": f"{GENESIS} --falling 0", "pcrlv2_20": f"{PCRLV2} --restoration-weight 20",
+            "mae": f"mae {CUBES} --epochs 90",
         },
         tuning={"genesis": WHOLE, "genesis_rising": WHOLE, "pcrlv2_20": WHOLE, "pcrlv2": WHOLE, "pcrl": WHOLE},
-        percents=(3.6,), rates=(7e-4, 2e-3, 6e-3), length="--epochs", lengths=(6,), searched=3, trials=0,
+        percents=(3.6,), rates=(1.5e-3, 5e-3), length="--epochs", lengths=(6,), searched=3, trials=0,
     ),
 ]  # fmt: skip

@@ -37,13 +37,14 @@ from medssl.engine.parallel import Devices, Run, setup
 from medssl.errors import InputError
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import IMAGENET, initialise
-from medssl.models.heads import global_average, mlp
+from medssl.models.heads import global_average, mlp, norm_mlp
 from medssl.models.unet2d import UNet2d
 from medssl.views.draws import ImageDraws
 from medssl.views.of_images import MaskedToneViews
 from medssl.views.ops2d import normalise
 
 DIM = 128
+PROJECTORS = {"plain": mlp, "norm": norm_mlp}  # the published one, and SimCLR's, with a batch norm inside
 GREATEST_GRID = 256
 DEFAULTS = {  # by the published script, which a data set's row names
     "lcs": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
@@ -57,18 +58,26 @@ DEFAULTS = {  # by the published script, which a data set's row names
 
 
 class RestoringUNet(UNet2d):
-    """U-Net with skips, whose output is an image in [0, 1], and a projector of its deepest map."""
+    """U-Net whose output is an image in [0, 1], and a projector of its deepest map.
 
-    def __init__(self, arch: str, channels: int) -> None:
-        super().__init__(arch, channels)
+    Args:
+        skips: whether the decoder sees the encoder's maps. projector: a key of `PROJECTORS`.
+        joint: whether images and changed ones share their batch statistics.
+    """
+
+    def __init__(
+        self, arch: str, channels: int, skips: bool = True, projector: str = "plain", joint: bool = True
+    ) -> None:
+        super().__init__(arch, channels, skips)
         width = self.encoder.out_channels[-1]
-        self.projector = mlp(width, width, DIM)
+        self.projector = PROJECTORS[projector](width, width, DIM)
+        self.joint = joint
 
     def forward(self, x: Tensor, changed: Tensor | None = None) -> dict[str, Tensor]:
         """Restore images, and embed them beside others.
 
-        Both go through the encoder at once: had each its own batch statistics, their running averages, with which
-        the network is validated and exported, would fit neither.
+        Where they are `joint`, both go through the encoder at once: had each its own batch statistics, their running
+        averages, with which the network is validated and exported, would fit neither.
 
         Args:
             x: (B, 3, H, W) normalised, what is restored where `changed` is not given.
@@ -77,7 +86,11 @@ class RestoringUNet(UNet2d):
         Returns:
             "restored" (B, C, H, W), and with `changed` "features" (B, F) of x and "z", "z_changed" (B, 128).
         """
-        maps = self.encoder(x if changed is None else torch.cat([x, changed]))
+        if changed is None or not self.joint:
+            parts = [self.encoder(part) for part in (x, changed) if part is not None]
+            maps = [torch.cat(levels) for levels in zip(*parts)]
+        else:
+            maps = self.encoder(torch.cat([x, changed]))
         restored = torch.sigmoid(self.decode([m[-len(x) :] for m in maps]).float())
         if changed is None:
             return {"restored": restored}
@@ -107,16 +120,23 @@ class MAGICAL(Method):
         so that black is the mean colour. Here what is black is black, and everything is normalised after it.
       * NT-Xent is not scaled by T / 0.07, and takes its negatives from all devices.
       * x and x⁺ share their batch statistics, in one pass of the encoder, so that its running averages, with which it
-        is validated, are those that it was trained with.
+        is validated, are those that it was trained with (there, and with `--no-joint-norm`, each has its own).
       * A tenth of the pre-training patients validates the restoration; there, the test split did.
       * The learning rate changes every step, not every epoch.
     """
 
     def __init__(
-        self, arch: str = "resnet50", channels: int = 3, temperature: float = 0.1, normalization: dict = IMAGENET
+        self,
+        arch: str = "resnet50",
+        channels: int = 3,
+        temperature: float = 0.1,
+        skips: bool = True,
+        projector: str = "plain",
+        joint: bool = True,
+        normalization: dict = IMAGENET,
     ) -> None:
         super().__init__()
-        self.network = RestoringUNet(arch, channels)
+        self.network = RestoringUNet(arch, channels, skips, projector, joint)
         self.temperature, self.normalization = temperature, normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
@@ -130,8 +150,8 @@ class MAGICAL(Method):
     def encoder_state(self) -> dict[str, Tensor]:
         return self.network.encoder.state_dict()
 
-    def decoder_state(self) -> dict[str, Tensor]:
-        return self.network.decoder.state_dict()
+    def decoder_state(self) -> dict[str, Tensor] | None:
+        return self.network.decoder.state_dict() if self.network.decoder.skips else None
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network.encoder, *self.network.decoder.blocks]
@@ -181,6 +201,16 @@ def get_parser() -> options.Parser:
     group.add_argument(
         "--temperature", type=options.bounded_float(1e-3, 1e6), default=0.1, help="temperature T of the contrast"
     )
+    group.add_argument(
+        "--crop-scale", type=options.bounded_float(1e-3, 1), metavar="SHARE",
+        help="least share of the image in each of two crops, of which one is changed and restored; unless given, both "
+        "are the whole image",
+    )  # fmt: skip
+    options.flag(group, "--skips", True, "let the decoder see the encoder's maps; without, it is not exported")
+    group.add_argument(
+        "--projector", choices=tuple(PROJECTORS), default="plain", help="norm: with a batch norm inside, as SimCLR's"
+    )
+    options.flag(group, "--joint-norm", True, "let images and changed ones share their batch statistics")
     group.add_argument("--patience", type=options.non_negative_int, default=30,
                        help="epochs without gain in the validation's restoration; 0 never stops")  # fmt: skip
     group.add_argument("--nb_class", type=options.positive_int,
@@ -215,11 +245,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if channels == own:
         args.nb_class = None  # nothing that a continuation must repeat
     torch.manual_seed(args.seed)
-    method = MAGICAL(args.arch, channels, args.temperature)
+    method = MAGICAL(args.arch, channels, args.temperature, args.skips, args.projector, args.joint_norm)
     start = initialise(method.network.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
     asked = {"size": args.image_size, "mask": args.mask, "mask_ratio": args.mask_ratio, "grid": args.grid}
-    views = MaskedToneViews(**start["normalization"], **asked, channels=channels)
+    views = MaskedToneViews(**start["normalization"], **asked, channels=channels, crop_scale=args.crop_scale)
     pretrain(method, train, views, args, devices, lambda: validate(method.network, views, val, args, devices))
 
 

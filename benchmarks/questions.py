@@ -46,6 +46,11 @@ PCRLV2 = f"pcrlv2 {CUBES} --local-cube-size 16 16 16 --optimizer adamw --lr 1e-3
 PCRL = f"pcrl {CUBES} --queue 192 --optimizer adamw --lr 1e-3 --epochs 25"
 WHOLE = "--load encoder+decoder"
 
+RADIOGRAPHS = (
+    "--data {data}/pneumoniamnist.npz --dataset pneumoniamnist --arch resnet18 --image-size 64 --amp --workers 0"
+)
+MAGICAL = "magical -b 64 --epochs 4 --lr 1e-3 --patience 0"
+
 QUESTIONS: list[Question] = [
     Question(
         name="hippocampi_load",
@@ -59,5 +64,19 @@ QUESTIONS: list[Question] = [
         },
         tuning={"genesis": WHOLE, "genesis_rising": WHOLE, "pcrlv2_20": WHOLE, "pcrlv2": WHOLE, "pcrl": WHOLE},
         percents=(3.6,), rates=(1.5e-3, 5e-3), length="--epochs", lengths=(6,), searched=3, trials=0,
+    ),
+    Question(
+        name="magical_causes",
+        asks="Which one change makes MAGICAL's frozen features better than random ones? Nine minutes of a core each.",
+        task="classification",
+        options=RADIOGRAPHS,
+        inits={
+            "random": "", "magical": MAGICAL, "crops": f"{MAGICAL} --crop-scale 0.2",
+            "no_skips": f"{MAGICAL} --no-skips", "grid_8": f"{MAGICAL} --grid 8",
+            "projector": f"{MAGICAL} --projector norm",
+            "statistics": f"{MAGICAL} --no-joint-norm", "rate": f"{MAGICAL} --lr 2e-4",
+            "temperature": f"{MAGICAL} --temperature 0.5", "batch": f"{MAGICAL} -b 256",
+        },
+        percents=(1,), rates=(), length="--epochs", lengths=(), trials=0, pretrained=3, features=True,
     ),
 ]  # fmt: skip

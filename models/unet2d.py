@@ -79,17 +79,18 @@ def make_output(channels: int) -> nn.Conv2d:
 
 
 class UNet2d(nn.Module):
-    """Encoder, decoder with skips, and a 3×3 convolution to the output; all of an image's size.
+    """Encoder, decoder, and a 3×3 convolution to the output; all of an image's size.
 
     Args:
         arch: encoder name.
         outputs: channels of the output.
+        skips: whether the decoder sees the encoder's maps.
     """
 
-    def __init__(self, arch: str, outputs: int) -> None:
+    def __init__(self, arch: str, outputs: int, skips: bool = True) -> None:
         super().__init__()
         self.encoder = make_encoder(arch)
-        self.decoder = Decoder2d(self.encoder.out_channels, skips=True)
+        self.decoder = Decoder2d(self.encoder.out_channels, skips=skips)
         self.output = make_output(outputs)
 
     def decode(self, maps: Sequence[Tensor]) -> Tensor:

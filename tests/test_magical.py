@@ -134,6 +134,21 @@ def test_views(channels):
     assert torch.allclose(part["changed"], out["changed"][1:3], atol=1e-6)
 
 
+def test_crops():
+    """Two crops in training, of which the second is changed; whole images in validation."""
+    image = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
+    batch, draws = {"image": image, "size": torch.full((4, 2), 64.0)}, Draws((0, 1), 4)
+    views = MaskedToneViews(**IMAGENET, size=32, mask_ratio=0.0, crop_scale=0.2)
+    out, plain = views(batch, draws), MaskedToneViews(**IMAGENET, size=32, mask_ratio=0.0)
+    for name in ("image", "target"):
+        assert (out[name] - plain(batch, draws)[name]).flatten(1).abs().amax(1).gt(0.1).all()
+    assert (views.normalise(out["target"]) - out["image"]).flatten(1).abs().amax(1).gt(0.1).all()
+    tones = change_tones(out["target"], Columns(draws.uniform(0, 2)))
+    assert torch.allclose(out["changed"], views.normalise(tones), atol=1e-4)
+    views.eval()
+    assert torch.equal(views(batch, draws)["image"], plain(batch, draws)["image"])
+
+
 # The method ----------------------------------------------------------------------------------------
 
 
@@ -177,6 +192,37 @@ def test_running_statistics_are_those_of_training(monkeypatch):
         restored = method.eval().network(batch["changed"])["restored"]
     assert trained < 0.1
     assert float(F.l1_loss(restored, batch["target"])) < 1.3 * trained
+
+
+def test_networks_with_one_thing_changed():
+    """Without skips, with a norm in the projector, with statistics of their own for images and changed ones."""
+    g = torch.Generator().manual_seed(0)
+    x, changed = torch.randn(8, 3, 32, 32, generator=g), 3 * torch.randn(8, 3, 32, 32, generator=g)
+    torch.manual_seed(0)
+    blind = MAGICAL("resnet18", skips=False)
+    maps = [torch.randn(2, c, 32 >> i, 32 >> i) for i, c in enumerate(blind.network.encoder.out_channels)]
+    one = blind.network.decode(maps)
+    assert torch.equal(one, blind.network.decode([torch.randn_like(m) for m in maps[:-1]] + maps[-1:]))
+    assert blind.decoder_state() is None
+    assert isinstance(MAGICAL("resnet18", projector="norm").network.projector[1], torch.nn.BatchNorm1d)
+    apart = MAGICAL("resnet18", joint=False).train()
+    maps = apart.network.encoder(x)
+    out = apart.network(x, changed)
+    assert torch.allclose(out["features"], maps[-1].mean((2, 3)), atol=1e-4)  # as if the others were not there
+    assert out["z"].shape == out["z_changed"].shape == (8, 128)
+    together = MAGICAL("resnet18").train()
+    together.load_state_dict(apart.state_dict())
+    assert not torch.allclose(together.network(x, changed)["features"], out["features"], atol=1e-2)
+
+
+def test_a_run_with_one_thing_changed(tmp_path):
+    more = ["--crop-scale", "0.3", "--no-skips", "--projector", "norm", "--no-joint-norm", "--steps", "2"]
+    main([*SMALL, *more, "--output", str(tmp_path)])
+    content = load_safe(tmp_path / "encoder.pt")
+    assert "decoder_state_dict" not in content
+    assert initialise(make_encoder("resnet18"), "resnet18", str(tmp_path / "encoder.pt"))["missing"] == 0
+    with pytest.raises(InputError, match="was started with skips False, now True"):
+        main([*SMALL, "--crop-scale", "0.3", "--projector", "norm", "--no-joint-norm", "--output", str(tmp_path)])
 
 
 def test_small_and_odd_images_keep_their_size():

@@ -237,20 +237,22 @@ class ConceptViews(PairViews):
 
 
 class MaskedToneViews(Views):
-    """MAGICAL's views: the whole image, and the same with its tones changed and parts blacked out.
+    """MAGICAL's views: the whole image, and the same with its tones changed and parts blacked out; or two crops, of
+    which the second is changed.
 
     Args:
-        size: side of the views in pixels; no image is cropped.
+        size: side of the views in pixels.
+        crop_scale: least area share of a crop in training; none unless given, as published.
         mask: what is blacked out, "cells" or "stripes", which are rows. mask_ratio: share of it. grid: cells along a
             side.
         channels: of the target; those of the images by default, three equal ones of grey images if asked.
 
     Returns, from `forward`:
-        {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the image in [0, 1]; "index" (B,)
-        image numbers}.
+        {"image", "changed" (B, 3, size, size) normalised; "target" (B, C, size, size) what was changed, in [0, 1];
+        "index" (B,) image numbers}.
 
     Random columns of an image: stream 0 of `Draws` has 2 for the tones, stream 1 grid² for the cells, or size for the
-    stripes.
+    stripes, stream 2 has 48 for the crops.
     """
 
     def __init__(
@@ -262,18 +264,23 @@ class MaskedToneViews(Views):
         grid: int = 32,
         mask: str = "cells",
         channels: int | None = None,
+        crop_scale: float | None = None,
     ) -> None:
         super().__init__(mean, std)
         self.size, self.mask, self.mask_ratio, self.grid, self.channels = size, mask, mask_ratio, grid, channels
+        self.crop_scale = crop_scale
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        b = len(batch["image"])
-        whole = torch.eye(2, 3).expand(b, 1, 2, 3)
-        x = sample(batch["image"], whole, self.size).clamp_(0, 1)
-        changed = change_tones(x, Columns(draws.uniform(0, 2)))
+        theta = torch.eye(2, 3).expand(len(batch["image"]), 1, 2, 3)
+        if self.crop_scale and self.training:
+            columns = Columns(draws.uniform(2, 2 * 24))
+            theta = self.random_crops(batch["size"], columns, 2, (self.crop_scale, 1.0), 0.0)
+        views = sample(batch["image"], theta, self.size).clamp_(0, 1)
+        x, before = views[: len(theta)], views[-len(theta) :]  # the same where nothing is cropped
+        changed = change_tones(before, Columns(draws.uniform(0, 2)))
         rows, columns = (self.size, 1) if self.mask == "stripes" else (self.grid, self.grid)
         changed = mask_cells(changed, Columns(draws.uniform(1, rows * columns)), self.mask_ratio, rows, columns)
-        target = x.expand(-1, self.channels or -1, -1, -1)
+        target = before.expand(-1, self.channels or -1, -1, -1)
         out = {"image": self.normalise(x), "changed": self.normalise(changed), "target": target}
         return out | ({"index": batch["index"]} if "index" in batch else {})
 

@@ -223,8 +223,9 @@ def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[st
     for option in ("spacing", "window"):  # as the volumes are read
         value = getattr(train, option, None)
         setattr(args, option, None if value is None else list(value))
-    if args.augment == "none" and "mirror" in given:
-        raise InputError(f"--mirror {args.mirror}: --augment none mirrors nothing; leave one of them out")
+    if args.augment == "none" and "mirror" in given and args.mirror != "none":
+        why = "--augment none" if "augment" in given else f"--protocol {protocol}"
+        raise InputError(f"--mirror {args.mirror}: {why} mirrors nothing; leave one of them out")
     check_arch(args.arch, info.dims)
     kind.check(args)
     return args

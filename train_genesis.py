@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from medssl import errors
 from medssl.datasets.registry import open_pretraining
@@ -79,7 +79,7 @@ class GenesisUNet3d(UNet3d):
         return self.state_dict()
 
     def decoder_state(self) -> None:
-        """It is in there."""
+        """None: `encoder_state` is the whole network, its decoder included."""
 
 
 class Genesis(Method):
@@ -96,7 +96,9 @@ class Genesis(Method):
       * The tone curve is looked up in a table of 1025 values.
       * Cubes are cut, or were prepared, as PCRLv2's; published cubes have the same 64 × 64 × 32 voxels.
       * In 2D the encoder is any of the library's, and images are cropped at random.
-      * The learning rate falls along a cosine over the run's own length; there, where the validation stands still.
+      * Adam at .001, along a cosine over the run's own length; there SGD at 1, halved every 40 epochs, and the best of
+        the validation is kept, which is not done here.
+      * In 2D, local shuffling has as many windows over a pixel as a published volume has over a voxel.
     """
 
     def __init__(self, arch: str = "resnet18", dims: int = 2, normalization: dict = IMAGENET) -> None:
@@ -114,9 +116,6 @@ class Genesis(Method):
 
     def decoder_state(self) -> dict[str, Tensor] | None:
         return self.network.decoder_state()
-
-    def compiled_parts(self) -> list[nn.Module]:
-        return [self.network]
 
     def pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         restored, target = self.network(batch["changed"][:8])["restored"], batch["target"][:8]
@@ -140,8 +139,7 @@ def get_parser() -> options.Parser:
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
         help="sides of the cubes, voxels",
     )  # fmt: skip
-    # The published PyTorch code trains with SGD 1, momentum .9, for up to 10 000 epochs; its Keras one with Adam. Here
-    # Adam, which needs no such rate: see the page. None: the dimension decides.
+    # Adam, not the published SGD at rate 1, which was not tried. None: the dimension decides.
     parser.set_defaults(
         epochs=240, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )

@@ -87,8 +87,9 @@ class MaskedAutoencoder(nn.Module):
 
 
 class MAE(Method):
-    """Learns to restore an image from two fifths of its patches: the encoder sees these alone, in every layer, as a
-    transformer would; the decoder gets its maps of four scales, with learnt embeddings where nothing was seen.
+    """Learns to restore an image from two fifths of its patches: the encoder sees these alone, as a transformer would,
+    in every layer whose positions are no larger than a patch; the decoder gets its maps of four scales, with learnt
+    embeddings where nothing was seen.
 
     L = mean over hidden patches of ‖x̂_p − (x_p − mean(x_p)) / std(x_p)‖² / pixels (paper, §3.3; arXiv 2111.06377,
     §3): 1 for a restoration of zeros.
@@ -104,7 +105,8 @@ class MAE(Method):
       * Patches are normalised channel by channel, there all together; variances are over P, not P − 1, pixels.
       * The decoder begins with half of the encoder's channels, at most 512, up-samples by nearest neighbour, and its
         blocks end in a ReLU; there 512, transposed convolutions, ReLU6 in their middle alone.
-      * AdamW at 0.001 for 64 images in place of LAMB for 4096, and a shorter run; norms and biases decay too.
+      * AdamW at 0.001 for 64 images in place of LAMB for 4096, and a shorter run; norms and biases decay too, and the
+        decay stays .04, where it rises to .2. Layers of the decoder begin as torch's do.
       * In 3D, cubes are mirrored along all axes.
     """
 
@@ -179,8 +181,9 @@ def get_parser() -> options.Parser:
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
         help="sides of the cubes, voxels",
     )  # fmt: skip
-    parser.set_defaults(  # crops, decay, clipping, a fortieth of warm-up: published code; None: by dimension
-        epochs=200, warmup_epochs=5.0, optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.04, clip_grad=5.0,
+    # Crops, clipping, and the decay's beginning: published code. None: by dimension; warm-up is a fortieth of the run.
+    parser.set_defaults(
+        epochs=200, warmup_epochs=None, optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.04, clip_grad=5.0,
         schedule="cosine", crop_scale=0.67, **dict.fromkeys(DEFAULTS[2]),
     )  # fmt: skip
     return parser
@@ -202,11 +205,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     dims = data.info.dims
     given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
     options.refuse_other_dims(dims, data.info.name, given)
-    args = options.complete(args, DEFAULTS[dims])
+    args = options.complete(args, {**DEFAULTS[dims], "warmup_epochs": args.epochs / 40})
     option, sides = ("--cube-size", args.cube_size) if dims == 3 else ("--image-size", [args.image_size] * 2)
     patch = choose_patch(option, sides, args.patch, args.mask_ratio)
     if args.patch is None and patch < STRIDE[dims] and devices.main:
-        print(f"note: {option}: too small for patches of {STRIDE[dims]}; hiding patches of {patch}", file=sys.stderr)
+        print(
+            f"note: {option}: too small for patches of {STRIDE[dims]}; hiding patches of {patch}; deep layers see a "
+            "position where any of its patches is seen",
+            file=sys.stderr,
+        )
     args.patch = patch
     torch.manual_seed(args.seed)
     method = MAE(args.arch, dims, data.info.channels if dims == 2 else 1)

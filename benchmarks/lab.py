@@ -39,6 +39,7 @@ from medssl.study.plan import TASKS, Draft, held_out, open_tasks, with_network
 from medssl.study.results import Cell, gather, markdown
 
 MEASURES = ("value", "val_score", "probe", "knn", "seconds")  # that a run's line tells
+UNFINISHED = "the search is not finished"
 SEARCH = 1000  # the first seed of the search, far from those of trials
 
 
@@ -285,10 +286,9 @@ def answer(plan: Plan, rows: Rows) -> str:
     lines = [f"## {own.name}", "", own.asks, "", *features_table(own, rows)]
     if not own.rates:
         return "\n".join(lines)
-    try:
-        lines += search_table(own, rows)
-    except InputError as error:
-        return "\n".join([*lines, str(error)])
+    lines += search_table(own, rows)
+    if lines[-1].endswith(UNFINISHED):
+        return "\n".join(lines)
     cells = [cell for cell in plan.cells(plan.trials(rows)) if cell.job.finished()]
     if cells:
         lines += ["", markdown(gather(cells), TASKS[own.task].name)]
@@ -297,42 +297,44 @@ def answer(plan: Plan, rows: Rows) -> str:
 
 def features_table(own: Question, rows: Rows) -> list[str]:
     """Probe and neighbours of each init on the test images, and by how much they are better than random weights', seed
-    by seed; lines of Markdown."""
+    by seed; lines of Markdown. The best of several is better on these images than on others."""
     if not own.features:
         return []
     lines = ["| init | linear probe | gain | nearest neighbours | gain |", "| --- | --- | --- | --- | --- |"]
     found = {row["init"]: {} for row in rows.find(question=own.name, stage="features")}
     for row in rows.find(question=own.name, stage="features"):
         found[row["init"]][row["seed"]] = row
+    base = found.get("random", {})
     for init in filter(found.get, own.inits):
         cells = []
         for name in ("probe", "knn"):
             values = {seed: row[name] for seed, row in found[init].items()}
-            pairs = [value - found["random"][seed][name] for seed, value in values.items() if seed in found["random"]]
+            pairs = [value - base[seed][name] for seed, value in values.items() if seed in base]
             cells += [mean_of(list(values.values())), "" if init == "random" else mean_of(pairs, "+")]
         lines.append(f"| {init} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def search_table(own: Question, rows: Rows) -> list[str]:
-    """What the search chose; lines of Markdown.
-
-    Raises:
-        InputError: where it is not finished.
-    """
+    """What the search chose; lines of Markdown, the last of which tells where it is not finished."""
     lines = [f"| labels | init | rate | length | validation with each length ({own.length}) | gain |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
+    left: list[str] = []
     for percent in own.percents:
         base: dict[int, float] = {}
         for init in own.inits:
-            rate, length = chosen(own, rows, init, percent)
+            try:
+                rate, length = chosen(own, rows, init, percent)
+            except InputError:
+                left.append(f"{init} at {percent:g} %")
+                continue
             same = rows.find(question=own.name, stage="search", init=init, percent=percent, rate=rate)
             by_length = {n: {row["run"]: row["val_score"] for row in same if row["length"] == n} for n in own.lengths}
-            base = base or by_length[length]
+            base = by_length[length] if init == "random" else base
             gain = "" if init == "random" else mean_of([by_length[length][run] - base[run] for run in base], "+")
             means = ", ".join(f"{n}: {mean_of(list(values.values()))}" for n, values in by_length.items())
             lines.append(f"| {percent:g} % | {init} | {rate:g} | {length} | {means} | {gain} |")
-    return lines
+    return [*lines, "", f"{', '.join(left)}: {UNFINISHED}"] if left else lines
 
 
 def mean_of(values: Sequence[float], sign: str = "") -> str:

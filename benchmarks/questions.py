@@ -43,6 +43,7 @@ HIPPOCAMPI = (  # 4 and 16 of 112 volumes are 3.6 and 14.3 %; front and back tel
 CUBES = "--b 8 --cube-size 32 32 32"
 GENESIS = f"genesis {CUBES} --epochs 90"
 PCRLV2 = f"pcrlv2 {CUBES} --local-cube-size 16 16 16 --optimizer adamw --lr 1e-3 --epochs 45"
+PCRLV2_20 = f"{PCRLV2} --restoration-weight 20"
 PCRL = f"pcrl {CUBES} --queue 192 --optimizer adamw --lr 1e-3 --epochs 25"
 WHOLE = "--load encoder+decoder"
 
@@ -53,14 +54,23 @@ MAGICAL = "magical -b 64 --epochs 4 --lr 1e-3 --patience 0"
 
 QUESTIONS: list[Question] = [
     Question(
+        name="hippocampi_steady",
+        asks="What makes fine-tuning with four volumes steady, from random weights?",
+        task="segmentation",
+        options=HIPPOCAMPI,
+        inits={"random": "", "mirrored_xyz": "", "instance": "", "group": ""},
+        tuning={"mirrored_xyz": "--mirror xyz", "instance": "--norm instance", "group": "--norm group"},
+        percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(6,), searched=3, trials=0,
+    ),
+    Question(
         name="hippocampi_load",
-        asks="What is worth loading, after 20 minutes of one core each: the encoder, or the decoder, too?",
+        asks="What is worth loading, after 15 to 26 minutes of one core each: the encoder, or the decoder, too?",
         task="segmentation",
         options=HIPPOCAMPI,
         inits={
-            "random": "", "genesis": GENESIS, "pcrlv2": PCRLV2, "pcrlv2_encoder": PCRLV2,
-            "pcrl": PCRL, "genesis_rising": f"{GENESIS} --falling 0", "pcrlv2_20": f"{PCRLV2} --restoration-weight 20",
-            "mae": f"mae {CUBES} --epochs 90",
+            "random": "", "pcrlv2_20": PCRLV2_20, "genesis_rising": f"{GENESIS} --falling 0",
+            "mae": f"mae {CUBES} --epochs 90", "pcrl": PCRL, "pcrlv2_20_encoder": PCRLV2_20, "pcrlv2": PCRLV2,
+            "genesis": GENESIS,
         },
         tuning={"genesis": WHOLE, "genesis_rising": WHOLE, "pcrlv2_20": WHOLE, "pcrlv2": WHOLE, "pcrl": WHOLE},
         percents=(3.6,), rates=(1.5e-3, 5e-3), length="--epochs", lengths=(6,), searched=3, trials=0,

@@ -241,7 +241,7 @@ def open_pretraining(args: argparse.Namespace, dims: Sequence[int] = (2, 3)) -> 
     """
     data = open_splits(request_of(args), ["train"], args.d)["train"]
     if data.info.dims not in dims:
-        instead = "train_mae.py, train_pcrl.py and train_pcrlv2.py take both"
+        instead = "train_genesis.py, train_mae.py, train_pcrl.py and train_pcrlv2.py take both"
         instead = "cut it with preprocess/slices.py" if 2 in row_of(data.info.name).dims else instead
         raise InputError(
             f"data set {data.info.name} has {data.info.dims} dimensions, and this method takes images of {dims[0]}; "

@@ -33,6 +33,7 @@ INPUTS = {  # by the names that MAGICAL's fine-tuning has for them, and "half", 
     "half": {"mean": [0.5] * 3, "std": [0.5] * 3},
     "none": {"mean": [0.0] * 3, "std": [1.0] * 3},
 }
+OUTPUT = "out_tr.final_conv.weight"  # of a 3D U-Net
 LARGEST = torch.finfo(torch.float32).max
 PARTIAL = {2: SHARE, 3: 0.5}  # what a file must have of an encoder, by dimension; a note says where it is not all
 
@@ -265,8 +266,13 @@ def _normalization(weights: Weights, place: Place, dims: int) -> dict | None:
     said = weights.fields.get("normalization")
     if said is not None:
         return check_normalization(said, dims, weights.init)
-    if dims == 3 and any(name.endswith("aug_fc1.weight") for name in place.table.entries):
+    entries = place.table.entries
+    if dims == 3 and any(name.endswith("aug_fc1.weight") for name in entries):
         return {"kind": "unit"}  # published PCRL, whose inputs were in [0, 1]
+    # Those of published Models Genesis were, too: a whole network with one output, whose way up sees the way down.
+    joined, output = (entries.get(f"{place.prefix}{name}") for name in ("up_tr64.ops.0.conv1.weight", OUTPUT))
+    if dims == 3 and joined is not None and output is not None and len(output) == 1 < joined.shape[1] / len(joined) - 1:
+        return {"kind": "unit"}
     return None
 
 
@@ -378,7 +384,10 @@ def _take_without_skips(network: UNet3d, arch: str, init: str) -> dict:
     """`initialise` a 3D U-Net with skips from one without, PCRLv2's. A level of its way up sees two maps: its kernels
     for the one from below are taken, those for the skipped one stay as they are."""
     plain = _without_output(UNet3d(1, False, network.channels, network.width, network.norm))
-    start = initialise(plain, arch, init)
+    try:
+        start = initialise(plain, arch, init)
+    except InputError:
+        raise InputError(f"--init {init}: its decoder has other shapes; use --load encoder") from None
     own = network.state_dict()
     for key, value in plain.state_dict().items():
         shared = own[key] if own[key].shape == value.shape else own[key][:, : value.shape[1]]

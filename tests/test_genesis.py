@@ -1,5 +1,7 @@
 """Models Genesis: its changes in two and three dimensions, its views, and what it leaves for fine-tuning."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from medssl.train_genesis import main
 from medssl.views.draws import Columns, Draws
 from medssl.views.of_images import GenesisViews
 from medssl.views.of_volumes import GenesisCubeViews
-from medssl.views.ops import apply_tones, local_shuffling, painting, random_tones, shuffle_map
+from medssl.views.ops import apply_tones, local_shuffling, painting, random_tones, shuffle_map, window_count
 from medssl.views.ops2d import normalise
 
 SMALL = ["--b", "2", "--workers", "0", "--device", "cpu"]
@@ -63,11 +65,17 @@ def test_tones_of_images_and_of_volumes_are_the_same():
 
 
 def test_images_are_shuffled_within_windows():
-    source = shuffle_map((40, 60), seeded(4)).view(40, 60)
+    source = shuffle_map((40, 60), seeded(4), 10_000).view(40, 60)
     index = torch.arange(40 * 60).view(40, 60)
     assert (source != index).float().mean() > 0.6
     assert (source // 60 - index // 60).abs().max() == 3  # windows of up to 4 × 6
     assert (source % 60 - index % 60).abs().max() == 5
+    # Unless given, as many windows are over a pixel as over a voxel of a published volume.
+    assert (window_count((64, 64, 32)), window_count((32, 32, 32))) == (10_000, 10_000)
+    moved = [
+        (shuffle_map(s, seeded(4)) != torch.arange(math.prod(s))).double().mean() for s in ((96, 96), (64, 64, 32))
+    ]
+    assert abs(moved[0] - moved[1]) < 0.05
     x = torch.rand(2, 3, 40, 60, generator=seeded(5))
     ours = local_shuffling(x, Columns(torch.tensor([[0.6], [0.4]])), [1, 2])
     assert torch.equal(ours[0], x[0])
@@ -155,6 +163,23 @@ def test_run_continues_and_gives_encoder_and_decoder(dims, tmp_path):
     same = {key for key in kernels if torch.equal(network.state_dict()[key], before[key])}
     assert same <= set(last)
     assert report["normalization"] == ({"kind": "unit"} if dims == 3 else IMAGENET)
+
+
+@pytest.mark.parametrize(("labels", "skips", "kind"), [(1, True, "unit"), (3, True, "z"), (1, False, "z")])
+def test_published_files_expect_the_unit_range(labels, skips, kind, tmp_path):
+    """A file that says nothing: a whole network with skips and one output is Models Genesis', others are not."""
+    state = UNet3d(labels, skips, width=16).state_dict()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "genesis.pt")
+    report = initialise_unet(UNet3d(2, width=16), "unet3d_quarter", str(tmp_path / "genesis.pt"), "encoder")
+    assert (report["missing"], report["normalization"]) == (0, {"kind": kind})
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_options_reach_the_views(dims):
+    words = ["--tones", ".1", "--falling", ".2", "--shuffle", ".3", "--paint", ".4", "--inner", ".6"]
+    args = train_genesis.get_parser().parse_args(words)
+    views = train_genesis.make_views(args, dims, IMAGENET if dims == 2 else {"kind": "unit"})
+    assert (views.tones, views.falling, views.shuffle, views.paint, views.inner) == (0.1, 0.2, 0.3, 0.4, 0.6)
 
 
 def test_decoder_is_taken_by_segmentation(tmp_path):

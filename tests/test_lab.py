@@ -133,3 +133,17 @@ def test_files_of_questions_that_are_none(tmp_path):
         lab.main(["--only", "other"])
     names = [question.name for question in questions.QUESTIONS]
     assert len(set(names)) == len(names)
+
+
+def test_what_is_known_so_far_is_told(data, tmp_path):
+    """Rows of one init without another's, also without those of random weights."""
+    plan, rows = Plan(TOY, str(data), tmp_path / "runs", 1), Rows(tmp_path / "rows.jsonl")
+    feature = {"question": "toy", "stage": "features", "percent": None, "rate": None, "length": None, "run": None}
+    rows.add(feature | {"init": "short", "seed": 0, "probe": 0.7, "knn": 0.6})
+    assert "| short | 0.7000 ± 0.0000 |  | 0.6000 ± 0.0000 |  |" in lab.answer(plan, rows)
+    for run in plan.searches():
+        if run.init == "random":
+            rows.add(row(plan, run, 0.5))
+    text = lab.answer(plan, rows)
+    assert "| 50 % | random | 0.001 | 1 |" in text
+    assert text.endswith("short at 50 %, long at 50 %: the search is not finished")

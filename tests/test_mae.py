@@ -346,9 +346,9 @@ def test_a_run_continues(dims, tmp_path, capsys):
     for name, steps in (("whole", ["2"]), ("halves", ["1", "2"])):
         for count in steps:
             main([*words, "--steps", count, "--output", str(tmp_path / name)])
-    size = {2: "--image-size: too small for patches of 32; hiding patches of 8",
-            3: "--cube-size: too small for patches of 8; hiding patches of 4"}[dims]  # fmt: skip
-    assert f"note: {size}\n" in capsys.readouterr().err
+    size = {2: "--image-size: too small for patches of 32; hiding patches of 8; deep layers",
+            3: "--cube-size: too small for patches of 8; hiding patches of 4; deep layers"}[dims]  # fmt: skip
+    assert f"note: {size}" in capsys.readouterr().err
     one, two = (load_safe(tmp_path / name / "last.pt")["method"] for name in ("whole", "halves"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
     saved = load_safe(tmp_path / "whole" / "encoder.pt")

@@ -124,7 +124,7 @@ def test_segmentation_of_volumes():
         assert kind.make_views(args, {"kind": "z"}).flips == flips
     for words in (
         ["--protocol", "magical-drive"], ["--augment", "wrong"], ["--normalization", "imagenet"],
-        ["--mirror", "x", "--augment", "none"],
+        ["--mirror", "x", "--augment", "none"], ["--mirror", "x", "--protocol", "pcrlv2-lits"],
     ):  # fmt: skip
         with pytest.raises((InputError, SystemExit)):
             completed(finetune_segmentation, words, Info("brats", 3, 4))

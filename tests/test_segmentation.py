@@ -451,7 +451,7 @@ def test_starting_weights(tmp_path):
     assert torch.equal(joined[:, : below.shape[1]], below)
     skipped = joined[:, below.shape[1] :]
     assert 0.5 < skipped.std() / fresh.up_tr128.ops[0].conv1.weight.std() < 2  # as they began
-    with pytest.raises(InputError, match="another architecture"):
+    with pytest.raises(InputError, match="use --load encoder|another architecture"):
         initialise_unet(UNet3d(2, width=32), "unet3d_half", str(tmp_path / "pcrlv2.pt"), "encoder+decoder")
     with pytest.raises(InputError, match="holds no whole decoder; use --load encoder"):
         start("encoder.pt", "encoder+decoder")

@@ -11,6 +11,7 @@ from medssl.views.draws import Columns, random_field
 
 BEZIER_POINTS = 1000  # at which a random tone curve is evaluated
 BEZIER_STEPS = 1024  # of its table
+SHUFFLED = (10_000, (64, 64, 32))  # windows of local shuffling, and the volume that has so many (published code)
 
 
 def transform_code(flips: Tensor, turns: Tensor) -> Tensor:
@@ -75,8 +76,7 @@ def random_tones(x: Tensor, draws: Columns, p: float = 0.9, falling: float = 0.5
     changed, falls = draws.take(1) < p, draws.take(1) < falling
     t = torch.linspace(0, 1, BEZIER_POINTS)
     basis = torch.stack([3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2])  # (2, P); the first point is 0, the last below
-    # A cubic is not monotone everywhere: its coordinates are sorted, each by itself, as published.
-    xs, ys = ((draws.take(2) @ basis + t**3).sort(1).values for _ in range(2))  # (N, P)
+    xs, ys = (draws.take(2) @ basis + t**3 for _ in range(2))  # (N, P), which rise: the points lie in the unit square
     grid = torch.linspace(0, 1, BEZIER_STEPS + 1).expand(n, -1).contiguous()
     right = torch.searchsorted(xs, grid).clamp(1, BEZIER_POINTS - 1)
     x0, x1, y0, y1 = (values.gather(1, right - back) for values in (xs, ys) for back in (1, 0))
@@ -85,16 +85,28 @@ def random_tones(x: Tensor, draws: Columns, p: float = 0.9, falling: float = 0.5
     return apply_tones(x, torch.where(changed, table, grid))
 
 
-def shuffle_map(shape: Sequence[int], generator: torch.Generator, count: int = 10_000) -> Tensor:
+def _windows_over(shape: Sequence[int]) -> float:
+    """The share of an image or volume that a random window of local shuffling has."""
+    sides = [(1 + max(n // 10, 1)) / 2 for n in shape]  # 1 to a tenth, on average
+    return math.prod(sides) / math.prod(shape)
+
+
+def window_count(shape: Sequence[int]) -> int:
+    """Windows of a volume, as published, and of an image, as many as cover it as often as they cover such a volume."""
+    count, published = SHUFFLED
+    return count if len(shape) == 3 else round(count * _windows_over(published) / _windows_over(shape))
+
+
+def shuffle_map(shape: Sequence[int], generator: torch.Generator, count: int | None = None) -> Tensor:
     """Where each voxel (pixel) of a locally shuffled volume (image) comes from: (V,) int64 flat indices.
 
-    `count` windows with sides of 1 to a tenth of the volume's are shuffled one after the other, all reading the
-    original volume. So only the last window over a voxel matters, and no window has to wait for another.
+    Windows with sides of 1 to a tenth of the volume's are shuffled one after the other, all reading the original. So
+    only the last window over a voxel matters, and no window has to wait for another.
 
     Args:
-        shape: of the volume, whose product is V.
+        shape: of the volume, whose product is V. count: of the windows; `window_count` unless given.
     """
-    device, axes = generator.device, len(shape)
+    device, axes, count = generator.device, len(shape), count or window_count(shape)
     dims = torch.tensor(shape, device=device)
     numbers = torch.rand(count, 2 * axes, generator=generator, device=device)
     side = 1 + (numbers[:, :axes] * (dims // 10).clamp(min=1)).long()
@@ -115,7 +127,7 @@ def shuffle_map(shape: Sequence[int], generator: torch.Generator, count: int = 1
     return torch.where(last >= 0, shuffled[last.clamp(min=0)], torch.arange(len(last), device=device))
 
 
-def local_shuffling(x: Tensor, draws: Columns, seeds: Sequence[int], p: float = 0.5, count: int = 10_000) -> Tensor:
+def local_shuffling(x: Tensor, draws: Columns, seeds: Sequence[int], p: float = 0.5) -> Tensor:
     """Models Genesis' and PCRL's local pixel shuffling of (N, C, *S) with chance `p`; all channels alike. Takes 1
     column. `seeds` are of the N images."""
     chosen = torch.nonzero(draws.take(1)[:, 0] < p)[:, 0].tolist()
@@ -123,7 +135,7 @@ def local_shuffling(x: Tensor, draws: Columns, seeds: Sequence[int], p: float = 
     out = x.clone() if chosen else x
     for i in chosen:
         generator.manual_seed(seeds[i])
-        out[i] = x[i].flatten(1)[:, shuffle_map(tuple(x.shape[2:]), generator, count)].view(x.shape[1:])
+        out[i] = x[i].flatten(1)[:, shuffle_map(tuple(x.shape[2:]), generator)].view(x.shape[1:])
     return out
 
 

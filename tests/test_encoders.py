@@ -11,16 +11,25 @@ import torch
 import torchvision
 from torch import nn
 
-from medssl import finetune_classification, finetune_detection, finetune_segmentation, train_moco, train_simclr
+from medssl import (
+    finetune_classification,
+    finetune_detection,
+    finetune_segmentation,
+    train_magical,
+    train_moco,
+    train_pcrlv2,
+    train_simclr,
+)
 from medssl.datasets.base import Info
 from medssl.engine.checkpoint import load_safe
-from medssl.engine.runs import plain, refuse_changes, refuse_older
+from medssl.engine.runs import AS_EVER, plain, refuse_changes, refuse_older
 from medssl.errors import InputError
 from medssl.models.context_unet import ContextUNet2d
 from medssl.models.encoders import arch_of, default_arch, initialise, make_encoder, read_encoder
 from medssl.models.heads import Averaged, EncoderClassifier, ScaleHead
 from medssl.models.unet2d import UNet2d
 from medssl.study.plan import TASKS, OpenedTask, with_network
+from medssl.tasks.segmentation3d import VolumeSegmentation
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import DenseCL
@@ -324,6 +333,23 @@ def test_options_of_a_study_from_before_are_as_they_were(script):
         words = ["--precise-bn", "200"]
     with pytest.raises(InputError, match="x: was started with (augment full, now none|precise_bn 0, now 200)"):
         refuse_changes(before, plain(script.get_parser().parse_args(words)), Path("x"))
+
+
+@pytest.mark.parametrize(
+    ("script", "newer"),
+    [(train_pcrlv2, {"restoration_weight": "20"}),
+     (train_magical, {"skips": "--no-skips", "projector": "norm", "joint_norm": "--no-joint-norm", "crop_scale": "0.2",
+                      "mask": "stripes"})],
+)  # fmt: skip
+def test_runs_from_before_an_option_go_on_as_they_were(script, newer):
+    now = plain(script.get_parser().parse_args([]))
+    before = {key: value for key, value in now.items() if key not in newer}
+    refuse_changes(before, now, Path("x"))
+    for name, value in newer.items():
+        words = [value] if value.startswith("--") else [f"--{name.replace('_', '-')}", value]
+        with pytest.raises(InputError, match=f"x: was started with {name} "):
+            refuse_changes(before, plain(script.get_parser().parse_args(words)), Path("x"))
+    assert VolumeSegmentation.options["mirror"] == AS_EVER["mirror"]
 
 
 def test_results_of_other_starting_weights_are_not_in_a_study():

@@ -73,41 +73,45 @@ class CutCubes(VolumeViews):
         self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
         self.crops, self.min_iou = crops, min_iou
 
-    def cut(self, batch: dict, draws: Draws) -> list[Tensor]:
-        """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]."""
+    def cut(self, batch: dict, draws: Draws, second: Tensor | None = None) -> list[Tensor]:
+        """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]. With
+        `second`, (B,) bool on the CPU, one large cube of each volume, (B, 1, *size): the second where it is 1."""
         image, v = batch["image"], self.locals_
+        large = 2 if second is None else 1
         if image[0].shape[0] == 2:
-            stored = [image] if v == 0 else [image, batch.get("locals")]
+            pairs = image if second is None else image[torch.arange(len(image)), second.long()][:, None]
+            stored = [pairs] if v == 0 else [pairs, batch.get("locals")]
             if v and (stored[1] is None or stored[1].shape[1] < v):
                 found = 0 if stored[1] is None else stored[1].shape[1]
                 raise InputError(
                     f"--local-views {v}: the prepared cubes have {found}; ask for no more, or prepare anew"
                 )
             cubes = []
-            for stack, count, shape in zip(stored, (2, v), (self.size, self.local_size)):
+            for stack, count, shape in zip(stored, (large, v), (self.size, self.local_size)):
                 stack = stack[:, :count].transpose(0, 1).float().flatten(0, 1)  # (count·B, x, y, z)
                 cubes.append(stack[:, None] if stack.shape[1:] == shape else resize(list(stack), shape))
             return cubes
         volumes = [volume[0] for volume in image]
         voxels = torch.tensor([volume.shape for volume in volumes])
         numbers = Columns(draws.uniform(0, 8 * CANDIDATES + 4 * v))
-        boxes = random_boxes(numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou)
+        pairs, small = random_boxes(numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou)
+        if second is not None:
+            pairs = pairs[torch.arange(len(pairs)), second.long()][:, None]
         return [
             # One view after the other: the windows of all would be large.
             torch.cat([crop_resize(volumes, each, shape) for each in some.unbind(1)])
-            for some, shape in zip(boxes, (self.size, self.local_size))
+            for some, shape in ((pairs, self.size), (small, self.local_size))
             if some.shape[1]
         ]
 
     def cut_one(self, batch: dict, draws: Draws, columns: Columns, flips: Sequence[int]) -> Tensor:
         """One of each volume's two large cubes, drawn, and mirrored along the axes `flips` with chance ½ each:
         (B, 1, *size) in [0, 1]. Takes 4 columns."""
-        (cubes,) = self.cut(batch, draws)
-        choices = (columns.take(4) < 0.5).to(cubes.device, non_blocking=True)
-        first, *mirrored = choices.view(-1, 4, 1, 1, 1, 1).unbind(1)
-        cube = torch.where(first, *cubes.chunk(2))
+        choices = columns.take(4) < 0.5
+        (cube,) = self.cut(batch, draws, ~choices[:, 0])
+        mirrored = choices.to(cube.device, non_blocking=True).view(-1, 4, 1, 1, 1, 1)
         for axis in flips:
-            cube = torch.where(mirrored[axis], cube.flip(2 + axis), cube)
+            cube = torch.where(mirrored[:, 1 + axis], cube.flip(2 + axis), cube)
         return cube
 
 

@@ -39,6 +39,7 @@ from medssl.study.plan import TASKS, Draft, held_out, open_tasks, with_network
 from medssl.study.results import Cell, gather, markdown
 
 MEASURES = ("value", "val_score", "probe", "knn", "seconds")  # that a run's line tells
+PLACES = ("--data", "--list", "--init", "--output")
 UNFINISHED = "the search is not finished"
 SEARCH = 1000  # the first seed of the search, far from those of trials
 
@@ -57,6 +58,19 @@ class Rows:
         """Keep a row, and write it."""
         self.rows[tuple(row[name] for name in self.KEY)] = row
         append_text(self.path, json.dumps(row) + "\n")
+
+    def of(self, question: str, run: "Run") -> dict | None:
+        """The row of a run.
+
+        Raises:
+            InputError: where it is of a run with other options.
+        """
+        row = self.rows.get((question, *key_of(run).values()))
+        if row and own_words(row["options"]) != own_words(run.job.command):
+            raise InputError(
+                f"{self.path}: {question}: {run.job.name}: was run with other options; rename the question"
+            )
+        return row
 
     def find(self, **wanted: object) -> list[dict]:
         """Rows that have the wanted values."""
@@ -212,7 +226,7 @@ class Laboratory:
     def run_those(self, plan: Plan, runs: Sequence[Run]) -> None:
         """Run those without a row, and the pre-trainings that they need, whose files may be gone."""
         name = plan.question.name
-        left = [run for run in runs if not self.rows.find(question=name, **key_of(run))]
+        left = [run for run in runs if not self.rows.of(name, run)]
         needed = {run.job.needs.folder for run in left if run.job.needs}
         before = [run for run in plan.pretrainings.values() if run.job.folder in needed or run in left]
         pending = {run.job: run for run in (*before, *left) if not run.job.finished()}
@@ -240,7 +254,7 @@ class Laboratory:
         machine = describe_machine()
         row |= {"options": run.job.command, "cpu": machine["cpu"], "gpu": machine["gpu"]}
         row |= {"torch": machine["packages"].get("torch"), "commit": machine["commit"], "date": machine["date"][:10]}
-        if not self.rows.find(question=plan.question.name, **key_of(run)):
+        if not self.rows.of(plan.question.name, run):
             self.rows.add(row)
         return said
 
@@ -256,6 +270,12 @@ def measured(plan: Plan, run: Run) -> dict:
     entry = Cell(plan.question.task, run.percent, run.init, run.run, metric, run.job).results()
     row = {"seconds": run.job.record()["seconds"], "val_score": entry["val_score"], "images": entry["train_images"]}
     return row | ({"value": entry[metric]} if run.stage == "trial" else {})
+
+
+def own_words(command: str) -> list[str]:
+    """A command less its places, which differ between machines."""
+    words = shlex.split(command)
+    return [word for before, word in zip(["", *words], words) if not {before, word} & set(PLACES)]
 
 
 def key_of(run: Run) -> dict:

@@ -35,7 +35,8 @@ def data(tmp_path):
 
 def row(plan, run, value):
     """As a finished run's."""
-    return {"question": plan.question.name, **lab.key_of(run), "seconds": 60.0, "val_score": value, "value": value}
+    key = {"question": plan.question.name, **lab.key_of(run)}
+    return key | {"seconds": 60.0, "val_score": value, "value": value, "options": run.job.command}
 
 
 def test_every_init_is_searched_alike_and_trials_are_pairs(data, tmp_path):
@@ -147,3 +148,15 @@ def test_what_is_known_so_far_is_told(data, tmp_path):
     text = lab.answer(plan, rows)
     assert "| 50 % | random | 0.001 | 1 |" in text
     assert text.endswith("short at 50 %, long at 50 %: the search is not finished")
+
+
+def test_rows_of_other_options_are_no_rows_of_a_question(data, tmp_path):
+    """Its folders may be elsewhere."""
+    plan, rows = Plan(TOY, str(data), tmp_path / "runs", 1), Rows(tmp_path / "rows.jsonl")
+    (run, *_) = plan.searches()
+    rows.add(row(plan, run, 0.5))
+    elsewhere = Plan(TOY, str(data), tmp_path / "others", 1)
+    assert rows.of("toy", elsewhere.searches()[0])["val_score"] == 0.5
+    other = Plan(replace(TOY, options=f"{TOY.options} --weight-decay 0.1"), str(data), tmp_path / "runs", 1)
+    with pytest.raises(InputError, match="toy: search, 50 %, random.*: was run with other options; rename the"):
+        Laboratory(rows, 1).run_those(other, other.searches())

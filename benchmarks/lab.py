@@ -38,7 +38,7 @@ from medssl.study.jobs import Job, places, run_beside
 from medssl.study.plan import TASKS, Draft, held_out, open_tasks, with_network
 from medssl.study.results import Cell, gather, markdown
 
-MEASURES = ("value", "val_score", "probe", "knn", "seconds")  # that a run's line tells
+MEASURES = ("value", "val_score", "validation", "probe", "knn", "seconds")  # that a run's line tells
 PLACES = ("--data", "--list", "--init", "--output")
 UNFINISHED = "the search is not finished"
 SEARCH = 1000  # the first seed of the search, far from those of trials
@@ -266,7 +266,11 @@ def measured(plan: Plan, run: Run) -> dict:
     metric = TASKS[plan.question.task].metric
     if run.stage == "features":
         entry = read_json(run.job.folder / "features.json")["results"][0]
-        return {"seconds": run.job.record()["seconds"], **{name: entry[name][metric] for name in ("probe", "knn")}}
+        known = {
+            "validation": entry["probe"]["validation"][metric],
+            **{name: entry[name][metric] for name in ("probe", "knn")},
+        }
+        return {"seconds": run.job.record()["seconds"], **known}
     entry = Cell(plan.question.task, run.percent, run.init, run.run, metric, run.job).results()
     row = {"seconds": run.job.record()["seconds"], "val_score": entry["val_score"], "images": entry["train_images"]}
     return row | ({"value": entry[metric]} if run.stage == "trial" else {})
@@ -316,18 +320,19 @@ def answer(plan: Plan, rows: Rows) -> str:
 
 
 def features_table(own: Question, rows: Rows) -> list[str]:
-    """Probe and neighbours of each init on the test images, and by how much they are better than random weights', seed
-    by seed; lines of Markdown. The best of several is better on these images than on others."""
+    """Probe and neighbours of each init, and by how much they are better than random weights', seed by seed; lines of
+    Markdown. Of several inits the validation chooses: the best on the test images is better there than elsewhere."""
     if not own.features:
         return []
-    lines = ["| init | linear probe | gain | nearest neighbours | gain |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| init | linear probe, validation | gain | linear probe, test | gain | nearest neighbours, test | gain |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     found = {row["init"]: {} for row in rows.find(question=own.name, stage="features")}
     for row in rows.find(question=own.name, stage="features"):
         found[row["init"]][row["seed"]] = row
     base = found.get("random", {})
     for init in filter(found.get, own.inits):
         cells = []
-        for name in ("probe", "knn"):
+        for name in ("validation", "probe", "knn"):
             values = {seed: row[name] for seed, row in found[init].items()}
             pairs = [value - base[seed][name] for seed, value in values.items() if seed in base]
             cells += [mean_of(list(values.values())), "" if init == "random" else mean_of(pairs, "+")]

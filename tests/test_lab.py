@@ -85,6 +85,17 @@ def test_hours_are_told_from_rows(data, tmp_path):
     assert hours_left(rows, [], 2) == "none left"
 
 
+def test_features_alone_may_be_asked_for(data, tmp_path, capsys):
+    own = replace(TOY, inits={"random": ""}, rates=(), lengths=(), trials=0, pretrained=1, tuning={})
+    (tmp_path / "mine.py").write_text(f"from medssl.benchmarks.questions import Question\nQUESTIONS = [{own!r}]\n")
+    command = ["--questions", str(tmp_path / "mine.py"), "--data", str(data), "--output", str(tmp_path / "runs")]
+    lab.main([*command, "--rows", str(tmp_path / "rows.jsonl"), "--jobs", "1"])
+    (line,) = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert all(0 <= line[name] <= 1 for name in ("validation", "probe", "knn"))
+    said = " | ".join(f"{line[name]:.4f} ± 0.0000 | " for name in ("validation", "probe", "knn"))
+    assert f"| random | {said} |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_question_is_answered_and_goes_on(data, tmp_path, capsys):
     words = f"QUESTIONS = [{TOY!r}]"
@@ -140,8 +151,8 @@ def test_what_is_known_so_far_is_told(data, tmp_path):
     """Rows of one init without another's, also without those of random weights."""
     plan, rows = Plan(TOY, str(data), tmp_path / "runs", 1), Rows(tmp_path / "rows.jsonl")
     feature = {"question": "toy", "stage": "features", "percent": None, "rate": None, "length": None, "run": None}
-    rows.add(feature | {"init": "short", "seed": 0, "probe": 0.7, "knn": 0.6})
-    assert "| short | 0.7000 ± 0.0000 |  | 0.6000 ± 0.0000 |  |" in lab.answer(plan, rows)
+    rows.add(feature | {"init": "short", "seed": 0, "validation": 0.8, "probe": 0.7, "knn": 0.6})
+    assert "| short | 0.8000 ± 0.0000 |  | 0.7000 ± 0.0000 |  | 0.6000 ± 0.0000 |  |" in lab.answer(plan, rows)
     for run in plan.searches():
         if run.init == "random":
             rows.add(row(plan, run, 0.5))

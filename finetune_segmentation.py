@@ -62,9 +62,10 @@ from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_n
 from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.engine.runs import alone_in
+from medssl.engine.view_options import AXES_HELP, MIRRORS
 from medssl.errors import InputError
 from medssl.models.encoders import check_arch, initialise_unet
-from medssl.tasks import protocols, segmentation2d, segmentation3d, trials
+from medssl.tasks import protocols, segmentation2d, trials
 from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
 from medssl.tasks.segmentation2d import ImageSegmentation
 from medssl.tasks.segmentation3d import VolumeSegmentation
@@ -163,9 +164,9 @@ def get_parser() -> options.Parser:
     )  # fmt: skip
     by_set.add_argument("--flip", choices=tuple(segmentation2d.FLIPS), help="how images are mirrored in training")
     by_set.add_argument(
-        "--mirror", choices=segmentation3d.MIRRORS,
-        help="axes along which volumes are mirrored in training: x left–right, y front–back, z foot–head; xyz unless "
-        "given. Leave out those that tell labels apart",
+        "--mirror", choices=MIRRORS,
+        help=f"axes along which volumes are mirrored in training: {AXES_HELP}; xyz unless given. Leave out those that "
+        "tell labels apart",
     )  # fmt: skip
     by_set.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
     by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")

@@ -33,13 +33,12 @@ from medssl.models.unet3d import UNet3d
 from medssl.views.of_images import GenesisViews, Views
 from medssl.views.of_volumes import GenesisCubeViews
 from medssl.views.ops2d import normalise
-from medssl.views.ops3d import CUBE_SIZE
 
 DEFAULTS = {  # of each dimension; 3D: the published configuration, 2D: as PCRL's
     2: {"arch": DEFAULT_ARCH[2], "b": 64},
     3: {"arch": DEFAULT_ARCH[3], "b": 6},
 }
-ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size",)}
+ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
 
 
 class GenesisUNet2d(UNet2d):
@@ -135,10 +134,8 @@ def get_parser() -> options.Parser:
     group.add_argument("--inner", **chances, default=0.2, help="share of in-painting; the rest is out-painting")
     view_options.add_crops(parser.add_argument_group("views of images (2D)"))
     group = parser.add_argument_group("views of volumes (3D)")
-    group.add_argument(
-        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
-        help="sides of the cubes, voxels",
-    )  # fmt: skip
+    view_options.add_cubes(group)
+    view_options.add_mirror(group)
     # Adam, not the published SGD at rate 1, which was not tried. None: the dimension decides.
     parser.set_defaults(
         epochs=240, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine", **dict.fromkeys(DEFAULTS[2])
@@ -150,7 +147,7 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     chances = {name: getattr(args, name) for name in ("tones", "falling", "shuffle", "paint", "inner")}
     if dims == 3:
-        return GenesisCubeViews(tuple(args.cube_size), **chances)
+        return GenesisCubeViews(tuple(args.cube_size), view_options.flips_of(args.mirror), **chances)
     return GenesisViews(**normalization, **view_options.large_views(args), **chances)
 
 

@@ -35,13 +35,12 @@ from medssl.models.unet3d import ConvNorm3d
 from medssl.views.of_images import HiddenPatchViews, Views
 from medssl.views.of_volumes import HiddenPatchCubes
 from medssl.views.ops import hidden_count
-from medssl.views.ops3d import CUBE_SIZE
 
 DEFAULTS = {  # of each dimension
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
     3: {"arch": DEFAULT_ARCH[3], "b": 32, "lr": 1e-3},
 }
-ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size",)}
+ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
 STRIDE = {2: 32, 3: 8}  # of the encoders' deepest maps
 SCALES = 4  # maps that the decoder sees, the deepest ones (paper, §3.2)
 WIDTH = 512  # most channels of the decoder (published code)
@@ -107,7 +106,7 @@ class MAE(Method):
         blocks end in a ReLU; there 512, transposed convolutions, ReLU6 in their middle alone.
       * AdamW at 0.001 for 64 images in place of LAMB for 4096, and a shorter run; norms and biases decay too, and the
         decay stays .04, where it rises to .2. Layers of the decoder begin as torch's do.
-      * In 3D, cubes are mirrored along all axes.
+      * In 3D, cubes are mirrored along all axes, or those of `--mirror`.
     """
 
     def __init__(self, arch: str = "resnet18", dims: int = 2, channels: int = 3) -> None:
@@ -177,10 +176,8 @@ def get_parser() -> options.Parser:
     )  # fmt: skip
     view_options.add_crops(parser.add_argument_group("views of images (2D)"))
     group = parser.add_argument_group("views of volumes (3D)")
-    group.add_argument(
-        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
-        help="sides of the cubes, voxels",
-    )  # fmt: skip
+    view_options.add_cubes(group)
+    view_options.add_mirror(group)
     # Crops, clipping, and the decay's beginning: published code. None: by dimension; warm-up is a fortieth of the run.
     parser.set_defaults(
         epochs=200, warmup_epochs=None, optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.04, clip_grad=5.0,
@@ -193,7 +190,9 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     hidden = {"patch": args.patch, "mask_ratio": args.mask_ratio}
     if dims == 3:
-        return HiddenPatchCubes(**normalization, **hidden, size=tuple(args.cube_size))
+        return HiddenPatchCubes(
+            tuple(args.cube_size), **hidden, flips=view_options.flips_of(args.mirror), **normalization
+        )
     return HiddenPatchViews(**normalization, **hidden, **view_options.large_views(args))
 
 

@@ -33,7 +33,6 @@ from medssl.models.momentum import ema_update, make_teacher, momentum_at
 from medssl.models.queue import QueueContrast
 from medssl.views.of_images import RestorationViews, Views
 from medssl.views.of_volumes import RestorationCubeViews
-from medssl.views.ops3d import CUBE_SIZE
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
@@ -154,10 +153,7 @@ def get_parser() -> options.Parser:
     view_options.add_blur(group)
     view_options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
-    group.add_argument(
-        "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
-        help="sides of the cubes, voxels",
-    )  # fmt: skip
+    view_options.add_cubes(group)
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", temperature=0.2,
         **dict.fromkeys(DEFAULTS[2]),

@@ -11,6 +11,10 @@ from medssl.engine.options import (
     non_negative_int,
     positive_int,
 )
+from medssl.views.ops3d import CUBE_SIZE
+
+MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which volumes are mirrored, by `--mirror`
+AXES_HELP = "x left–right, y front–back, z foot–head"
 
 
 def add_crops(group: argparse._ArgumentGroup) -> None:
@@ -56,6 +60,26 @@ def add_cutout(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--cutout", type=non_negative_int, default=32, help="side of the cutout holes for views of 224 pixels; 0: none"
     )
+
+
+def add_cubes(group: argparse._ArgumentGroup) -> None:
+    """Size of cubes."""
+    group.add_argument(
+        "--cube-size", type=positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
+        help="sides of the cubes, voxels",
+    )  # fmt: skip
+
+
+def add_mirror(group: argparse._ArgumentGroup) -> None:
+    """Mirroring of cubes."""
+    group.add_argument(
+        "--mirror", choices=MIRRORS, default="xyz", help=f"axes along which cubes are mirrored: {AXES_HELP}"
+    )
+
+
+def flips_of(mirror: str) -> tuple[int, ...]:
+    """Numbers of the axes that a value of `--mirror` names."""
+    return () if mirror == "none" else tuple("xyz".index(axis) for axis in mirror)
 
 
 def large_views(args: argparse.Namespace) -> dict:

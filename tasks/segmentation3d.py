@@ -20,6 +20,7 @@ from medssl.engine import options
 from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
+from medssl.engine.view_options import flips_of
 from medssl.errors import InputError
 from medssl.files import write_atomic
 from medssl.losses.segmentation import dice_cross_entropy, region_dice_cross_entropy, tversky
@@ -71,7 +72,6 @@ CHANGES = {  # what training changes of patches, by `--augment`
     "flips": {"scale": 0, "degrees": 0, "blur": 0, "noise": 0, "log_gamma": 0, "contrast": 0},
 }
 CHANGES["none"] = CHANGES["flips"] | {"flips": ()}
-MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which training mirrors, by `--mirror`
 OPTIONS = {  # of volumes alone
     "patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch", "mirror": "xyz",
 }  # fmt: skip
@@ -309,8 +309,7 @@ class VolumeSegmentation(Segmentation):
 
     def make_views(self, args: argparse.Namespace, normalization: dict) -> VolumeSegmentationViews:
         """Random patches in training, whole volumes in evaluation."""
-        own = {"flips": tuple("xyz".index(axis) for axis in args.mirror if args.mirror != "none")}
-        own |= CHANGES[args.augment]
+        own = {"flips": flips_of(args.mirror)} | CHANGES[args.augment]
         return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **own, **normalization)
 
     def make_method(self, args: argparse.Namespace, network: nn.Module, data: ImageDataset) -> Method:

@@ -180,6 +180,9 @@ def test_options_reach_the_views(dims):
     args = train_genesis.get_parser().parse_args(words)
     views = train_genesis.make_views(args, dims, IMAGENET if dims == 2 else {"kind": "unit"})
     assert (views.tones, views.falling, views.shuffle, views.paint, views.inner) == (0.1, 0.2, 0.3, 0.4, 0.6)
+    if dims == 3:
+        args.mirror = "xz"
+        assert train_genesis.make_views(args, dims, {}).flips == (0, 2)
 
 
 def test_decoder_is_taken_by_segmentation(tmp_path):
@@ -196,6 +199,8 @@ def test_refusals(tmp_path):
         main([*words, "--d", "3", "--cube-size", "16", "16", "4"])
     with pytest.raises(InputError, match="--cube-size: is for volumes, and phantom2d has 2 dimensions"):
         main([*words, "--d", "2", "--cube-size", "8", "8", "8"])
+    with pytest.raises(InputError, match="--mirror: is for volumes, and phantom2d has 2 dimensions"):
+        main([*words, "--d", "2", "--mirror", "x"])
     with pytest.raises(InputError, match="--crop-scale: is for images, and phantom3d has 3 dimensions"):
         main([*words, "--d", "3", "--crop-scale", "0.5"])
     assert not (tmp_path / "out").exists()

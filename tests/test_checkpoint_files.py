@@ -4,6 +4,7 @@ in a traceback, and none is blamed for what is not its fault."""
 import collections
 import contextlib
 import errno
+import gc
 import io
 import os
 import pickle
@@ -175,6 +176,7 @@ def test_tensors_are_passed_at_once(monkeypatch):
 
 def told(path, more=2**24):
     """Read with 16 MB more of memory than there is in use, and say what a script would."""
+    gc.collect()  # else what earlier tests left may be freed later, and makes room
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (used + more,) * 2)
     try:

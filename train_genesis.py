@@ -26,10 +26,8 @@ from medssl.engine import options, view_options
 from medssl.engine.loop import pretrain
 from medssl.engine.method import Method
 from medssl.engine.parallel import Run, setup
-from medssl.models.encoders import DEFAULT_ARCH, IMAGENET, initialise, width_of
-from medssl.models.heads import global_average
-from medssl.models.unet2d import UNet2d
-from medssl.models.unet3d import UNet3d
+from medssl.models.encoders import DEFAULT_ARCH, IMAGENET, initialise
+from medssl.models.restoring_unet import RestoringUNet2d, RestoringUNet3d
 from medssl.views.of_images import GenesisViews, Views
 from medssl.views.of_volumes import GenesisCubeViews
 from medssl.views.ops2d import normalise
@@ -39,46 +37,6 @@ DEFAULTS = {  # of each dimension; 3D: the published configuration, 2D: as PCRL'
     3: {"arch": DEFAULT_ARCH[3], "b": 6},
 }
 ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
-
-
-class GenesisUNet2d(UNet2d):
-    """2D U-Net with skips on any encoder, whose output is an image in [0, 1]."""
-
-    def __init__(self, arch: str) -> None:
-        super().__init__(arch, outputs=3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) normalised → "feature" (B, C) the encoder's pooled map, "restored" (B, 3, H, W) in [0, 1]."""
-        maps = self.encoder(x)
-        return {"feature": global_average(maps[-1].detach()), "restored": self.decode(maps).float().sigmoid()}
-
-    def encoder_state(self) -> dict[str, Tensor]:
-        """What is exported: the encoder, with torchvision's names."""
-        return self.encoder.state_dict()
-
-    def decoder_state(self) -> dict[str, Tensor]:
-        """What is exported beside it."""
-        return self.decoder.state_dict()
-
-
-class GenesisUNet3d(UNet3d):
-    """3D U-Net with skips, whose output is a volume in [0, 1]. All keys are the published ones."""
-
-    def __init__(self, arch: str) -> None:
-        super().__init__(labels=1, width=width_of(arch))
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 1, X, Y, Z) in [0, 1] → "feature" (B, C) the encoder's pooled map, "restored" (B, 1, X, Y, Z)."""
-        maps = self.encode(x)
-        restored = self.out_tr(self.decode(maps)[-1])
-        return {"feature": global_average(maps[-1].detach()), "restored": restored.float().sigmoid()}
-
-    def encoder_state(self) -> dict[str, Tensor]:
-        """What is exported: the whole network, under the published names."""
-        return self.state_dict()
-
-    def decoder_state(self) -> None:
-        """None: `encoder_state` is the whole network, its decoder included."""
 
 
 class Genesis(Method):
@@ -102,12 +60,12 @@ class Genesis(Method):
 
     def __init__(self, arch: str = "resnet18", dims: int = 2, normalization: dict = IMAGENET) -> None:
         super().__init__()
-        self.network = GenesisUNet2d(arch) if dims == 2 else GenesisUNet3d(arch)
+        self.network = RestoringUNet2d(arch, 3) if dims == 2 else RestoringUNet3d(arch)
         self.normalization = normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         out = run(self.network, batch["changed"])
-        self.features = out["feature"]
+        self.features = out["features"]
         return {"restoration": F.mse_loss(out["restored"], batch["target"])}
 
     def encoder_state(self) -> dict[str, Tensor]:

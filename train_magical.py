@@ -37,14 +37,11 @@ from medssl.engine.parallel import Devices, Run, setup
 from medssl.errors import InputError
 from medssl.losses.contrastive import nt_xent
 from medssl.models.encoders import IMAGENET, initialise
-from medssl.models.heads import global_average, mlp, norm_mlp
-from medssl.models.unet2d import UNet2d
+from medssl.models.restoring_unet import PROJECTORS, EmbeddingUNet2d
 from medssl.views.draws import ImageDraws
 from medssl.views.of_images import MaskedToneViews
 from medssl.views.ops2d import normalise
 
-DIM = 128
-PROJECTORS = {"plain": mlp, "norm": norm_mlp}  # the published one, and SimCLR's, with a batch norm inside
 GREATEST_GRID = 256
 DEFAULTS = {  # by the published script, which a data set's row names
     "lcs": {"image_size": 512, "b": 12, "lr": 1e-3, "epochs": 200},
@@ -55,48 +52,6 @@ DEFAULTS = {  # by the published script, which a data set's row names
     "medmnist": {"image_size": 28, "b": 128, "lr": 1e-3, "epochs": 100},
     "others": {"image_size": 224, "b": 32, "lr": 2e-4, "epochs": 200},
 }
-
-
-class RestoringUNet(UNet2d):
-    """U-Net whose output is an image in [0, 1], and a projector of its deepest map.
-
-    Args:
-        skips: whether the decoder sees the encoder's maps. projector: a key of `PROJECTORS`.
-        joint: whether images and changed ones share their batch statistics.
-    """
-
-    def __init__(
-        self, arch: str, channels: int, skips: bool = True, projector: str = "plain", joint: bool = True
-    ) -> None:
-        super().__init__(arch, channels, skips)
-        width = self.encoder.out_channels[-1]
-        self.projector = PROJECTORS[projector](width, width, DIM)
-        self.joint = joint
-
-    def forward(self, x: Tensor, changed: Tensor | None = None) -> dict[str, Tensor]:
-        """Restore images, and embed them beside others.
-
-        Where they are `joint`, both go through the encoder at once: had each its own batch statistics, their running
-        averages, with which the network is validated and exported, would fit neither.
-
-        Args:
-            x: (B, 3, H, W) normalised, what is restored where `changed` is not given.
-            changed: (B, 3, H, W) normalised, what is restored then.
-
-        Returns:
-            "restored" (B, C, H, W), and with `changed` "features" (B, F) of x and "z", "z_changed" (B, 128).
-        """
-        if changed is None or not self.joint:
-            parts = [self.encoder(part) for part in (x, changed) if part is not None]
-            maps = [torch.cat(levels) for levels in zip(*parts)]
-        else:
-            maps = self.encoder(torch.cat([x, changed]))
-        restored = torch.sigmoid(self.decode([m[-len(x) :] for m in maps]).float())
-        if changed is None:
-            return {"restored": restored}
-        features = global_average(maps[-1].float())
-        z, z_changed = self.projector(features).chunk(2)
-        return {"restored": restored, "features": features[: len(x)], "z": z, "z_changed": z_changed}
 
 
 class MAGICAL(Method):
@@ -136,7 +91,7 @@ class MAGICAL(Method):
         normalization: dict = IMAGENET,
     ) -> None:
         super().__init__()
-        self.network = RestoringUNet(arch, channels, skips, projector, joint)
+        self.network = EmbeddingUNet2d(arch, channels, skips, projector, joint)
         self.temperature, self.normalization = temperature, normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
@@ -148,10 +103,10 @@ class MAGICAL(Method):
         }
 
     def encoder_state(self) -> dict[str, Tensor]:
-        return self.network.encoder.state_dict()
+        return self.network.encoder_state()
 
     def decoder_state(self) -> dict[str, Tensor] | None:
-        return self.network.decoder.state_dict() if self.network.decoder.skips else None
+        return self.network.decoder_state()
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network.encoder, *self.network.decoder.blocks]

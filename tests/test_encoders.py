@@ -27,13 +27,13 @@ from medssl.errors import InputError
 from medssl.models.context_unet import ContextUNet2d
 from medssl.models.encoders import arch_of, default_arch, initialise, make_encoder, read_encoder
 from medssl.models.heads import Averaged, EncoderClassifier, ScaleHead
+from medssl.models.restoring_unet import EmbeddingUNet2d
 from medssl.models.unet2d import UNet2d
 from medssl.study.plan import TASKS, OpenedTask, with_network
 from medssl.tasks.segmentation3d import VolumeSegmentation
 from medssl.train_byol import BYOL
 from medssl.train_concl import ConCL
 from medssl.train_densecl import DenseCL
-from medssl.train_magical import RestoringUNet
 from medssl.train_moco import MoCo
 from medssl.train_pcrlv2 import MultiScaleUNet
 from medssl.train_simclr import SimCLR
@@ -222,8 +222,15 @@ def uniform_up_to(weight, bound):
     return float(weight.detach().abs().max()) == pytest.approx(bound, rel=0.02)
 
 
-@pytest.mark.parametrize("make", [lambda: UNet2d("resnet18", 1), lambda: MultiScaleUNet("resnet18"),
-                                  lambda: ContextUNet2d("resnet18"), lambda: RestoringUNet("resnet18", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: UNet2d("resnet18", 1),
+        lambda: MultiScaleUNet("resnet18"),
+        lambda: ContextUNet2d("resnet18"),
+        lambda: EmbeddingUNet2d("resnet18", 3),
+    ],
+)
 def test_decoders_begin_as_the_librarys(make):
     """He's uniform distribution: √(6 / inputs); torch's default is √(1 / inputs)."""
     torch.manual_seed(0)

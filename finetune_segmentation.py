@@ -62,8 +62,6 @@ from medssl.datasets.registry import Opened, open_segmented, row_of, segmented_n
 from medssl.engine import options
 from medssl.engine.parallel import Devices, finish, setup
 from medssl.engine.runs import alone_in
-from medssl.engine.view_options import AXES_HELP, MIRRORS
-from medssl.errors import InputError
 from medssl.models.encoders import check_arch, initialise_unet
 from medssl.tasks import protocols, segmentation2d, trials
 from medssl.tasks.segmentation import Segmentation, average_trials, write_cases
@@ -124,11 +122,6 @@ def get_parser() -> options.Parser:
     network.add_argument(
         "--load", choices=("encoder", "encoder+decoder"), default="encoder", help="what is taken from --init"
     )
-    network.add_argument(
-        "--norm",
-        choices=("batch", "group", "instance"),
-        help="normalisation layers of the 3D U-Net; batch unless given",
-    )
     options.add_runtime(parser)
     options.add_output(parser, default="runs/segmentation")
     group = options.add_trials(parser)
@@ -145,7 +138,6 @@ def get_parser() -> options.Parser:
         "--patch", type=options.positive_int, nargs="+", metavar="N",
         help="sides of what training cuts out: X Y Z voxels; of images one side, by default the whole",
     )  # fmt: skip
-    by_set.add_argument("--image-size", type=options.positive_int, help="side to which images are resized, pixels")
     losses = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.losses)
     by_set.add_argument(
         "--loss", choices=tuple(losses),
@@ -153,7 +145,7 @@ def get_parser() -> options.Parser:
         "bce+dice or tversky, of regions that may overlap, as PCRLv2 has for BraTS and LiTS",
     )  # fmt: skip
     by_set.add_argument(
-        "--augment", choices=("full", "flips", "none"),
+        "--augment", choices=tuple(dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.augments)),
         help="what training changes, of images all or nothing; flips: volumes are mirrored only; full unless given",
     )  # fmt: skip
     inputs = dict.fromkeys(name for kind in BY_DIMS.values() for name in kind.normalizations)
@@ -162,19 +154,8 @@ def get_parser() -> options.Parser:
         help="what inputs are brought to: what the --init expects, unless given; of images mean and deviation by name, "
         "of volumes z, zero mean and unit deviation, or unit, [0, 1]",
     )  # fmt: skip
-    by_set.add_argument("--flip", choices=tuple(segmentation2d.FLIPS), help="how images are mirrored in training")
-    by_set.add_argument(
-        "--mirror", choices=MIRRORS,
-        help=f"axes along which volumes are mirrored in training: {AXES_HELP}; xyz unless given. Leave out those that "
-        "tell labels apart",
-    )  # fmt: skip
-    by_set.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
-    by_set.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
-    by_set.add_argument("--foreground", type=options.fraction, help="share of patches of volumes around a label; 0.5")
-    by_set.add_argument(
-        "--largest-component", action=argparse.BooleanOptionalAction,
-        help="keep one structure of each predicted volume",
-    )  # fmt: skip
+    for kind in BY_DIMS.values():
+        kind.add_options(by_set)
     # Adam 1e-3 as in the other fine-tuning; cosine to 0, close to nnU-Net's polynomial decay.
     parser.set_defaults(arch=None, optimizer="adam", lr=1e-3, weight_decay=0.0, schedule="cosine", epochs=100, b=None)
     return parser
@@ -208,25 +189,12 @@ def complete(args: argparse.Namespace, train: ImageDataset, given: Collection[st
     }
     options.refuse_other_dims(info.dims, info.name, wrong)
     kind, protocol = BY_DIMS[info.dims], protocols.protocol_of(args, ours(info.name))
-    what = "images" if info.dims == 2 else "volumes"
-    for option, choices in (
-        ("protocol", kind.protocols), ("loss", kind.losses), ("normalization", ("weights", *kind.normalizations)),
-        ("augment", ("full", "none") if info.dims == 2 else ("full", "flips", "none")),
-    ):  # fmt: skip
-        value = protocol if option == "protocol" else getattr(args, option)
-        if value is not None and value not in choices:
-            raise InputError(f"--{option} {value}: not for {what}, as {info.name} has; use one of {', '.join(choices)}")
-    if args.patch and len(args.patch) != kind.sides:
-        wanted = {1: "one side", 3: "three sides"}[kind.sides]
-        raise InputError(f"--patch {' '.join(map(str, args.patch))}: {info.name} wants {wanted}")
+    kind.check_choices(args, protocol, info.name)
     always = {"augment": "full", "normalization": "weights", **kind.options}
     args = protocols.complete(args, kind.protocols, ours(info.name), info.dims, given, always)
     for option in ("spacing", "window"):  # as the volumes are read
         value = getattr(train, option, None)
         setattr(args, option, None if value is None else list(value))
-    if args.augment == "none" and "mirror" in given and args.mirror != "none":
-        why = "--augment none" if "augment" in given else f"--protocol {protocol}"
-        raise InputError(f"--mirror {args.mirror}: {why} mirrors nothing; leave one of them out")
     check_arch(args.arch, info.dims)
     kind.check(args)
     return args

@@ -39,7 +39,8 @@ class Segmentation(ABC):
             and `published` ones.
         published: names of those that bear a paper's name.
         options: options that data of this dimension alone have, and their defaults.
-        losses, normalizations: choices of the options that have other ones of the other dimension.
+        what: "images" or "volumes".
+        losses, augments, normalizations: choices of the options that have other ones of the other dimension.
         sides: how many numbers `--patch` has.
         measures: numbers of a case; the first is "dice".
         since: version of what runs leave, since which networks begin with the random weights of today.
@@ -47,12 +48,36 @@ class Segmentation(ABC):
 
     protocols: Mapping[str, Mapping[str, object]]
     published: tuple[str, ...]
+    what: str
     losses: tuple[str, ...]
+    augments: tuple[str, ...]
     normalizations: tuple[str, ...]
     options: Mapping[str, object]
     sides: int
     measures: tuple[str, ...]
     since: int = 1
+
+    @abstractmethod
+    def add_options(self, group: argparse._ArgumentGroup) -> None:
+        """The options that data of this dimension alone have, each None unless given."""
+
+    def check_choices(self, args: argparse.Namespace, protocol: str, name: str) -> None:
+        """Raise InputError for what the user chose, where data of this dimension do not have it.
+
+        Args:
+            protocol: that is asked for. name: of the data set.
+        """
+        for option, value, choices in (
+            ("protocol", protocol, self.protocols), ("loss", args.loss, self.losses),
+            ("normalization", args.normalization, ("weights", *self.normalizations)),
+            ("augment", args.augment, self.augments),
+        ):  # fmt: skip
+            if value is not None and value not in choices:
+                of, there = f"not for {self.what}, as {name} has", ", ".join(choices)
+                raise InputError(f"--{option} {value}: {of}; use one of {there}")
+        if args.patch and len(args.patch) != self.sides:
+            wanted = {1: "one side", 3: "three sides"}[self.sides]
+            raise InputError(f"--patch {' '.join(map(str, args.patch))}: {name} wants {wanted}")
 
     @abstractmethod
     def check(self, args: argparse.Namespace) -> None:

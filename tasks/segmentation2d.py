@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medssl.datasets.base import Info
 from medssl.datasets.masked_images import MaskedImages, to_three_channels
+from medssl.engine import options
 from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
@@ -220,7 +221,14 @@ class ImageSegmentation(Segmentation):
 
     protocols, published, losses, normalizations = PROTOCOLS, PUBLISHED, LOSSES, tuple(INPUTS)
     options, sides, measures = OPTIONS, SIDES, MEASURES
+    what, augments = "images", ("full", "none")
     since = 2  # decoders began with torch's defaults, whose deviation is 2.45 times smaller
+
+    def add_options(self, group: argparse._ArgumentGroup) -> None:
+        """Size of images, and how training mirrors and turns them."""
+        group.add_argument("--image-size", type=options.positive_int, help="side to which images are resized, pixels")
+        group.add_argument("--flip", choices=tuple(FLIPS), help="how images are mirrored in training")
+        group.add_argument("--rotation", type=options.non_negative, help="largest rotation of images, degrees; 10")
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise InputError for patches that are larger than the image."""

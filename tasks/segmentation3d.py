@@ -20,12 +20,12 @@ from medssl.engine import options
 from medssl.engine.batches import autocast, evaluation_batches
 from medssl.engine.method import Method
 from medssl.engine.parallel import Devices, Run
-from medssl.engine.view_options import flips_of
+from medssl.engine.view_options import AXES_HELP, MIRRORS, flips_of
 from medssl.errors import InputError
 from medssl.files import write_atomic
 from medssl.losses.segmentation import dice_cross_entropy, region_dice_cross_entropy, tversky
 from medssl.models.encoders import width_of
-from medssl.models.unet3d import DeepUNet3d, UNet3d
+from medssl.models.unet3d import NORMS, DeepUNet3d, UNet3d
 from medssl.reading.geometry import AXES
 from medssl.reading.volumes import write_image
 from medssl.tasks.segmentation import (
@@ -67,13 +67,13 @@ PUBLISHED = ("pcrlv2-brats", "pcrlv2-lits")
 LOSSES = ("ce+dice", "bce+dice", "tversky")  # the first unless given, which runs have without a name
 OF_REGIONS = LOSSES[1:]  # an output for each region; else for each label
 NORMALIZATIONS = ("z", "unit")
-CHANGES = {  # what training changes of patches, by `--augment`
+CHANGES = {  # what training changes of patches beside mirroring, by `--augment`
     "full": {},
     "flips": {"scale": 0, "degrees": 0, "blur": 0, "noise": 0, "log_gamma": 0, "contrast": 0},
 }
-CHANGES["none"] = CHANGES["flips"] | {"flips": ()}
+CHANGES["none"] = CHANGES["flips"]
 OPTIONS = {  # of volumes alone
-    "patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch", "mirror": "xyz",
+    "patches": None, "foreground": 0.5, "largest_component": None, "norm": "batch", "mirror": None,
 }  # fmt: skip
 DEEP, DECAY, DECAY_EPOCHS = 0.33, 0.8, 40  # weight of deep supervision, and its decay (PCRLv2's train_ds.py)
 SIDES = 3  # numbers of --patch
@@ -286,6 +286,22 @@ class VolumeSegmentation(Segmentation):
 
     protocols, published, losses, normalizations = PROTOCOLS, PUBLISHED, LOSSES, NORMALIZATIONS
     options, sides, measures = OPTIONS, SIDES, MEASURES
+    what, augments = "volumes", tuple(CHANGES)
+
+    def add_options(self, group: argparse._ArgumentGroup) -> None:
+        """Norms of the network, and how training cuts patches out of volumes and mirrors them."""
+        group.add_argument("--norm", choices=tuple(NORMS), help="norms of the 3D U-Net; batch unless given")
+        group.add_argument(
+            "--mirror", choices=MIRRORS,
+            help=f"axes along which training mirrors volumes: {AXES_HELP}; xyz unless given, with --augment none none. "
+            "Leave out those that tell labels apart",
+        )  # fmt: skip
+        group.add_argument("--patches", type=options.positive_int, help="patches of each of the --b volumes of a step")
+        group.add_argument("--foreground", type=options.fraction, help="share of patches around a label; 0.5")
+        group.add_argument(
+            "--largest-component", action=argparse.BooleanOptionalAction,
+            help="keep one structure of each predicted volume",
+        )  # fmt: skip
 
     def check(self, args: argparse.Namespace) -> None:
         """Raise InputError for patches that the network cannot take."""
@@ -309,8 +325,9 @@ class VolumeSegmentation(Segmentation):
 
     def make_views(self, args: argparse.Namespace, normalization: dict) -> VolumeSegmentationViews:
         """Random patches in training, whole volumes in evaluation."""
-        own = {"flips": flips_of(args.mirror)} | CHANGES[args.augment]
-        return VolumeSegmentationViews(args.patch, args.foreground, patches=args.patches, **own, **normalization)
+        flips = flips_of(args.mirror or ("none" if args.augment == "none" else "xyz"))
+        own = {"flips": flips, "patches": args.patches, **CHANGES[args.augment], **normalization}
+        return VolumeSegmentationViews(args.patch, args.foreground, **own)
 
     def make_method(self, args: argparse.Namespace, network: nn.Module, data: ImageDataset) -> Method:
         """What trains the network."""

@@ -119,12 +119,14 @@ def test_segmentation_of_volumes():
     assert (views.flips, views.scale, views.degrees, views.blur, views.noise) == ((0, 1, 2), 0, 0, 0, 0)
     assert kind.make_views(lits, {"kind": "unit"}).flips == ()
     assert views.foreground == 0
-    for axes, flips in (("x", (0,)), ("yz", (1, 2)), ("none", ())):
-        args = completed(finetune_segmentation, ["--mirror", axes], Info("brats", 3, 4))
-        assert kind.make_views(args, {"kind": "z"}).flips == flips
+    for words, flips in (
+        ("--mirror x", (0,)), ("--mirror yz", (1, 2)), ("--mirror none", ()), ("--augment flips", (0, 1, 2)),
+        ("--augment none", ()), ("--augment none --mirror x", (0,)), ("--protocol pcrlv2-lits --mirror z", (2,)),
+    ):  # fmt: skip
+        args = completed(finetune_segmentation, words.split(), Info("brats", 3, 4))
+        assert kind.make_views(args, {"kind": "z"}).flips == flips, words
     for words in (
         ["--protocol", "magical-drive"], ["--augment", "wrong"], ["--normalization", "imagenet"],
-        ["--mirror", "x", "--augment", "none"], ["--mirror", "x", "--protocol", "pcrlv2-lits"],
     ):  # fmt: skip
         with pytest.raises((InputError, SystemExit)):
             completed(finetune_segmentation, words, Info("brats", 3, 4))

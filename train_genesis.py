@@ -30,6 +30,7 @@ from medssl.models.encoders import DEFAULT_ARCH, IMAGENET, initialise
 from medssl.models.restoring_unet import RestoringUNet2d, RestoringUNet3d
 from medssl.views.of_images import GenesisViews, Views
 from medssl.views.of_volumes import GenesisCubeViews
+from medssl.views.ops import GenesisChanges
 from medssl.views.ops2d import normalise
 
 DEFAULTS = {  # of each dimension; 3D: the published configuration, 2D: as PCRL's
@@ -103,10 +104,10 @@ def get_parser() -> options.Parser:
 
 def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
     """The views of images or volumes."""
-    chances = {name: getattr(args, name) for name in ("tones", "falling", "shuffle", "paint", "inner")}
+    changes = GenesisChanges(args.tones, args.falling, args.shuffle, args.paint, args.inner)
     if dims == 3:
-        return GenesisCubeViews(tuple(args.cube_size), view_options.flips_of(args.mirror), **chances)
-    return GenesisViews(**normalization, **view_options.large_views(args), **chances)
+        return GenesisCubeViews(tuple(args.cube_size), view_options.flips_of(args.mirror), changes)
+    return GenesisViews(**normalization, **view_options.large_views(args), changes=changes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
-    options.refuse_other_dims(dims, data.info.name, given)
-    args = options.complete(args, DEFAULTS[dims])
+    args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     torch.manual_seed(args.seed)
     method = Genesis(args.arch, dims)
     start = initialise(method.network.encoder, args.arch, args.init)

@@ -43,6 +43,7 @@ DEFAULTS = {  # of each dimension
 ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
 STRIDE = {2: 32, 3: 8}  # of the encoders' deepest maps
 SCALES = 4  # maps that the decoder sees, the deepest ones (paper, §3.2)
+WARM_UP = 40  # the part of a run in which the rate rises is one of so many (published code)
 WIDTH = 512  # most channels of the decoder (published code)
 LEAST_GRID = 4  # patches along an image's longest side; of fewer there is little to hide
 
@@ -202,9 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
-    options.refuse_other_dims(dims, data.info.name, given)
-    args = options.complete(args, {**DEFAULTS[dims], "warmup_epochs": args.epochs / 40})
+    args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
+    args = options.complete(args, {"warmup_epochs": args.epochs / WARM_UP})
     option, sides = ("--cube-size", args.cube_size) if dims == 3 else ("--image-size", [args.image_size] * 2)
     patch = choose_patch(option, sides, args.patch, args.mask_ratio)
     if args.patch is None and patch < STRIDE[dims] and devices.main:

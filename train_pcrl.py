@@ -188,9 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(
                 f"--{option} {given}: data set {data.info.name} has {dims} dimensions, which take {needed}"
             )
-    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
-    options.refuse_other_dims(dims, data.info.name, given)
-    args = options.complete(args, DEFAULTS[dims])
+    args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     torch.manual_seed(args.seed)
     method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss, args.ema_schedule)
     encoder = method.student.encoder

@@ -33,7 +33,7 @@ from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d, make_output
 from medssl.views.of_images import MultiCropViews, Views
 from medssl.views.of_volumes import CubeViews
-from medssl.views.ops3d import CUBE_SIZE, LOCAL_CUBE_SIZE
+from medssl.views.ops3d import LOCAL_CUBE_SIZE
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-2},
@@ -187,11 +187,8 @@ def get_parser() -> options.Parser:
     view_options.add_blur(group)
     view_options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
-    axes = {"type": size, "nargs": 3, "metavar": ("X", "Y", "Z")}
-    group.add_argument("--cube-size", **axes, default=list(CUBE_SIZE), help="sides of the large cubes, voxels")
-    group.add_argument(
-        "--local-cube-size", **axes, default=list(LOCAL_CUBE_SIZE), help="sides of the local cubes, voxels"
-    )
+    view_options.add_cubes(group)
+    view_options.add_cubes(group, "--local-cube-size", LOCAL_CUBE_SIZE, "local cubes")
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
@@ -218,9 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = setup(args.gpus, args.device, args.deterministic)
     data = open_pretraining(args)
     dims = data.info.dims
-    given = {of: options.changed(parser, args, names) for of, names in ONLY_OF.items()}
-    options.refuse_other_dims(dims, data.info.name, given)
-    args = options.complete(args, DEFAULTS[dims])
+    args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight)
     start = initialise(method.network.encoder, args.arch, args.init)

@@ -40,7 +40,6 @@ from medssl.study.results import Cell, gather, markdown
 
 MEASURES = ("value", "val_score", "validation", "probe", "knn", "seconds")  # that a run's line tells
 PLACES = ("--data", "--list", "--init", "--output")
-UNFINISHED = "the search is not finished"
 SEARCH = 1000  # the first seed of the search, far from those of trials
 
 
@@ -311,9 +310,10 @@ def answer(plan: Plan, rows: Rows) -> str:
     if not own.rates:
         return "\n".join(lines)
     lines += search_table(own, rows)
-    if lines[-1].endswith(UNFINISHED):
-        return "\n".join(lines)
-    cells = [cell for cell in plan.cells(plan.trials(rows)) if cell.job.finished()]
+    try:
+        cells = [cell for cell in plan.cells(plan.trials(rows)) if cell.job.finished()]
+    except InputError as error:  # what is searched for is not known yet
+        return "\n".join([*lines, "", str(error)])
     if cells:
         lines += ["", markdown(gather(cells), TASKS[own.task].name)]
     return "\n".join(lines)
@@ -341,17 +341,16 @@ def features_table(own: Question, rows: Rows) -> list[str]:
 
 
 def search_table(own: Question, rows: Rows) -> list[str]:
-    """What the search chose; lines of Markdown, the last of which tells where it is not finished."""
+    """What the search chose; lines of Markdown."""
     lines = [f"| labels | init | rate | length | validation with each length ({own.length}) | gain |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    left: list[str] = []
     for percent in own.percents:
         base: dict[int, float] = {}
         for init in own.inits:
             try:
                 rate, length = chosen(own, rows, init, percent)
             except InputError:
-                left.append(f"{init} at {percent:g} %")
+                lines.append(f"| {percent:g} % | {init} | | | not finished | |")
                 continue
             same = rows.find(question=own.name, stage="search", init=init, percent=percent, rate=rate)
             by_length = {n: {row["run"]: row["val_score"] for row in same if row["length"] == n} for n in own.lengths}
@@ -359,7 +358,7 @@ def search_table(own: Question, rows: Rows) -> list[str]:
             gain = "" if init == "random" else mean_of([by_length[length][run] - base[run] for run in base], "+")
             means = ", ".join(f"{n}: {mean_of(list(values.values()))}" for n, values in by_length.items())
             lines.append(f"| {percent:g} % | {init} | {rate:g} | {length} | {means} | {gain} |")
-    return [*lines, "", f"{', '.join(left)}: {UNFINISHED}"] if left else lines
+    return lines
 
 
 def mean_of(values: Sequence[float], sign: str = "") -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from medssl.datasets import medmnist, registry
+from medssl.datasets.base import Info
 from medssl.engine.helptext import arrange
 from medssl.errors import InputError
 from medssl.files import split_init
@@ -122,6 +123,23 @@ def refuse_other_dims(dims: int, name: str, given: Mapping[int, Sequence[str]]) 
         if other != dims and options:
             kind = {2: "images", 3: "volumes"}[other]
             raise InputError(f"{options[0]}: is for {kind}, and {name} has {dims} dimensions; leave it out")
+
+
+def for_dims(
+    parser: Parser, args: argparse.Namespace, info: Info, defaults: Mapping[int, Mapping[str, object]],
+    only_of: Mapping[int, Sequence[str]],
+) -> argparse.Namespace:  # fmt: skip
+    """The options of a method that has both dimensions, with the values of the data set's where the user gave none.
+
+    Args:
+        info: of the data set. defaults: values by dimension.
+        only_of: names of the options that data of a dimension alone have, by dimension.
+
+    Raises:
+        InputError: where the user changed an option of the other dimension.
+    """
+    refuse_other_dims(info.dims, info.name, {dims: changed(parser, args, names) for dims, names in only_of.items()})
+    return complete(args, defaults[info.dims])
 
 
 def check_warm_up(args: argparse.Namespace, what: str) -> None:

@@ -11,7 +11,7 @@ from medssl.engine.options import (
     non_negative_int,
     positive_int,
 )
-from medssl.views.ops3d import CUBE_SIZE
+from medssl.views.ops3d import CUBE_SIZE, Shape
 
 MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which volumes are mirrored, by `--mirror`
 AXES_HELP = "x left–right, y front–back, z foot–head"
@@ -62,12 +62,12 @@ def add_cutout(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_cubes(group: argparse._ArgumentGroup) -> None:
+def add_cubes(
+    group: argparse._ArgumentGroup, name: str = "--cube-size", size: Shape = CUBE_SIZE, what: str = "cubes"
+) -> None:
     """Size of cubes."""
-    group.add_argument(
-        "--cube-size", type=positive_int, nargs=3, metavar=("X", "Y", "Z"), default=list(CUBE_SIZE),
-        help="sides of the cubes, voxels",
-    )  # fmt: skip
+    axes = {"nargs": 3, "metavar": ("X", "Y", "Z"), "default": list(size)}
+    group.add_argument(name, type=positive_int, **axes, help=f"sides of the {what}, voxels")
 
 
 def add_mirror(group: argparse._ArgumentGroup) -> None:

@@ -16,9 +16,18 @@ from medssl.train_genesis import main
 from medssl.views.draws import Columns, Draws
 from medssl.views.of_images import GenesisViews
 from medssl.views.of_volumes import GenesisCubeViews
-from medssl.views.ops import apply_tones, local_shuffling, painting, random_tones, shuffle_map, window_count
+from medssl.views.ops import (
+    GenesisChanges,
+    apply_tones,
+    local_shuffling,
+    painting,
+    random_tones,
+    shuffle_map,
+    window_count,
+)
 from medssl.views.ops2d import normalise
 
+NOTHING = GenesisChanges(tones=0, shuffle=0, paint=0)
 SMALL = ["--b", "2", "--workers", "0", "--device", "cpu"]
 SIZES = {2: ["--image-size", "32"], 3: ["--d", "3", "--arch", "unet3d_quarter", "--cube-size", "16", "16", "8"]}
 
@@ -114,7 +123,7 @@ def test_views_of_images():
     assert out["target"].min() >= 0
     assert out["target"].max() <= 1
     assert (normalise(out["target"], **IMAGENET) != out["changed"]).float().mean() > 0.5
-    still = GenesisViews(**IMAGENET, size=64, tones=0, shuffle=0, paint=0)(batch, Draws((0,), 6))
+    still = GenesisViews(**IMAGENET, size=64, changes=NOTHING)(batch, Draws((0,), 6))
     assert torch.equal(still["target"], out["target"])
     assert torch.allclose(still["changed"], normalise(still["target"], **IMAGENET), atol=1e-5)
     half = views({key: value[3:] for key, value in batch.items()}, Draws((0,), 6, 3, 3))
@@ -127,7 +136,7 @@ def test_views_of_volumes():
     out = views({"image": pairs}, Draws((0,), 8))
     assert {name: x.shape for name, x in out.items()} == dict.fromkeys(("changed", "target"), (8, 1, 16, 16, 8))
     assert all(x.min() >= 0 and x.max() <= 1 for x in out.values())
-    plain = GenesisCubeViews((16, 16, 8), flips=(), tones=0, shuffle=0, paint=0)({"image": pairs}, Draws((0,), 8))
+    plain = GenesisCubeViews((16, 16, 8), (), NOTHING)({"image": pairs}, Draws((0,), 8))
     assert torch.allclose(plain["changed"], plain["target"], atol=1e-5)
     taken = [[bool(torch.allclose(t, c.float(), atol=1e-3)) for c in pair] for t, pair in zip(plain["target"], pairs)]
     assert all(sum(row) == 1 for row in taken)  # one of the pair
@@ -179,7 +188,7 @@ def test_options_reach_the_views(dims):
     words = ["--tones", ".1", "--falling", ".2", "--shuffle", ".3", "--paint", ".4", "--inner", ".6"]
     args = train_genesis.get_parser().parse_args(words)
     views = train_genesis.make_views(args, dims, IMAGENET if dims == 2 else {"kind": "unit"})
-    assert (views.tones, views.falling, views.shuffle, views.paint, views.inner) == (0.1, 0.2, 0.3, 0.4, 0.6)
+    assert views.changes == GenesisChanges(tones=0.1, falling=0.2, shuffle=0.3, paint=0.4, inner=0.6)
     if dims == 3:
         args.mirror = "xz"
         assert train_genesis.make_views(args, dims, {}).flips == (0, 2)

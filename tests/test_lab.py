@@ -158,7 +158,8 @@ def test_what_is_known_so_far_is_told(data, tmp_path):
             rows.add(row(plan, run, 0.5))
     text = lab.answer(plan, rows)
     assert "| 50 % | random | 0.001 | 1 |" in text
-    assert text.endswith("short at 50 %, long at 50 %: the search is not finished")
+    assert "| 50 % | short | | | not finished | |" in text
+    assert text.endswith("the search of short at 50 % is not finished: (0.001, 1)")
 
 
 def test_rows_of_other_options_are_no_rows_of_a_question(data, tmp_path):

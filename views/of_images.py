@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import masks_to_boxes
 
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
-from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones, visible_patches
+from medssl.views.ops import GenesisChanges, add_transforms, visible_patches
 from medssl.views.ops2d import (
     Pyramid,
     affine,
@@ -286,20 +286,18 @@ class MaskedToneViews(Views):
 
 
 class GenesisViews(Views):
-    """Models Genesis' 2D views (arXiv 1908.06912, §3): a crop, and the same with its tones changed, shuffled locally
-    and painted.
+    """Models Genesis' 2D views (arXiv 1908.06912, §3): a crop, and the same changed.
 
     Args:
         size: side of the views in pixels.
         scale: area share of the crop, which is mirrored left to right with chance ½, not turned.
-        tones, shuffle, paint: chances of a random tone curve, of local shuffling and of painting; `falling` is the
-            share of curves that turn dark to light, `inner` that of in-painting.
+        changes: what is changed of it; the published changes unless given.
 
     Returns, from `forward`:
         {"changed" (B, 3, size, size) normalised; "target" (B, 3, size, size) the crop in [0, 1]}.
 
-    Random columns of an image: stream 0 of `Draws` has 24 for the crop, stream 1 has 1 for local shuffling, 6 for the
-    tones and 27 for painting; streams 2 and 3 have the seeds of shuffling and painting.
+    Random columns of an image: stream 0 of `Draws` has 24 for the crop, stream 1 those of `changes`; streams 2 and 3
+    have its seeds.
     """
 
     def __init__(
@@ -308,23 +306,16 @@ class GenesisViews(Views):
         std: Sequence[float],
         size: int = 224,
         scale: tuple[float, float] = (0.2, 1.0),
-        tones: float = 0.9,
-        falling: float = 0.5,
-        shuffle: float = 0.5,
-        paint: float = 0.9,
-        inner: float = 0.2,
+        changes: GenesisChanges | None = None,
     ) -> None:
         super().__init__(mean, std)
-        self.size, self.scale, self.tones, self.falling = size, scale, tones, falling
-        self.shuffle, self.paint, self.inner = shuffle, paint, inner
+        self.size, self.scale, self.changes = size, scale, changes or GenesisChanges()
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         theta = self.random_crops(batch["size"], Columns(draws.uniform(0, 24)), 1, self.scale, 0.0)
         target = sample(batch["image"], theta, self.size).clamp_(0, 1)
-        columns = Columns(draws.uniform(1, 1 + 6 + 27))
-        changed = local_shuffling(target, columns, seeds_of(draws, 2), self.shuffle)
-        changed = random_tones(changed, columns, self.tones, self.falling)
-        changed = painting(changed, columns, seeds_of(draws, 3), self.paint, self.inner)
+        columns = Columns(draws.uniform(1, self.changes.columns(2)))
+        changed = self.changes(target, columns, [seeds_of(draws, stream) for stream in (2, 3)])
         return {"changed": self.normalise(changed), "target": target.expand(-1, 3, -1, -1)}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of, view_major
 from medssl.views.of_images import Views
-from medssl.views.ops import add_transforms, local_shuffling, painting, random_tones, visible_patches
+from medssl.views.ops import GenesisChanges, add_transforms, local_shuffling, painting, visible_patches
 from medssl.views.ops3d import (
     CANDIDATES,
     CUBE_SIZE,
@@ -214,38 +214,30 @@ class RestorationCubeViews(CutCubes):
 
 
 class GenesisCubeViews(CutCubes):
-    """Models Genesis' 3D views (arXiv 1908.06912, §3): a cube, and the same with its tones changed, shuffled locally
-    and painted. Both stay in [0, 1].
+    """Models Genesis' 3D views (arXiv 1908.06912, §3): a cube, and the same changed. Both stay in [0, 1].
 
     Args:
         flips: axes mirrored with chance ½.
-        tones, shuffle, paint: chances of a random tone curve, of local shuffling and of painting; `falling` is the
-            share of curves that turn dark to light, `inner` that of in-painting.
+        changes: what is changed of the cube; the published changes unless given.
 
     Returns, from `forward`:
         {"changed", "target" (B, 1, *size)}.
+
+    Random columns of a volume: stream 1 of `Draws` has 4, as `cut_one` takes them, and those of `changes`; streams 2
+    and 3 have its seeds.
     """
 
     def __init__(
-        self,
-        size: Shape = CUBE_SIZE,
-        flips: Sequence[int] = (0, 1, 2),
-        tones: float = 0.9,
-        falling: float = 0.5,
-        shuffle: float = 0.5,
-        paint: float = 0.9,
-        inner: float = 0.2,
+        self, size: Shape = CUBE_SIZE, flips: Sequence[int] = (0, 1, 2), changes: GenesisChanges | None = None
     ) -> None:
         super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, "unit")
-        self.flips, self.tones, self.falling = tuple(flips), tones, falling
-        self.shuffle, self.paint, self.inner = shuffle, paint, inner
+        self.flips, self.changes = tuple(flips), changes or GenesisChanges()
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
-        columns = Columns(draws.uniform(1, 4 + 1 + 6 + 37))
+        columns = Columns(draws.uniform(1, 4 + self.changes.columns(3)))
         target = self.cut_one(batch, draws, columns, self.flips).clamp(0, 1)
-        changed = local_shuffling(target, columns, seeds_of(draws, 2), self.shuffle)
-        changed = random_tones(changed, columns, self.tones, self.falling)
-        return {"changed": painting(changed, columns, seeds_of(draws, 3), self.paint, self.inner), "target": target}
+        changed = self.changes(target, columns, [seeds_of(draws, stream) for stream in (2, 3)])
+        return {"changed": changed, "target": target}
 
 
 class HiddenPatchCubes(CutCubes):
@@ -260,6 +252,8 @@ class HiddenPatchCubes(CutCubes):
 
     Returns, from `forward`:
         {"image" (B, 1, *size) normalised, "visible" (B, 1, *size / patch) bool}.
+
+    Random columns of a volume: stream 1 of `Draws` has 4, as `cut_one` takes them, and one for each patch.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def random_tones(x: Tensor, draws: Columns, p: float = 0.9, falling: float = 0.5
     return apply_tones(x, torch.where(changed, table, grid))
 
 
-def _windows_over(shape: Sequence[int]) -> float:
+def window_share(shape: Sequence[int]) -> float:
     """The share of an image or volume that a random window of local shuffling has."""
     sides = [(1 + max(n // 10, 1)) / 2 for n in shape]  # 1 to a tenth, on average
     return math.prod(sides) / math.prod(shape)
@@ -94,7 +95,7 @@ def _windows_over(shape: Sequence[int]) -> float:
 def window_count(shape: Sequence[int]) -> int:
     """Windows of a volume, as published, and of an image, as many as cover it as often as they cover such a volume."""
     count, published = SHUFFLED
-    return count if len(shape) == 3 else round(count * _windows_over(published) / _windows_over(shape))
+    return count if len(shape) == 3 else round(count * window_share(published) / window_share(shape))
 
 
 def shuffle_map(shape: Sequence[int], generator: torch.Generator, count: int | None = None) -> Tensor:
@@ -187,3 +188,31 @@ def visible_patches(draws: Columns, grid: Sequence[int], ratio: float) -> Tensor
     """Which patches of each image are seen, as many of each: (N, 1, *grid) bool on the CPU. Takes a column a patch."""
     places = draws.take(math.prod(grid)).argsort(1).argsort(1)  # of each patch in the image's random order
     return (places >= hidden_count(grid, ratio)).view(-1, 1, *grid)
+
+
+@dataclass(frozen=True)
+class GenesisChanges:
+    """What Models Genesis changes of images or volumes (arXiv 1908.06912, §3): shuffled locally, put through a random
+    tone curve, painted, each with a chance of its own.
+
+    Args:
+        tones, shuffle, paint: chances of each.
+        falling: share of the curves that turn dark to light. inner: share of in-painting, the rest is out-painting.
+    """
+
+    tones: float = 0.9
+    falling: float = 0.5
+    shuffle: float = 0.5
+    paint: float = 0.9
+    inner: float = 0.2
+
+    @staticmethod
+    def columns(axes: int) -> int:
+        """Random columns that are taken: for shuffling, tones and painting."""
+        return 1 + 6 + 7 + 10 * axes
+
+    def __call__(self, x: Tensor, columns: Columns, seeds: Sequence[Sequence[int]]) -> Tensor:
+        """(N, C, *S) in [0, 1] → the same; `seeds` are two lists of N, of shuffling and of painting."""
+        x = local_shuffling(x, columns, seeds[0], self.shuffle)
+        x = random_tones(x, columns, self.tones, self.falling)
+        return painting(x, columns, seeds[1], self.paint, self.inner)

@@ -46,7 +46,8 @@ class Genesis(Method):
 
     L = MSE(d(f(g(x))), x), where g draws each change by itself (paper, §3).
 
-    Batch: "changed" (B, 3, H, W) normalised, or in 3D (B, 1, X, Y, Z) in [0, 1]; "target" of the same shape, in [0, 1].
+    Batch: "changed" (B, 3, H, W) normalised, or in 3D (B, 1, X, Y, Z) in [0, 1]; "target" (B, C, H, W), one channel of
+    grey images and three of colour, or (B, 1, X, Y, Z), in [0, 1].
 
     Differences from the published code, on purpose:
       * Each axis of a cube is mirrored with chance ½; there, up to three flips of random axes follow one another, each
@@ -59,9 +60,11 @@ class Genesis(Method):
       * In 2D, local shuffling has as many windows over a pixel as a published volume has over a voxel.
     """
 
-    def __init__(self, arch: str = "resnet18", dims: int = 2, normalization: dict = IMAGENET) -> None:
+    def __init__(
+        self, arch: str = "resnet18", dims: int = 2, channels: int = 3, normalization: dict = IMAGENET
+    ) -> None:
         super().__init__()
-        self.network = RestoringUNet2d(arch, 3) if dims == 2 else RestoringUNet3d(arch)
+        self.network = RestoringUNet2d(arch, channels) if dims == 2 else RestoringUNet3d(arch)
         self.normalization = normalization
 
     def forward(self, batch: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dims = data.info.dims
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     torch.manual_seed(args.seed)
-    method = Genesis(args.arch, dims)
+    method = Genesis(args.arch, dims, data.info.channels)
     start = initialise(method.network.encoder, args.arch, args.init)
     method.normalization = start["normalization"]
     pretrain(method, data, make_views(args, dims, start["normalization"]), args, devices)

@@ -77,7 +77,7 @@ QUESTIONS: list[Question] = [
     ),
     Question(
         name="magical_causes",
-        asks="Which one change makes MAGICAL's frozen features better than random ones? Nine minutes of a core each.",
+        asks="Which one change makes MAGICAL's frozen features better than random ones, in four passes of the images?",
         task="classification",
         options=RADIOGRAPHS,
         inits={

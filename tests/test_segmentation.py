@@ -451,8 +451,12 @@ def test_starting_weights(tmp_path):
     assert torch.equal(joined[:, : below.shape[1]], below)
     skipped = joined[:, below.shape[1] :]
     assert 0.5 < skipped.std() / fresh.up_tr128.ops[0].conv1.weight.std() < 2  # as they began
-    with pytest.raises(InputError, match="use --load encoder|another architecture"):
+    with pytest.raises(InputError, match="another architecture"):
         initialise_unet(UNet3d(2, width=32), "unet3d_half", str(tmp_path / "pcrlv2.pt"), "encoder+decoder")
+    odd = {**published.state_dict(), "up_tr64.up_conv.weight": torch.zeros(3, 3, 2, 2, 2)}
+    torch.save({"state_dict": odd}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="odd.pt: its decoder has other shapes; use --load encoder"):
+        start("odd.pt", "encoder+decoder")
     with pytest.raises(InputError, match="holds no whole decoder; use --load encoder"):
         start("encoder.pt", "encoder+decoder")
     with pytest.raises(InputError, match="a 2-dimensional encoder, 3 are needed"):

@@ -294,7 +294,7 @@ class GenesisViews(Views):
         changes: what is changed of it; the published changes unless given.
 
     Returns, from `forward`:
-        {"changed" (B, 3, size, size) normalised; "target" (B, 3, size, size) the crop in [0, 1]}.
+        {"changed" (B, 3, size, size) normalised; "target" (B, C, size, size) the crop in [0, 1]}.
 
     Random columns of an image: stream 0 of `Draws` has 24 for the crop, stream 1 those of `changes`; streams 2 and 3
     have its seeds.
@@ -316,7 +316,7 @@ class GenesisViews(Views):
         target = sample(batch["image"], theta, self.size).clamp_(0, 1)
         columns = Columns(draws.uniform(1, self.changes.columns(2)))
         changed = self.changes(target, columns, [seeds_of(draws, stream) for stream in (2, 3)])
-        return {"changed": self.normalise(changed), "target": target.expand(-1, 3, -1, -1)}
+        return {"changed": self.normalise(changed), "target": target}
 
 
 class HiddenPatchViews(Views):

@@ -238,6 +238,7 @@ class Request:
         window: stored values (HU) that become 0 and 1 in volumes with masks; None for the set's.
         view: which views of CheXpert; None for its default.
         uncertain: what CheXpert's uncertain labels become in training; None for its default.
+        series: of a generated set: which of its series of images.
     """
 
     name: str | None = None
@@ -256,6 +257,7 @@ class Request:
     window: Sequence[float] | None = None
     view: str | None = None
     uncertain: str | None = None
+    series: int = 0
 
     @property
     def lists(self) -> dict[str, str]:

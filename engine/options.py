@@ -241,6 +241,10 @@ def add_data(parser: Parser) -> argparse._ArgumentGroup:
         "pathmnist_64",
     )
     group.add_argument(
+        "--series", type=non_negative_int, default=0, metavar="N",
+        help="of a generated set: which of its series of images, each drawn anew; results of two cannot be compared",
+    )  # fmt: skip
+    group.add_argument(
         "--list", type=filled, metavar="FILE", help="image list: a name, then labels, separated by blanks"
     )
     group.add_argument(

@@ -44,8 +44,8 @@ TASKS = {
 }
 METHODS = tuple(sorted(path.stem.removeprefix("train_") for path in Path(__file__).parent.parent.glob("train_*.py")))
 SHARED = (  # options of fine-tuning that pre-training and the features take over
-    "data", "dataset", "list", "val_list", "test_list", "d", "texture_size", "workers", "worker_timeout", "cache",
-    "max_bad", "view", "image_size", "arch", "device", "amp", "amp_dtype", "compile", "deterministic",
+    "data", "dataset", "series", "list", "val_list", "test_list", "d", "texture_size", "workers", "worker_timeout",
+    "cache", "max_bad", "view", "image_size", "arch", "device", "amp", "amp_dtype", "compile", "deterministic",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from medssl import locks
 from medssl.datasets.base import Request
 from medssl.datasets.phantoms import ct, fundus, radiograph, store, tissue
 from medssl.datasets.registry import open_splits
+from medssl.errors import InputError
 
 SETS = {"phantom2d": radiograph, "fundus2d": fundus, "tissue2d": tissue, "phantom3d": ct}
 
@@ -32,14 +33,32 @@ def small(tmp_path, monkeypatch):
         module._generated.cache_clear()
 
 
-def opened(name, split="train"):
+def opened(name, split="train", series=0):
     SETS[name]._generated.cache_clear()  # as another process has it
     size = 0 if name == "phantom3d" else 64
-    return open_splits(Request(name, texture_size=size), [split])[split]
+    return open_splits(Request(name, texture_size=size, series=series), [split])[split]
 
 
 def everything(data):
     return [{key: value for key, value in data[i].items() if key != "bad"} for i in range(len(data))]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_series_are_drawn_anew_and_kept_beside_each_other(name, small):
+    first, second = opened(name), opened(name, series=1)
+    assert first.digest != second.digest
+    assert first.ids == second.ids
+    assert not np.array_equal(everything(first)[0]["image"], everything(second)[0]["image"])
+    assert len(list(small.glob(f"{name}-train-3*/arrays"))) == 2
+    assert opened(name, series=1).digest == second.digest
+    for split in ("val", "test"):  # no split of a series is one of another
+        assert not np.array_equal(opened(name, split).read(0), second.read(0))
+
+
+def test_series_are_of_generated_sets(tmp_path):
+    np.savez(tmp_path / "pneumoniamnist.npz", train_images=np.zeros((2, 28, 28), np.uint8))
+    with pytest.raises(InputError, match="--series 2: is for generated sets, and pneumoniamnist is none"):
+        open_splits(Request("pneumoniamnist", data=str(tmp_path / "pneumoniamnist.npz"), series=2), ["train"])
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -126,7 +145,7 @@ def test_processes_make_a_set_once(small, tmp_path):
         "import sys, json; from medssl.datasets.phantoms import radiograph as r; r.SPLITS = {'train': 40}; made = []\n"
         "draw = r.draw\n"
         "def spy(numbers, *rest):\n    made.append(len(numbers)); return draw(numbers, *rest)\n"
-        "r.draw = spy; r._generated('train', 32, 40).prepare(); json.dump(made, sys.stdout)"
+        "r.draw = spy; r._generated('train', 32, 101).prepare(); json.dump(made, sys.stdout)"
     )
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "12"]
@@ -137,7 +156,7 @@ def test_a_process_that_makes_a_set_and_does_not_end_is_not_waited_for_for_ever(
     """As one that was stopped."""
     monkeypatch.setattr(store, "SOON", 0)
     monkeypatch.setattr(store, "LONGEST", 0.3)
-    generated = radiograph._generated("train", 32, 3)
+    generated = radiograph._generated("train", 32, 101)
     generated.folder.mkdir(parents=True)
     with locks.lock_folder(generated.folder, 0):
         assert len(generated.arrays["images"]) == 3
@@ -151,7 +170,7 @@ def test_threads_make_a_set_once(small, monkeypatch):
     made = []
     draw = radiograph.draw
     monkeypatch.setattr(radiograph, "draw", lambda numbers, *rest: made.append(len(numbers)) or draw(numbers, *rest))
-    generated = radiograph._generated("train", 32, 3)
+    generated = radiograph._generated("train", 32, 101)
     threads = [threading.Thread(target=generated.prepare) for _ in range(3)]
     for thread in threads:
         thread.start()

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Info, Request
-from medssl.datasets.phantoms.store import Arrays, Generated
+from medssl.datasets.phantoms.store import Arrays, Generated, seed_of
 from medssl.errors import InputError
 from medssl.files import write_text
 from medssl.reading.volumes import write_image
 
 Triple = tuple[float, float, float]
 
-# The scans of a split are the same in every run and on every machine; `--seed` does not change them.
+# The scans of a split are the same in every run and on every machine: `--series` changes them, not `--seed`.
 SPLITS = {"train": 512, "val": 64, "test": 192}
 SPLIT_SEEDS = {"train": 201, "val": 202, "test": 213}  # 203 had a mean density that told the classes apart a little
 SHAPE, SPACING = (48, 48, 32), (4.0, 4.0, 4.0)  # a part of the chest, on a grid that a CPU can train on
@@ -78,22 +78,18 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     for option, value in (("--data", request.data), ("--list", request.list)):
         if value:
             raise InputError(f"{option} {value}: the volumes of phantom3d are generated; leave {option} out")
+    opened = {}
     for split in splits:
-        if split not in SPLITS:
-            raise InputError(f"phantom3d has the splits {', '.join(SPLITS)}, not {split}")
-    return {
-        split: PhantomVolumes(
-            split, _generated(split, SPLITS[split]), labels_of(range(SPLITS[split]), SPLIT_SEEDS[split])
-        )
-        for split in splits
-    }
+        seed = seed_of(split, SPLIT_SEEDS, request.series)
+        opened[split] = PhantomVolumes(split, _generated(split, seed), labels_of(range(SPLITS[split]), seed))
+    return opened
 
 
 @cache
-def _generated(split: str, count: int) -> Generated:
+def _generated(split: str, seed: int) -> Generated:
     """The scans and masks of a split."""
-    make = partial(_arrays, seed=SPLIT_SEEDS[split])
-    return Generated(sys.modules[__name__], f"phantom3d-{split}-{count}", count, make)
+    name, count = f"phantom3d-{split}-{SPLITS[split]}-{seed}", SPLITS[split]
+    return Generated(sys.modules[__name__], name, count, partial(_arrays, seed=seed))
 
 
 def _arrays(numbers: Sequence[int], seed: int) -> Arrays:

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from medssl.datasets.base import Info, Request
 from medssl.datasets.phantoms.radiograph import GeneratedMasks, refuse_files
-from medssl.datasets.phantoms.store import Arrays, Generated
+from medssl.datasets.phantoms.store import Arrays, Generated, seed_of
 from medssl.errors import InputError
 
 SPLITS = {"train": 128, "val": 16, "test": 32}
@@ -40,19 +40,17 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, GeneratedM
     info = Info(INFO.name, INFO.dims, INFO.channels, native_size=size)
     opened = {}
     for split in splits:
-        if split not in SPLITS:
-            raise InputError(f"fundus2d has the splits {', '.join(SPLITS)}, not {split}")
-        generated = _generated(split, size, SPLITS[split])
+        generated = _generated(split, size, seed_of(split, SPLIT_SEEDS, request.series))
         field = field_of_view(size)
         opened[split] = GeneratedMasks(info, split, generated, size, ("vessels",), tubular=True, field=field)
     return opened
 
 
 @cache
-def _generated(split: str, size: int, count: int) -> Generated:
+def _generated(split: str, size: int, seed: int) -> Generated:
     """The images and masks of a split."""
-    make = partial(_arrays, size=size, seed=SPLIT_SEEDS[split])
-    return Generated(sys.modules[__name__], f"fundus2d-{split}-{count}-{size}", count, make)
+    name, count = f"fundus2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 
 def _arrays(numbers: Sequence[int], size: int, seed: int) -> Arrays:

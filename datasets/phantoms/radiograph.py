@@ -17,10 +17,10 @@ from torch import Tensor
 
 from medssl.datasets.base import ImageDataset, Info, Request
 from medssl.datasets.masked_images import MaskedImages
-from medssl.datasets.phantoms.store import Arrays, Generated
+from medssl.datasets.phantoms.store import Arrays, Generated, seed_of
 from medssl.errors import InputError
 
-# The pictures of a split are the same in every run and on every machine; `--seed` does not change them.
+# The pictures of a split are the same in every run and on every machine: `--series` changes them, not `--seed`.
 SPLITS = {"train": 2048, "val": 256, "test": 512}
 SPLIT_SEEDS = {"train": 101, "val": 102, "test": 103}
 DEFAULT_SIZE = 64
@@ -47,10 +47,9 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     info = replace(INFO, native_size=size)
     opened = {}
     for split in splits:
-        if split not in SPLITS:
-            raise InputError(f"phantom2d has the splits {', '.join(SPLITS)}, not {split}")
-        generated = _generated(split, size, SPLITS[split])
-        labels = torch.from_numpy(labels_of(SPLITS[split], SPLIT_SEEDS[split]))
+        seed = seed_of(split, SPLIT_SEEDS, request.series)
+        generated = _generated(split, size, seed)
+        labels = torch.from_numpy(labels_of(SPLITS[split], seed))
         opened[split] = GeneratedMasks(info, split, generated, size, ("nodule",), labels)
     return opened
 
@@ -98,10 +97,10 @@ class GeneratedMasks(MaskedImages):
 
 
 @cache
-def _generated(split: str, size: int, count: int) -> Generated:
+def _generated(split: str, size: int, seed: int) -> Generated:
     """The images and nodule masks of a split."""
-    make = partial(_arrays, size=size, seed=SPLIT_SEEDS[split])
-    return Generated(sys.modules[__name__], f"phantom2d-{split}-{count}-{size}", count, make)
+    name, count = f"phantom2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 
 def _arrays(numbers: Sequence[int], size: int, seed: int) -> Arrays:

@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,8 @@ LIBRARIES = ("numpy", "pillow", "scipy", "torch")  # that generators draw with: 
 
 SOON, LONGEST = 1.0, 600.0  # seconds that another process's making is waited for, without a word and with one
 
+SERIES = 1000  # from a split's seed in one series to that in the next
+
 SHAPES = "arrays.json"  # beside the arrays: which there are
 
 Arrays = dict[str, np.ndarray]
@@ -38,6 +40,17 @@ def cache_folder() -> Path:
     """Where this user's programs keep what can be made again; of a user without a home, a temporary folder."""
     known = [os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache"), tempfile.gettempdir()]
     return Path(next(filter(os.path.isabs, known)), "medssl", "generated")
+
+
+def seed_of(split: str, seeds: Mapping[str, int], series: int) -> int:
+    """The seed of a split, of which `seeds` has that of series 0.
+
+    Raises:
+        InputError: for a split that the set does not have.
+    """
+    if split not in seeds:
+        raise InputError(f"generated sets have the splits {', '.join(seeds)}, not {split}")
+    return seeds[split] + SERIES * series
 
 
 @cache

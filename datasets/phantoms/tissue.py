@@ -21,7 +21,7 @@ from torch import Tensor
 from medssl.datasets.base import ImageDataset, Info, Request
 from medssl.datasets.masked_images import InstanceImages
 from medssl.datasets.phantoms.radiograph import refuse_files
-from medssl.datasets.phantoms.store import Arrays, Generated
+from medssl.datasets.phantoms.store import Arrays, Generated, seed_of
 from medssl.errors import InputError
 
 SPLITS = {"train": 1024, "val": 64, "test": 128}
@@ -74,18 +74,17 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     info = Info("tissue2d", dims=2, channels=3, task="binary", classes=CLASSES, native_size=size)
     opened: dict[str, ImageDataset] = {}
     for split in splits:
-        if split not in SPLITS:
-            raise InputError(f"tissue2d has the splits {', '.join(SPLITS)}, not {split}")
-        labels = labels_of(range(SPLITS[split]), SPLIT_SEEDS[split])
-        opened[split] = GeneratedTissue(info, split, _generated(split, size, SPLITS[split]), size, labels)
+        seed = seed_of(split, SPLIT_SEEDS, request.series)
+        labels = labels_of(range(SPLITS[split]), seed)
+        opened[split] = GeneratedTissue(info, split, _generated(split, size, seed), size, labels)
     return opened
 
 
 @cache
-def _generated(split: str, size: int, count: int) -> Generated:
+def _generated(split: str, size: int, seed: int) -> Generated:
     """The tiles and glands of a split."""
-    make = partial(_arrays, size=size, seed=SPLIT_SEEDS[split])
-    return Generated(sys.modules[__name__], f"tissue2d-{split}-{count}-{size}", count, make)
+    name, count = f"tissue2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 
 def _arrays(numbers: Sequence[int], size: int, seed: int) -> Arrays:

@@ -219,16 +219,20 @@ class Laboratory:
         Raises:
             SystemExit: when the time is over.
         """
-        self.run_those(plan, [*plan.pretrainings.values(), *plan.features(), *plan.searches()])
+        order = list(plan.question.inits).index
+        runs = [*plan.pretrainings.values(), *plan.features(), *plan.searches()]
+        self.run_those(plan, sorted(runs, key=lambda run: order(run.init)))  # weights are used while they are there
         self.run_those(plan, plan.trials(self.rows))
 
     def run_those(self, plan: Plan, runs: Sequence[Run]) -> None:
         """Run those without a row, and the pre-trainings that they need, whose files may be gone."""
         name = plan.question.name
         left = [run for run in runs if not self.rows.of(name, run)]
-        needed = {run.job.needs.folder for run in left if run.job.needs}
-        before = [run for run in plan.pretrainings.values() if run.job.folder in needed or run in left]
-        pending = {run.job: run for run in (*before, *left) if not run.job.finished()}
+        pretrained = {run.job.folder: run for run in plan.pretrainings.values()}
+        pending: dict[Job, Run] = {}
+        for run in left:
+            before = [pretrained[run.job.needs.folder]] if run.job.needs else []
+            pending |= {each.job: each for each in (*before, run) if not each.job.finished()}
         for run in left:
             if run.job.finished():
                 self.note(plan, run)

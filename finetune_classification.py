@@ -108,6 +108,7 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
     train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
     shown = trials.oversample(train, args.positive_share or 0)
     args.b = trials.batch_size(args.b, len(shown), devices)
+    shown = trials.lengthen(shown, args.epoch_steps, args.b)
 
     torch.manual_seed(args.seed)
     encoder = make_encoder(args.arch, dims=info.dims)
@@ -151,6 +152,10 @@ def get_parser() -> options.Parser:
     group.add_argument(
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"),
         help="resize volumes to as many voxels; by default they stay as the data set has them",
+    )  # fmt: skip
+    group.add_argument(
+        "--epoch-steps", type=options.positive_int, default=1,
+        help="fewest steps of an epoch, after which the network is validated: few images are shown several times",
     )  # fmt: skip
     group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
     options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")

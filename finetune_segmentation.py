@@ -76,8 +76,7 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
     rows of cases.csv as "cases"."""
     info = splits["train"].info
     train = trials.labelled_subset(splits["train"], args.annotation_percent, args.seed)
-    passes = -(-args.epoch_steps * args.b // len(train))  # of the cases, in an epoch of that many steps
-    shown = train.subset([*range(len(train))] * max(1, passes))
+    shown = trials.lengthen(train, args.epoch_steps, args.b)
 
     torch.manual_seed(args.seed)
     kind = BY_DIMS[info.dims]

@@ -3,6 +3,7 @@ again, and what is written of them together."""
 
 import argparse
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +32,7 @@ RESULTS = (
 
 
 PICTURES = ("predictions", "overlays")  # folders of a trial
+FEW_STEPS = 100  # in which hardly anything is learnt
 
 
 def check_start(args: argparse.Namespace) -> None:
@@ -79,6 +81,11 @@ def oversample(train: ImageDataset, share: float) -> ImageDataset:
     others = len(train) - len(positive)
     times = max(1, round(others * share / (1 - share) / len(positive)))
     return train.subset([*range(len(train)), *positive * (times - 1)])
+
+
+def lengthen(train: ImageDataset, steps: int, b: int) -> ImageDataset:
+    """The training images so often that an epoch has at least `steps` steps of `b`."""
+    return train.subset([*range(len(train))] * max(1, -(-steps * b // len(train))))
 
 
 def batch_size(wanted: int, count: int, devices: Devices) -> int:
@@ -164,8 +171,16 @@ def fit_best(
     devices: Devices,
     evaluate: Callable[[], dict[str, float]],
 ) -> dict:
-    """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps"}."""
+    """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps"}. Says so
+    where `--patience` ended it before there were enough steps to learn from."""
     report = fit(method, train, views, args, devices, evaluate, tensorboard=args.tensorboard)
+    asked = min(round(args.epochs * len(train) / args.b), args.steps or FEW_STEPS, FEW_STEPS)
+    if devices.main and report["step"] < asked:
+        print(
+            f"note: stopped after {report['step']} steps, as {args.patience} epochs of {len(train)} images brought no "
+            "gain; with so few, give epochs more steps (--epoch-steps), or --patience 0",
+            file=sys.stderr,
+        )
     best = report["best"]
     method.load_state_dict(best["state"])
     return {"val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"]}

@@ -67,6 +67,25 @@ def test_pretrain_then_finetune_leaves_everything(encoder, tmp_path):
     assert torch.equal(logits, network.head[1](features))
 
 
+def test_a_run_that_ends_before_it_has_learnt_says_so(tmp_path, capsys):
+    command = [*SMALL, "--lr", "1e-9", "--epochs", "20", "--output"]
+    finetune_classification.main([*command, str(tmp_path / "short"), "--patience", "1"])
+    said = re.search(r"note: stopped after (\d+) steps, as 1 epochs of 20 images", capsys.readouterr().err)
+    steps = json.loads((tmp_path / "short" / "results.json").read_text())["trials"][0]["steps"]
+    assert int(said[1]) == steps < 50
+    finetune_classification.main([*command, str(tmp_path / "whole"), "--patience", "0"])
+    assert "note: stopped" not in capsys.readouterr().err
+
+
+def test_epochs_of_few_images_may_have_more_steps(tmp_path):
+    finetune_classification.main([*SMALL, "--epoch-steps", "7", "--output", str(tmp_path)])
+    trial = json.loads((tmp_path / "results.json").read_text())["trials"][0]
+    assert trial["train_images"] == 20
+    assert trial["steps"] == 2 * 7.5  # three passes of 20 images in steps of 8
+    lines = [json.loads(line) for line in (tmp_path / "trial_0" / "metrics.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if "score" in line or "val_auroc" in line]) == 2
+
+
 def test_finished_trials_are_kept_and_changed_options_refused(encoder, tmp_path):
     command = [*SMALL, "--output", str(tmp_path)]
     finetune_classification.main(command)

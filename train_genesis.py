@@ -37,7 +37,7 @@ DEFAULTS = {  # of each dimension; 3D: the published configuration, 2D: as PCRL'
     2: {"arch": DEFAULT_ARCH[2], "b": 64},
     3: {"arch": DEFAULT_ARCH[3], "b": 6},
 }
-ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
+ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "crop_mm", "mirror")}
 
 
 class Genesis(Method):
@@ -97,6 +97,7 @@ def get_parser() -> options.Parser:
     view_options.add_crops(parser.add_argument_group("views of images (2D)"))
     group = parser.add_argument_group("views of volumes (3D)")
     view_options.add_cubes(group)
+    view_options.add_cutting(group)
     view_options.add_mirror(group)
     # Adam, not the published SGD at rate 1, which was not tried. None: the dimension decides.
     parser.set_defaults(
@@ -109,7 +110,8 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     changes = GenesisChanges(args.tones, args.falling, args.shuffle, args.paint, args.inner)
     if dims == 3:
-        return GenesisCubeViews(tuple(args.cube_size), view_options.flips_of(args.mirror), changes)
+        flips, crops = view_options.flips_of(args.mirror), view_options.crops_of(args)
+        return GenesisCubeViews(tuple(args.cube_size), flips, changes, crops)
     return GenesisViews(**normalization, **view_options.large_views(args), changes=changes)
 
 

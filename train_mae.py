@@ -40,7 +40,7 @@ DEFAULTS = {  # of each dimension
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
     3: {"arch": DEFAULT_ARCH[3], "b": 32, "lr": 1e-3},
 }
-ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "mirror")}
+ONLY_OF = {2: ("image_size", "crop_scale"), 3: ("cube_size", "crop_mm", "mirror")}
 STRIDE = {2: 32, 3: 8}  # of the encoders' deepest maps
 SCALES = 4  # maps that the decoder sees, the deepest ones (paper, §3.2)
 WARM_UP = 40  # the part of a run in which the rate rises is one of so many (published code)
@@ -178,6 +178,7 @@ def get_parser() -> options.Parser:
     view_options.add_crops(parser.add_argument_group("views of images (2D)"))
     group = parser.add_argument_group("views of volumes (3D)")
     view_options.add_cubes(group)
+    view_options.add_cutting(group)
     view_options.add_mirror(group)
     # Crops, clipping, and the decay's beginning: published code. None: by dimension; warm-up is a fortieth of the run.
     parser.set_defaults(
@@ -191,9 +192,8 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     hidden = {"patch": args.patch, "mask_ratio": args.mask_ratio}
     if dims == 3:
-        return HiddenPatchCubes(
-            tuple(args.cube_size), **hidden, flips=view_options.flips_of(args.mirror), **normalization
-        )
+        flips, crops = view_options.flips_of(args.mirror), view_options.crops_of(args)
+        return HiddenPatchCubes(tuple(args.cube_size), **hidden, flips=flips, crop_mm=crops, **normalization)
     return HiddenPatchViews(**normalization, **hidden, **view_options.large_views(args))
 
 

@@ -40,7 +40,7 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published commands
 }
 ONLY_OF = {
     2: ("image_size", "crop_scale", "rotation", "jitter", "blur", "blur_sigma", "cutout"),
-    3: ("cube_size",),
+    3: ("cube_size", "crop_mm"),
 }
 
 
@@ -154,6 +154,7 @@ def get_parser() -> options.Parser:
     view_options.add_cutout(group)
     group = parser.add_argument_group("views of volumes (3D)")
     view_options.add_cubes(group)
+    view_options.add_cutting(group)
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", temperature=0.2,
         **dict.fromkeys(DEFAULTS[2]),
@@ -164,7 +165,7 @@ def get_parser() -> options.Parser:
 def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
     """The views of images or volumes."""
     if dims == 3:
-        return RestorationCubeViews(tuple(args.cube_size))
+        return RestorationCubeViews(tuple(args.cube_size), crop_mm=view_options.crops_of(args))
     return RestorationViews(**normalization, **view_options.large_views(args))
 
 

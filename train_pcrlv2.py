@@ -41,7 +41,7 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
 }
 ONLY_OF = {
     2: ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout"),
-    3: ("cube_size", "local_cube_size"),
+    3: ("cube_size", "local_cube_size", "crop_mm"),
 }
 
 
@@ -189,6 +189,7 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("views of volumes (3D)")
     view_options.add_cubes(group)
     view_options.add_cubes(group, "--local-cube-size", LOCAL_CUBE_SIZE, "local cubes")
+    view_options.add_cutting(group)
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
@@ -198,7 +199,8 @@ def get_parser() -> options.Parser:
 def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> Views:
     """The views of images or volumes."""
     if dims == 3:
-        return CubeViews(tuple(args.cube_size), tuple(args.local_cube_size), args.local_views)
+        sizes, crops = (tuple(args.cube_size), tuple(args.local_cube_size)), view_options.crops_of(args)
+        return CubeViews(*sizes, args.local_views, crop_mm=crops)
     return MultiCropViews(
         **normalization,
         **view_options.large_views(args),

@@ -46,6 +46,7 @@ PCRLV2 = f"pcrlv2 {CUBES} --local-cube-size 16 16 16 --optimizer adamw --lr 1e-3
 PCRLV2_20 = f"{PCRLV2} --restoration-weight 20"
 PCRL = f"pcrl {CUBES} --queue 192 --optimizer adamw --lr 1e-3 --epochs 25"
 WHOLE = "--load encoder+decoder"
+NATIVE = "--crop-mm 32 32 32"  # as patches are: of 1 mm a voxel
 
 RADIOGRAPHS = (
     "--data {data}/pneumoniamnist.npz --dataset pneumoniamnist --arch resnet18 --image-size 64 --amp --workers 0"
@@ -74,6 +75,19 @@ QUESTIONS: list[Question] = [
         },
         tuning={"genesis": WHOLE, "genesis_rising": WHOLE, "pcrlv2_20": WHOLE, "pcrlv2": WHOLE, "pcrl": WHOLE},
         percents=(3.6,), rates=(1.5e-3, 5e-3), length="--epochs", lengths=(6,), searched=3, trials=0,
+    ),
+    Question(
+        name="hippocampi_scale",
+        asks="Is pre-training worth more where its cubes have the fine-tuning's millimetres a voxel?",
+        task="segmentation",
+        options=HIPPOCAMPI,
+        inits={
+            "random": "", "mae": f"mae {CUBES} --epochs 90 --mirror xz {NATIVE}", "pcrlv2_20": f"{PCRLV2_20} {NATIVE}",
+            "pcrlv2_20_whole": f"{PCRLV2_20} {NATIVE}",
+            "genesis_rising": f"{GENESIS} --falling 0 --mirror xz {NATIVE}",
+        },
+        tuning={"genesis_rising": WHOLE, "pcrlv2_20_whole": WHOLE},
+        percents=(3.6,), rates=(1.5e-3, 5e-3), length="--epochs", lengths=(6,), searched=6, trials=0,
     ),
     Question(
         name="magical_causes",

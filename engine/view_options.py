@@ -1,6 +1,7 @@
 """Options of views, in groups that scripts add one by one."""
 
 import argparse
+import math
 
 from medssl.engine.options import (
     Parser,
@@ -11,7 +12,8 @@ from medssl.engine.options import (
     non_negative_int,
     positive_int,
 )
-from medssl.views.ops3d import CUBE_SIZE, Shape
+from medssl.errors import InputError
+from medssl.views.ops3d import CUBE_SIZE, Shape, Size
 
 MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which volumes are mirrored, by `--mirror`
 AXES_HELP = "x left–right, y front–back, z foot–head"
@@ -68,6 +70,27 @@ def add_cubes(
     """Size of cubes."""
     axes = {"nargs": 3, "metavar": ("X", "Y", "Z"), "default": list(size)}
     group.add_argument(name, type=positive_int, **axes, help=f"sides of the {what}, voxels")
+
+
+def add_cutting(group: argparse._ArgumentGroup) -> None:
+    """Size of the cubes that are cut out of volumes."""
+    group.add_argument(
+        "--crop-mm", type=bounded_float(1e-3, math.inf), nargs="+", metavar="MM",
+        help="sides X Y Z in mm of the cubes that are cut out of volumes; of several sizes each is drawn as often. By "
+        "default the published sizes, which are for chest CTs, in proportion where a volume is smaller",
+    )  # fmt: skip
+
+
+def crops_of(args: argparse.Namespace) -> list[Size] | None:
+    """The sizes that `--crop-mm` names.
+
+    Raises:
+        InputError: where they are not three numbers each.
+    """
+    given = args.crop_mm or []
+    if len(given) % 3:
+        raise InputError(f"--crop-mm: {len(given)} numbers; each size has three, X Y Z")
+    return [tuple(given[i : i + 3]) for i in range(0, len(given), 3)] or None
 
 
 def add_mirror(group: argparse._ArgumentGroup) -> None:

@@ -151,6 +151,32 @@ def test_boxes_overlap_and_lie_in_the_volume(size, spacing):
     assert (start <= hull_high + 1e-3).all()
 
 
+def test_exact_boxes_do_not_shrink_in_small_volumes():
+    """Patches of a fine-tuning have so many mm a voxel."""
+    size, sizes = torch.tensor([[35.0, 50, 30]] * 500), ((32.0, 32, 32), (16.0, 24, 16))
+    numbers = Columns(Draws((3,), 500).uniform(0, 8 * 32 + 4 * 2))
+    large, small = random_boxes(numbers, size, size / 0.5, 2, sizes, 0.3, ((16.0, 16, 16),), exact=True)
+    found = {tuple(side) for side in (large[..., 3:] * 0.5).flatten(0, 1).tolist()}
+    assert found == {(32, 32, 30), (16, 24, 16)}  # the volume's own length where that is less
+    assert {tuple(side) for side in (small[..., 3:] * 0.5).flatten(0, 1).tolist()} == {(16, 16, 16)}
+    assert (iou(large[:, 0], large[:, 1]) > 0.3).all()
+
+
+def test_cubes_of_as_many_mm_a_voxel_are_the_volume_itself():
+    """Cut at a volume's own spacing, a cube is a part of it: nothing is resampled but the fractions of its start."""
+    ramp = torch.arange(40.0)[:, None, None] / 40 + torch.zeros(40, 48, 40)
+    batch = {"image": [ramp[None]] * 6, "size": torch.tensor([[40.0, 48, 40]] * 6)}
+    views = CubeViews((32, 32, 32), (16, 16, 16), 3, crop_mm=[(32, 32, 32)])
+    large, small = views.cut(batch, Draws((0,), 6))
+    assert torch.allclose(large.diff(dim=2), torch.tensor(1 / 40), atol=1e-5)
+    assert torch.allclose(small.diff(dim=2)[:, :, 1:-1], torch.tensor(1 / 40), atol=1e-5)
+    published = CubeViews((32, 32, 32), (16, 16, 16), 3)
+    assert published.cut(batch, Draws((0,), 6))[0].diff(dim=2).mean() * 40 < 0.95  # 32 mm at most, in 32 voxels
+    prepared = {"image": torch.zeros(2, 2, 32, 32, 32), "locals": torch.zeros(2, 3, 16, 16, 16)}
+    with pytest.raises(InputError, match="--crop-mm: these cubes were cut when they were prepared"):
+        views.cut(prepared, Draws((0,), 2))
+
+
 def test_box_sizes():
     large, small, _ = boxes_of(2000, (320, 300, 260), 1.0)
     found = {tuple(side) for side in large[..., 3:].flatten(0, 1).round().tolist()}

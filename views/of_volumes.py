@@ -16,6 +16,7 @@ from medssl.views.ops3d import (
     CUBE_SIZE,
     GLOBAL_SIZES,
     LOCAL_CUBE_SIZE,
+    LOCAL_SIZES,
     MIN_IOU,
     PCRL_MIN_IOU,
     PCRL_SIZES,
@@ -62,16 +63,23 @@ class CutCubes(VolumeViews):
     Args:
         size, local_size: shapes of large and small views in voxels.
         locals_: number of small views V; prepared cubes may have more.
-        crops: sizes in mm of the large cubes cut out of whole volumes. min_iou: by how much they overlap.
+        crops: sizes in mm of the large cubes cut out of whole volumes, in proportion out of small ones. min_iou: by how
+            much they overlap.
         kind: of normalisation.
+        crop_mm: exact sizes instead of `crops`; small cubes then have the large ones' mm a voxel.
     """
 
     def __init__(
-        self, size: Shape, local_size: Shape, locals_: int, crops: Sequence[Size], min_iou: float, kind: str
-    ) -> None:
+        self, size: Shape, local_size: Shape, locals_: int, crops: Sequence[Size], min_iou: float, kind: str,
+        crop_mm: Sequence[Size] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(kind)
         self.size, self.local_size, self.locals_ = tuple(size), tuple(local_size), locals_
-        self.crops, self.min_iou = crops, min_iou
+        self.exact, self.min_iou = bool(crop_mm), min_iou
+        self.crops, self.smalls = crop_mm or crops, LOCAL_SIZES
+        if crop_mm:
+            shares = [small / large for small, large in zip(self.local_size, self.size)]
+            self.smalls = [tuple(mm * share for mm, share in zip(crop, shares)) for crop in crop_mm]
 
     def cut(self, batch: dict, draws: Draws, second: Tensor | None = None) -> list[Tensor]:
         """Large cubes (2·B, 1, *size), and small ones (V·B, 1, *local_size) where V > 0, view-major, in [0, 1]. With
@@ -79,6 +87,8 @@ class CutCubes(VolumeViews):
         image, v = batch["image"], self.locals_
         large = 2 if second is None else 1
         if image[0].shape[0] == 2:
+            if self.exact:
+                raise InputError("--crop-mm: these cubes were cut when they were prepared; leave it out")
             pairs = image if second is None else image[torch.arange(len(image)), second.long()][:, None]
             stored = [pairs] if v == 0 else [pairs, batch.get("locals")]
             if v and (stored[1] is None or stored[1].shape[1] < v):
@@ -94,7 +104,9 @@ class CutCubes(VolumeViews):
         volumes = [volume[0] for volume in image]
         voxels = torch.tensor([volume.shape for volume in volumes])
         numbers = Columns(draws.uniform(0, 8 * CANDIDATES + 4 * v))
-        pairs, small = random_boxes(numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou)
+        pairs, small = random_boxes(
+            numbers, batch["size"].cpu(), voxels, v, self.crops, self.min_iou, self.smalls, self.exact
+        )
         if second is not None:
             pairs = pairs[torch.arange(len(pairs)), second.long()][:, None]
         return [
@@ -126,6 +138,7 @@ class CubeViews(CutCubes):
         log_gamma: largest logarithm of the gamma curve's exponent.
         swaps: exchanges of 8 × 4 × 4 patches in large views of 64 × 64 × 32 voxels, as published; as many per voxel
             in others, which so many would leave nothing of.
+        crop_mm: as for `CutCubes`.
 
     Returns, from `forward`:
         {"view1", "view2" (B, 1, *size), "locals" (V·B, 1, *local_size), view-major: all normalised;
@@ -144,8 +157,9 @@ class CubeViews(CutCubes):
         noise: float = 0.25,
         log_gamma: float = 0.3,
         swaps: int = 100,
+        crop_mm: Sequence[Size] | None = None,
     ) -> None:
-        super().__init__(size, local_size, locals_, GLOBAL_SIZES, MIN_IOU, "z")
+        super().__init__(size, local_size, locals_, GLOBAL_SIZES, MIN_IOU, "z", crop_mm)
         self.flips, self.scale, self.degrees = tuple(flips), scale, degrees
         self.blur, self.noise, self.log_gamma = blur, noise, log_gamma
         self.swaps = round(swaps * math.prod(self.size) / math.prod(CUBE_SIZE))
@@ -180,6 +194,7 @@ class RestorationCubeViews(CutCubes):
         scale, degrees: ranges of the affine map, in the cubes' voxels; x is mirrored with chance ½.
         blur: largest deviation of the blur in voxels.
         shuffle, paint: chances of local shuffling and of painting; `inner` is the share of in-painting.
+        crop_mm: as for `CutCubes`.
 
     Returns, from `forward`:
         {"view1", "view2", "target", "target2" (B, 1, *size): the views after flip and affine map, before anything
@@ -195,8 +210,9 @@ class RestorationCubeViews(CutCubes):
         shuffle: float = 0.5,
         paint: float = 0.9,
         inner: float = 0.2,
+        crop_mm: Sequence[Size] | None = None,
     ) -> None:
-        super().__init__(size, size, 0, PCRL_SIZES, PCRL_MIN_IOU, "unit")
+        super().__init__(size, size, 0, PCRL_SIZES, PCRL_MIN_IOU, "unit", crop_mm)
         self.scale, self.degrees, self.blur = scale, degrees, blur
         self.shuffle, self.paint, self.inner = shuffle, paint, inner
 
@@ -219,6 +235,7 @@ class GenesisCubeViews(CutCubes):
     Args:
         flips: axes mirrored with chance ½.
         changes: what is changed of the cube; the published changes unless given.
+        crop_mm: as for `CutCubes`.
 
     Returns, from `forward`:
         {"changed", "target" (B, 1, *size)}.
@@ -228,9 +245,10 @@ class GenesisCubeViews(CutCubes):
     """
 
     def __init__(
-        self, size: Shape = CUBE_SIZE, flips: Sequence[int] = (0, 1, 2), changes: GenesisChanges | None = None
-    ) -> None:
-        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, "unit")
+        self, size: Shape = CUBE_SIZE, flips: Sequence[int] = (0, 1, 2), changes: GenesisChanges | None = None,
+        crop_mm: Sequence[Size] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, "unit", crop_mm)
         self.flips, self.changes = tuple(flips), changes or GenesisChanges()
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
@@ -249,6 +267,7 @@ class HiddenPatchCubes(CutCubes):
         mask_ratio: share of the patches that is hidden.
         flips: axes mirrored with chance ½.
         kind: of normalisation.
+        crop_mm: as for `CutCubes`.
 
     Returns, from `forward`:
         {"image" (B, 1, *size) normalised, "visible" (B, 1, *size / patch) bool}.
@@ -263,8 +282,9 @@ class HiddenPatchCubes(CutCubes):
         mask_ratio: float = 0.6,
         flips: Sequence[int] = (0, 1, 2),
         kind: str = "z",
+        crop_mm: Sequence[Size] | None = None,
     ) -> None:
-        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, kind)
+        super().__init__(size, size, 0, GLOBAL_SIZES, MIN_IOU, kind, crop_mm)
         self.grid, self.mask_ratio, self.flips = tuple(n // patch for n in size), mask_ratio, tuple(flips)
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:

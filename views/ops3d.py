@@ -190,11 +190,14 @@ def random_boxes(
     locals_: int,
     crops: Sequence[Size] = GLOBAL_SIZES,
     min_iou: float = MIN_IOU,
+    smalls: Sequence[Size] = LOCAL_SIZES,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Crops of whole volumes: two large boxes that overlap, and small ones around them.
 
-    Volumes of 140 × 140 × 120 mm or more are cropped with the sizes asked for; for smaller ones the sizes shrink
-    by as much, per axis, so that a volume whose spacing is not known is cropped in proportion.
+    Unless sizes are exact, those of a volume that is less than 1.25 times as long as the longest large box shrink by as
+    much, per axis, so that a volume whose spacing is not known is cropped in proportion: with the published sizes,
+    volumes below 140 × 140 × 120 mm.
 
     Args:
         draws: 8 × 32 + 4 × locals_ columns are taken.
@@ -203,14 +206,16 @@ def random_boxes(
         locals_: small boxes V per volume.
         crops: sizes of the large boxes in mm, each as likely.
         min_iou: intersection over union that the large boxes exceed. Where none of 32 tries does, the best is taken.
+        smalls: sizes of the small boxes in mm, each as likely.
+        exact: whether sizes are meant as they are, in small volumes, too.
 
     Returns:
         large (N, 2, 6) and small (N, V, 6) boxes: start and side, in voxels.
     """
     n, k = len(size), CANDIDATES
     spacing = size / voxels
-    table, small = (torch.tensor(sizes, dtype=torch.float32) for sizes in (crops, LOCAL_SIZES))
-    shrink = (size / (1.25 * table.amax(0))).clamp(max=1)  # (N, 3)
+    table, small = (torch.tensor(sizes, dtype=torch.float32) for sizes in (crops, smalls))
+    shrink = torch.ones(n, 3) if exact else (size / (1.25 * table.amax(0))).clamp(max=1)
     least = torch.minimum(4 * spacing, size)
     which = draws.take(2 * k, 0, len(table)).long().view(n, k, 2)
     sides = torch.maximum(table[which] * shrink[:, None, None], least[:, None, None])

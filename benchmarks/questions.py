@@ -52,6 +52,8 @@ RADIOGRAPHS = (
     "--data {data}/pneumoniamnist.npz --dataset pneumoniamnist --arch resnet18 --image-size 64 --amp --workers 0"
 )
 MAGICAL = "magical -b 64 --epochs 4 --lr 1e-3 --patience 0"
+CONTRAST = "-b 64 --optimizer sgd --lr 0.03 --weight-decay 1e-4 --schedule cosine --warmup-epochs 1"
+QUEUE = f"{CONTRAST} --queue 1024"  # less than a third of the images: C2L and PCRL put three keys of each there
 
 QUESTIONS: list[Question] = [
     Question(
@@ -102,5 +104,25 @@ QUESTIONS: list[Question] = [
             "temperature": f"{MAGICAL} --temperature 0.5", "batch": f"{MAGICAL} -b 256",
         },
         percents=(1,), rates=(), length="--epochs", lengths=(), trials=0, pretrained=3, features=True,
+    ),
+    Question(
+        name="pneumonia",
+        asks="What is each method worth on radiographs, after an hour of one core?",
+        task="classification",
+        options=f"{RADIOGRAPHS} --b 32 --patience 0 --epoch-steps 20",
+        inits={
+            "random": "", "mae": "mae -b 64 --epochs 80 --lr 1e-3",
+            "pcrlv2": "pcrlv2 -b 64 --local-size 32 --epochs 28 --lr 0.05",
+            "genesis": "genesis -b 64 --epochs 55 --lr 1e-3",
+            "magical": "magical -b 64 --epochs 48 --lr 1e-3 --patience 0",
+            "moco": f"moco --version 2 {QUEUE} --epochs 120",
+            "c2l": f"c2l {QUEUE} --epochs 65", "pcrl": f"pcrl {QUEUE} --epochs 18",
+            "simclr": f"simclr {CONTRAST} --epochs 100", "byol": f"byol {CONTRAST} --epochs 70",
+            "densecl": f"densecl {QUEUE} --epochs 100", "pcl": f"pcl {QUEUE} --epochs 85 --warm-up 20",
+            "concl": f"concl {QUEUE} --epochs 100 --warm-up 20 --concepts 4",
+            "insdis": f"insdis {CONTRAST} --negatives 1024 --epochs 160",
+        },
+        percents=(1, 10), rates=(2e-4, 5e-4, 1e-3, 3e-3), length="--epochs", lengths=(5, 15), searched=2, trials=5,
+        features=True,
     ),
 ]  # fmt: skip

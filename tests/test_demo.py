@@ -26,9 +26,9 @@ def test_demo_runs(tmp_path, capsys, monkeypatch):
     tissue._generated.cache_clear()
     demo.main(["--quick", "--seed", "3", "--output", str(tmp_path)])
     tissue._generated.cache_clear()
-    assert "Test AUROC with 20 labelled images" in capsys.readouterr().out
-    assert list((tmp_path / "mae" / "samples").glob("*.png"))
-    assert json.loads((tmp_path / "mae" / "config.json").read_text())["series"] == 3
+    assert "Test AUROC with 8 labelled images" in capsys.readouterr().out
+    assert list((tmp_path / "pretraining" / "mae" / "samples").glob("*.png"))
+    assert json.loads((tmp_path / "pretraining" / "mae" / "config.json").read_text())["series"] == 3
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["gain"] == pytest.approx(found["pretrained"] - found["random"])
     assert found["settings"] == demo.QUICK

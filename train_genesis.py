@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_pretraining(args)
     dims = data.info.dims
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
+    view_options.check_cutting(args, data)
     torch.manual_seed(args.seed)
     method = Genesis(args.arch, dims, data.info.channels)
     start = initialise(method.network.encoder, args.arch, args.init)

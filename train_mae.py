@@ -204,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_pretraining(args)
     dims = data.info.dims
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
+    view_options.check_cutting(args, data)
     args = options.complete(args, {"warmup_epochs": args.epochs / WARM_UP})
     option, sides = ("--cube-size", args.cube_size) if dims == 3 else ("--image-size", [args.image_size] * 2)
     patch = choose_patch(option, sides, args.patch, args.mask_ratio)

@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--{option} {given}: data set {data.info.name} has {dims} dimensions, which take {needed}"
             )
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
+    view_options.check_cutting(args, data)
     torch.manual_seed(args.seed)
     method = PCRL(args.arch, dims, len(data), args.queue, args.temperature, args.ema, args.loss, args.ema_schedule)
     encoder = method.student.encoder

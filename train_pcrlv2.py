@@ -218,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_pretraining(args)
     dims = data.info.dims
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
+    view_options.check_cutting(args, data)
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight)
     start = initialise(method.network.encoder, args.arch, args.init)

@@ -4,7 +4,8 @@
   python benchmarks/demo_spread.py --tables
 
 A row is written as a repetition ends, to `--rows`, a line of JSON each; the same command continues. Repetitions run
-side by side, each with its share of the cores: its minutes are those of a machine with so many.
+side by side, each a run at a time with its share of the cores: minutes are those of a machine with so many, and missing
+where a repetition was interrupted.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def repeat(seed: int, args: argparse.Namespace) -> None:
     """
     folder, threads = Path(args.output) / f"seed_{seed}", max(1, (os.cpu_count() or 1) // args.jobs)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "demo.py"), "--seed", str(seed), "--output", str(folder)]
+    command = [sys.executable, str(ROOT / "demo.py"), "--seed", str(seed), "--jobs", "1", "--output", str(folder)]
     with open(folder / "log.txt", "w") as log:
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
@@ -45,7 +46,7 @@ def repeat(seed: int, args: argparse.Namespace) -> None:
     row = read_json(folder / "demo.json") | {"threads": threads, "cpu": machine["cpu"], "commit": machine["commit"]}
     row |= {"torch": machine["packages"]["torch"], "date": machine["date"][:10]}
     append_text(args.rows, json.dumps(row) + "\n")
-    print(f"seed {seed}: {row['random']:.3f} to {row['pretrained']:.3f}, {row['minutes']:.1f} minutes", flush=True)
+    print(f"seed {seed}: {row['random']:.3f} to {row['pretrained']:.3f}", flush=True)
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -53,7 +54,8 @@ def table(rows: Sequence[dict]) -> str:
     lines = ["| seed | torch | random | pre-trained | gain | minutes |", "| --- | --- | --- | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: (row["torch"], row["seed"])):
         values = " | ".join(f"{row[name]:.3f}" for name in ("random", "pretrained"))
-        lines.append(f"| {row['seed']} | {row['torch']} | {values} | {row['gain']:+.3f} | {row['minutes']:.1f} |")
+        minutes = f"{row['minutes']:.1f}" if row["minutes"] else ""
+        lines.append(f"| {row['seed']} | {row['torch']} | {values} | {row['gain']:+.3f} | {minutes} |")
     for name in ("random", "pretrained", "gain"):
         values = [row[name] for row in rows]
         deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0

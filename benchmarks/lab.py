@@ -5,10 +5,9 @@
   python benchmarks/lab.py --questions MINE.py
 
 The questions, in order of their value, are those of `questions.py`, or `QUESTIONS` of another file of Python. Of each,
-in this order: every init is pre-trained; where asked, its frozen features are judged; learning rate and length of
-fine-tuning are searched for random weights, then, over as many values, for every other init, by the validation of seeds
-that no trial has; and trials are run with what was chosen, in pairs with those from random weights, on the same
-labelled images.
+init by init, random weights first: the init is pre-trained; where asked, its frozen features are judged; learning rate
+and length of its fine-tuning are searched, over as many values for each, by the validation of seeds that no trial has.
+Then trials are run with what was chosen, in pairs with those from random weights, on the same labelled images.
 
 Every run continues after an interruption, and its row is written as it ends, to `--rows`, a line of JSON each. A run
 that has its row is not run again, also where its folder is gone. Hours that are left are told from the rows.

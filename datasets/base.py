@@ -74,6 +74,7 @@ class ImageDataset(torch.utils.data.Dataset):
         contents: what `sample_contents` said of the split when it was opened.
         digest: what tells the data that were opened together, all their splits, from others; None for a data set that
             was not opened by its name.
+        prepared: whether an item has cubes that were cut before, not a volume to cut them out of.
         cached: gives the texture's item of a position from a cache, which then is not decoded; or None.
     """
 
@@ -82,6 +83,7 @@ class ImageDataset(torch.utils.data.Dataset):
     order: Sequence[str] | None = None
     contents: str | None = None
     digest: str | None = None
+    prepared = False
     whole = 0  # files of all splits together, where they are known
     cached: Callable[[int], dict[str, Tensor]] | None = None
 
@@ -239,6 +241,7 @@ class Request:
         view: which views of CheXpert; None for its default.
         uncertain: what CheXpert's uncertain labels become in training; None for its default.
         series: of a generated set: which of its series of images.
+        crop_mm: exact sizes of the cubes that are cut out of volumes; None for the published ones.
     """
 
     name: str | None = None
@@ -258,6 +261,7 @@ class Request:
     view: str | None = None
     uncertain: str | None = None
     series: int = 0
+    crop_mm: Sequence[float] | None = None
 
     @property
     def lists(self) -> dict[str, str]:
@@ -273,8 +277,11 @@ class Request:
             return info.native_size
         return 1 << (2 * self.image_size - 1).bit_length()
 
-    def resolve_grid(self) -> tuple[int, int, int]:
-        """Voxels to which volumes of many shapes are resampled: twice the views' shape, so that crops keep detail."""
+    def resolve_grid(self) -> tuple[int, int, int] | None:
+        """Voxels to which volumes of many shapes are resampled: twice the views' shape, so that crops keep detail; None
+        where crops have sizes in mm, which a grid might not show."""
+        if self.crop_mm:
+            return None
         x, y, z = self.cube_size or CUBE_SIZE
         return 2 * x, 2 * y, 2 * z
 

@@ -55,19 +55,22 @@ class VolumeFiles(DecodedVolumes):
         more: as for `ImageDataset`.
     """
 
-    def __init__(self, info: Info, paths: Sequence[Path], ids: Sequence[str], grid: Sequence[int], **more) -> None:
+    def __init__(
+        self, info: Info, paths: Sequence[Path], ids: Sequence[str], grid: Sequence[int] | None, **more
+    ) -> None:
         super().__init__(info, list(paths).__getitem__, ids, **more)
-        self.grid = tuple(grid)
+        self.grid = grid and tuple(grid)
 
     @property
     def recipe(self) -> tuple:
-        return self.grid
+        return self.grid or ()
 
     def decode(self, source: Path) -> dict[str, Tensor]:
         """A volume scaled to [0, 1] as `intensities.to_unit` does, anti-aliased where the grid is coarser."""
         volume = read_volume(source)
-        resampled = resize([torch.from_numpy(to_unit(volume.array))], self.grid)[0, 0]
-        return volume_item(resampled, [n * step for n, step in zip(volume.array.shape, volume.spacing)])
+        array = torch.from_numpy(to_unit(volume.array))
+        array = resize([array], self.grid)[0, 0] if self.grid else array
+        return volume_item(array, [n * step for n, step in zip(volume.array.shape, volume.spacing)])
 
 
 def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDataset]:

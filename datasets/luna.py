@@ -53,6 +53,8 @@ class LunaPairs(_LunaDataset):
     cubes around them, where there are such files; "index"; "bad"}.
     """
 
+    prepared = True
+
     def load(self, i: int) -> dict[str, Tensor]:
         """Pair i.
 

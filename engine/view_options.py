@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from medssl.datasets.base import ImageDataset
 from medssl.engine.options import (
     Parser,
     bounded_float,
@@ -76,20 +77,23 @@ def add_cutting(group: argparse._ArgumentGroup) -> None:
     """Size of the cubes that are cut out of volumes."""
     group.add_argument(
         "--crop-mm", type=bounded_float(1e-3, math.inf), nargs="+", metavar="MM",
-        help="sides X Y Z in mm of the cubes that are cut out of volumes; of several sizes each is drawn as often. By "
-        "default the published sizes, which are for chest CTs, in proportion where a volume is smaller",
+        help="sides X Y Z in mm of the cubes that are cut out of volumes, at most the volume itself; of several sizes, "
+        "those of a pair that overlaps enough. By default the published sizes, which are for chest CTs, in proportion "
+        "where a volume is smaller",
     )  # fmt: skip
 
 
-def crops_of(args: argparse.Namespace) -> list[Size] | None:
-    """The sizes that `--crop-mm` names.
+def check_cutting(args: argparse.Namespace, data: ImageDataset) -> None:
+    """Raise InputError for sizes that are not three numbers each, and of data whose cubes are cut already."""
+    if args.crop_mm and len(args.crop_mm) % 3:
+        raise InputError(f"--crop-mm: {len(args.crop_mm)} numbers; each size has three, X Y Z")
+    if args.crop_mm and data.prepared:
+        raise InputError("--crop-mm: these cubes were cut when they were prepared; leave it out")
 
-    Raises:
-        InputError: where they are not three numbers each.
-    """
+
+def crops_of(args: argparse.Namespace) -> list[Size] | None:
+    """The sizes that `--crop-mm` names."""
     given = args.crop_mm or []
-    if len(given) % 3:
-        raise InputError(f"--crop-mm: {len(given)} numbers; each size has three, X Y Z")
     return [tuple(given[i : i + 3]) for i in range(0, len(given), 3)] or None
 
 

@@ -85,7 +85,8 @@ def oversample(train: ImageDataset, share: float) -> ImageDataset:
 
 def lengthen(train: ImageDataset, steps: int, b: int) -> ImageDataset:
     """The training images so often that an epoch has at least `steps` steps of `b`."""
-    return train.subset([*range(len(train))] * max(1, -(-steps * b // len(train))))
+    passes = -(-steps * b // len(train)) if steps > 1 else 1  # an epoch of one image has a step as it is
+    return train.subset([*range(len(train))] * passes) if passes > 1 else train
 
 
 def batch_size(wanted: int, count: int, devices: Devices) -> int:
@@ -177,8 +178,8 @@ def fit_best(
     asked = min(round(args.epochs * len(train) / args.b), args.steps or FEW_STEPS, FEW_STEPS)
     if devices.main and report["step"] < asked:
         print(
-            f"note: stopped after {report['step']} steps, as {args.patience} epochs of {len(train)} images brought no "
-            "gain; with so few, give epochs more steps (--epoch-steps), or --patience 0",
+            f"note: stopped after {report['step']} steps, too few to learn from, as {args.patience} epochs brought no "
+            "gain (--patience); give epochs more steps (--epoch-steps), or --patience 0",
             file=sys.stderr,
         )
     best = report["best"]

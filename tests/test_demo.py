@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medssl import demo
+from medssl import compare, demo, finetune_classification, train_mae
 from medssl.benchmarks import demo_spread
 from medssl.datasets.phantoms import tissue
 from medssl.errors import InputError
@@ -32,6 +32,16 @@ def test_demo_runs(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["gain"] == pytest.approx(found["pretrained"] - found["random"])
     assert found["settings"] == demo.QUICK
+    assert found["minutes"] > 0
+
+
+def test_settings_are_options_of_a_study():
+    """Those of the whole demo, which no test runs."""
+    words = [*demo.DATA.split(), "--init", "random", "mae", *demo.SETTINGS["tuning"].split()]
+    args, rest = compare.get_parser().parse_known_args(words)
+    assert args.trials == demo.TRIALS
+    finetune_classification.get_parser().parse_args(rest)
+    train_mae.get_parser().parse_args(demo.SETTINGS["pretraining"].split())
 
 
 def test_spread_is_told_of_today_s_settings_alone(tmp_path):
@@ -54,7 +64,7 @@ def test_tables(tmp_path, capsys):
 
 def test_repetitions_continue_where_they_ended(tmp_path, capsys, monkeypatch):
     (tmp_path / "demo.py").write_text(
-        "import json, sys; seed, output = int(sys.argv[2]), sys.argv[4]\n"
+        "import json, sys; seed, output = int(sys.argv[2]), sys.argv[6]\n"
         "sys.exit(3) if seed == 2 else None\n"
         f"row = {row(0, 0.25)} | {{'seed': seed}}\n"
         "json.dump(row, open(output + '/demo.json', 'w'))\n"

@@ -17,6 +17,7 @@ from medssl import (
     finetune_segmentation,
     train_magical,
     train_moco,
+    train_pcrl,
     train_pcrlv2,
     train_simclr,
 )
@@ -346,14 +347,16 @@ def test_options_of_a_study_from_before_are_as_they_were(script):
     [(train_pcrlv2, {"restoration_weight": "20"}),
      (finetune_segmentation, {"mirror": "x"}),
      (train_magical, {"skips": "--no-skips", "projector": "norm", "joint_norm": "--no-joint-norm", "crop_scale": "0.2",
-                      "mask": "stripes"})],
+                      "mask": "stripes"}),
+     (train_pcrl, {"crop_mm": "32 32 32", "series": "2"}),
+     (finetune_classification, {"epoch_steps": "20", "series": "1"})],
 )  # fmt: skip
 def test_runs_from_before_an_option_go_on_as_they_were(script, newer):
     now = plain(script.get_parser().parse_args([]))
     before = {key: value for key, value in now.items() if key not in newer}
     refuse_changes(before, now, Path("x"))
     for name, value in newer.items():
-        words = [value] if value.startswith("--") else [f"--{name.replace('_', '-')}", value]
+        words = [value] if value.startswith("--") else [f"--{name.replace('_', '-')}", *value.split()]
         with pytest.raises(InputError, match=f"x: was started with {name} "):
             refuse_changes(before, plain(script.get_parser().parse_args(words)), Path("x"))
 

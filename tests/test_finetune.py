@@ -70,7 +70,7 @@ def test_pretrain_then_finetune_leaves_everything(encoder, tmp_path):
 def test_a_run_that_ends_before_it_has_learnt_says_so(tmp_path, capsys):
     command = [*SMALL, "--lr", "1e-9", "--epochs", "20", "--output"]
     finetune_classification.main([*command, str(tmp_path / "short"), "--patience", "1"])
-    said = re.search(r"note: stopped after (\d+) steps, as 1 epochs of 20 images", capsys.readouterr().err)
+    said = re.search(r"note: stopped after (\d+) steps, too few to learn from, as 1 epochs", capsys.readouterr().err)
     steps = json.loads((tmp_path / "short" / "results.json").read_text())["trials"][0]["steps"]
     assert int(said[1]) == steps < 50
     finetune_classification.main([*command, str(tmp_path / "whole"), "--patience", "0"])

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from medssl import train_genesis, train_mae, train_pcrl, train_pcrlv2
+from medssl.engine import options
 from medssl.errors import InputError
 from medssl.views.draws import Columns, Draws, seeds_of
 from medssl.views.of_volumes import CubeViews, VolumeClassificationViews, VolumeSegmentationViews
@@ -172,9 +174,38 @@ def test_cubes_of_as_many_mm_a_voxel_are_the_volume_itself():
     assert torch.allclose(small.diff(dim=2)[:, :, 1:-1], torch.tensor(1 / 40), atol=1e-5)
     published = CubeViews((32, 32, 32), (16, 16, 16), 3)
     assert published.cut(batch, Draws((0,), 6))[0].diff(dim=2).mean() * 40 < 0.95  # 32 mm at most, in 32 voxels
-    prepared = {"image": torch.zeros(2, 2, 32, 32, 32), "locals": torch.zeros(2, 3, 16, 16, 16)}
-    with pytest.raises(InputError, match="--crop-mm: these cubes were cut when they were prepared"):
-        views.cut(prepared, Draws((0,), 2))
+
+
+@pytest.mark.parametrize("script", [train_genesis, train_mae, train_pcrl, train_pcrlv2])
+def test_every_method_of_volumes_cuts_what_is_asked(script):
+    def views(*words):
+        words = [
+            "--d",
+            "3",
+            "--cube-size",
+            "16",
+            "16",
+            "16",
+            *(["--patch", "8"] if script is train_mae else []),
+            *words,
+        ]
+        args = options.complete(script.get_parser().parse_args(words), script.DEFAULTS[3])
+        return script.make_views(args, 3, {})
+
+    exact = views("--crop-mm", "12", "12", "12", "14", "16", "18")
+    assert (exact.exact, exact.crops) == (True, [(12, 12, 12), (14, 16, 18)])
+    assert not views().exact
+
+
+@pytest.mark.parametrize("script", [train_genesis, train_mae, train_pcrl, train_pcrlv2])
+def test_crops_that_cannot_be_cut_are_refused_before_anything_is_written(script, tmp_path):
+    for words, reason in (
+        (["--d", "3", "--crop-mm", "12", "12"], "--crop-mm: 2 numbers; each size has three, X Y Z"),
+        (["--dataset", "phantom2d", "--crop-mm", "12", "12", "12"], "--crop-mm"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            script.main([*words, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_box_sizes():

@@ -87,8 +87,6 @@ class CutCubes(VolumeViews):
         image, v = batch["image"], self.locals_
         large = 2 if second is None else 1
         if image[0].shape[0] == 2:
-            if self.exact:
-                raise InputError("--crop-mm: these cubes were cut when they were prepared; leave it out")
             pairs = image if second is None else image[torch.arange(len(image)), second.long()][:, None]
             stored = [pairs] if v == 0 else [pairs, batch.get("locals")]
             if v and (stored[1] is None or stored[1].shape[1] < v):

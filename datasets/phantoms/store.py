@@ -1,8 +1,8 @@
 """Generated sets are made once a machine: kept in the user's cache folder, and shared by processes.
 
 They lie in `~/.cache/medssl/generated` (`$XDG_CACHE_HOME/medssl/generated` where that is set), a folder for each set,
-split, size and version of its generator and of the libraries that it draws with. Any of them may be deleted: it is
-made again.
+split, series, size and version of its generator and of the libraries that it draws with. Any of them may be deleted:
+it is made again.
 """
 
 import contextlib

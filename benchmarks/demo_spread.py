@@ -1,6 +1,6 @@
 """How far the demo's gain spreads: the demo again and again, each time with other tiles, weights and labels.
 
-  python benchmarks/demo_spread.py --seeds 20
+  python benchmarks/demo_spread.py --seeds 20 40
   python benchmarks/demo_spread.py --tables
 
 A row is written as a repetition ends, to `--rows`, a line of JSON each; the same command continues. Repetitions run
@@ -65,7 +65,10 @@ def table(rows: Sequence[dict]) -> str:
 
 def get_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    parser.add_argument("--seeds", type=options.positive_int, default=20, help="repetitions, of the seeds from 0 on")
+    parser.add_argument(
+        "--seeds", type=options.non_negative_int, nargs=2, default=[20, 40], metavar=("FIRST", "END"),
+        help="of the repetitions, END excluded; by them nothing was chosen",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=options.positive_int, default=2, help="repetitions at a time")
     parser.add_argument("--tables", action="store_true", help="run nothing; print what is known")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=demo.SPREAD, help="what repetitions gave")
@@ -80,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(args.output).mkdir(parents=True, exist_ok=True)
         with own_folder(args.output), ThreadPoolExecutor(args.jobs) as pool:
             done = {row["seed"] for row in demo.repetitions(args.rows) if row["torch"] == torch}
-            list(pool.map(partial(repeat, args=args), [seed for seed in range(args.seeds) if seed not in done]))
+            list(pool.map(partial(repeat, args=args), [seed for seed in range(*args.seeds) if seed not in done]))
     if not (rows := demo.repetitions(args.rows)):
         raise InputError(f"--rows {args.rows}: has no repetition with the demo's settings")
     print(f"\n{table(rows)}")

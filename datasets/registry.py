@@ -156,6 +156,8 @@ def refuse_options(request: Request, row: Row) -> None:
                 raise InputError(f"--{option.name} {value}: is for {owner.name}, not for {row.name}; leave it out")
     if request.series and not row.module.startswith("phantoms."):
         raise InputError(f"--series {request.series}: is for generated sets, and {row.name} is none; leave it out")
+    if request.series and request.cache:
+        raise InputError(f"--cache {request.cache}: caches are of series 0, and {row.name} needs none; leave it out")
     for option in MASK_OPTIONS:
         if getattr(request, option) and option not in row.masks:
             raise InputError(f"--{option}: {row.name} has its own; leave it out")

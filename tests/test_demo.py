@@ -71,8 +71,8 @@ def test_repetitions_continue_where_they_ended(tmp_path, capsys, monkeypatch):
     )
     monkeypatch.setattr(demo_spread, "ROOT", tmp_path)
     words = ["--rows", str(tmp_path / "rows"), "--output", str(tmp_path / "out")]
-    demo_spread.main(["--seeds", "2", *words])
+    demo_spread.main(["--seeds", "0", "2", *words])
     assert {each["seed"] for each in demo.repetitions(tmp_path / "rows")} == {0, 1}
     with pytest.raises(InputError, match="--seed 2: the demo ended with 3; see .*log.txt"):
-        demo_spread.main(["--seeds", "3", *words])
+        demo_spread.main(["--seeds", "0", "3", *words])
     assert len(demo.repetitions(tmp_path / "rows")) == 2  # those that were there are not run again

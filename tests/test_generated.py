@@ -59,6 +59,8 @@ def test_series_are_of_generated_sets(tmp_path):
     np.savez(tmp_path / "pneumoniamnist.npz", train_images=np.zeros((2, 28, 28), np.uint8))
     with pytest.raises(InputError, match="--series 2: is for generated sets, and pneumoniamnist is none"):
         open_splits(Request("pneumoniamnist", data=str(tmp_path / "pneumoniamnist.npz"), series=2), ["train"])
+    with pytest.raises(InputError, match="--cache here: caches are of series 0, and tissue2d needs none"):
+        open_splits(Request("tissue2d", cache="here", series=1), ["train"])
 
 
 @pytest.mark.parametrize("name", SETS)

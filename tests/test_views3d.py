@@ -179,16 +179,8 @@ def test_cubes_of_as_many_mm_a_voxel_are_the_volume_itself():
 @pytest.mark.parametrize("script", [train_genesis, train_mae, train_pcrl, train_pcrlv2])
 def test_every_method_of_volumes_cuts_what_is_asked(script):
     def views(*words):
-        words = [
-            "--d",
-            "3",
-            "--cube-size",
-            "16",
-            "16",
-            "16",
-            *(["--patch", "8"] if script is train_mae else []),
-            *words,
-        ]
+        patch = ["--patch", "8"] if script is train_mae else []
+        words = ["--d", "3", "--cube-size", "16", "16", "16", *patch, *words]
         args = options.complete(script.get_parser().parse_args(words), script.DEFAULTS[3])
         return script.make_views(args, 3, {})
 

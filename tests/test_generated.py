@@ -147,7 +147,7 @@ def test_processes_make_a_set_once(small, tmp_path):
         "import sys, json; from medssl.datasets.phantoms import radiograph as r; r.SPLITS = {'train': 40}; made = []\n"
         "draw = r.draw\n"
         "def spy(numbers, *rest):\n    made.append(len(numbers)); return draw(numbers, *rest)\n"
-        "r.draw = spy; r._generated('train', 32, 101).prepare(); json.dump(made, sys.stdout)"
+        "r.draw = spy; r._generated('train', 32, 40, 101).prepare(); json.dump(made, sys.stdout)"
     )
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     runs = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "12"]
@@ -158,7 +158,7 @@ def test_a_process_that_makes_a_set_and_does_not_end_is_not_waited_for_for_ever(
     """As one that was stopped."""
     monkeypatch.setattr(store, "SOON", 0)
     monkeypatch.setattr(store, "LONGEST", 0.3)
-    generated = radiograph._generated("train", 32, 101)
+    generated = radiograph._generated("train", 32, 3, 101)
     generated.folder.mkdir(parents=True)
     with locks.lock_folder(generated.folder, 0):
         assert len(generated.arrays["images"]) == 3
@@ -172,7 +172,7 @@ def test_threads_make_a_set_once(small, monkeypatch):
     made = []
     draw = radiograph.draw
     monkeypatch.setattr(radiograph, "draw", lambda numbers, *rest: made.append(len(numbers)) or draw(numbers, *rest))
-    generated = radiograph._generated("train", 32, 101)
+    generated = radiograph._generated("train", 32, 3, 101)
     threads = [threading.Thread(target=generated.prepare) for _ in range(3)]
     for thread in threads:
         thread.start()

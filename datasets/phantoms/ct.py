@@ -81,14 +81,16 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     opened = {}
     for split in splits:
         seed = seed_of(split, SPLIT_SEEDS, request.series)
-        opened[split] = PhantomVolumes(split, _generated(split, seed), labels_of(range(SPLITS[split]), seed))
+        opened[split] = PhantomVolumes(
+            split, _generated(split, SPLITS[split], seed), labels_of(range(SPLITS[split]), seed)
+        )
     return opened
 
 
 @cache
-def _generated(split: str, seed: int) -> Generated:
+def _generated(split: str, count: int, seed: int) -> Generated:
     """The scans and masks of a split."""
-    name, count = f"phantom3d-{split}-{SPLITS[split]}-{seed}", SPLITS[split]
+    name = f"phantom3d-{split}-{count}-{seed}"
     return Generated(sys.modules[__name__], name, count, partial(_arrays, seed=seed))
 
 

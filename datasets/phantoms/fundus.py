@@ -40,16 +40,17 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, GeneratedM
     info = Info(INFO.name, INFO.dims, INFO.channels, native_size=size)
     opened = {}
     for split in splits:
-        generated = _generated(split, size, seed_of(split, SPLIT_SEEDS, request.series))
+        seed = seed_of(split, SPLIT_SEEDS, request.series)
+        generated = _generated(split, size, SPLITS[split], seed)
         field = field_of_view(size)
         opened[split] = GeneratedMasks(info, split, generated, size, ("vessels",), tubular=True, field=field)
     return opened
 
 
 @cache
-def _generated(split: str, size: int, seed: int) -> Generated:
+def _generated(split: str, size: int, count: int, seed: int) -> Generated:
     """The images and masks of a split."""
-    name, count = f"fundus2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    name = f"fundus2d-{split}-{count}-{size}-{seed}"
     return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 

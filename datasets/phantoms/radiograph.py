@@ -48,7 +48,7 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     opened = {}
     for split in splits:
         seed = seed_of(split, SPLIT_SEEDS, request.series)
-        generated = _generated(split, size, seed)
+        generated = _generated(split, size, SPLITS[split], seed)
         labels = torch.from_numpy(labels_of(SPLITS[split], seed))
         opened[split] = GeneratedMasks(info, split, generated, size, ("nodule",), labels)
     return opened
@@ -97,9 +97,9 @@ class GeneratedMasks(MaskedImages):
 
 
 @cache
-def _generated(split: str, size: int, seed: int) -> Generated:
+def _generated(split: str, size: int, count: int, seed: int) -> Generated:
     """The images and nodule masks of a split."""
-    name, count = f"phantom2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    name = f"phantom2d-{split}-{count}-{size}-{seed}"
     return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 

@@ -76,14 +76,14 @@ def open_splits(request: Request, splits: Sequence[str]) -> dict[str, ImageDatas
     for split in splits:
         seed = seed_of(split, SPLIT_SEEDS, request.series)
         labels = labels_of(range(SPLITS[split]), seed)
-        opened[split] = GeneratedTissue(info, split, _generated(split, size, seed), size, labels)
+        opened[split] = GeneratedTissue(info, split, _generated(split, size, SPLITS[split], seed), size, labels)
     return opened
 
 
 @cache
-def _generated(split: str, size: int, seed: int) -> Generated:
+def _generated(split: str, size: int, count: int, seed: int) -> Generated:
     """The tiles and glands of a split."""
-    name, count = f"tissue2d-{split}-{SPLITS[split]}-{size}-{seed}", SPLITS[split]
+    name = f"tissue2d-{split}-{count}-{size}-{seed}"
     return Generated(sys.modules[__name__], name, count, partial(_arrays, size=size, seed=seed))
 
 

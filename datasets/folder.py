@@ -47,11 +47,11 @@ SPLITS_HELP = "give --list, --val-list and --test-list, or sort the images into 
 
 
 class VolumeFiles(DecodedVolumes):
-    """Volumes of any shape, each resampled to one grid; items as `base.volume_item` says.
+    """Volumes of any shape, each resampled to one grid, or as they are; items as `base.volume_item` says.
 
     Args:
         paths: a file or folder of DICOM slices for each of `ids`.
-        grid: voxels along x, y, z. A volume's own proportions go with it as "size" in mm.
+        grid: voxels along x, y, z; None leaves a volume its own. Its proportions go with it as "size" in mm.
         more: as for `ImageDataset`.
     """
 

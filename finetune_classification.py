@@ -153,10 +153,7 @@ def get_parser() -> options.Parser:
         "--cube-size", type=options.positive_int, nargs=3, metavar=("X", "Y", "Z"),
         help="resize volumes to as many voxels; by default they stay as the data set has them",
     )  # fmt: skip
-    group.add_argument(
-        "--epoch-steps", type=options.positive_int, default=1,
-        help="fewest steps of an epoch, after which the network is validated: few images are shown several times",
-    )  # fmt: skip
+    options.add_epoch_steps(group, 1)
     group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
     options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")
     group.add_argument("--rotation", type=options.non_negative, default=10.0, help="largest rotation, degrees")

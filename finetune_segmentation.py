@@ -126,7 +126,7 @@ def get_parser() -> options.Parser:
     group = options.add_trials(parser)
     protocols.add_protocol(group, (name for kind in BY_DIMS.values() for name in kind.protocols))
     group.add_argument("--patience", type=options.non_negative_int, default=30, help="epochs without gain; 0: never")
-    group.add_argument("--epoch-steps", type=options.positive_int, default=50, help="fewest steps of an epoch")
+    options.add_epoch_steps(group, 50)
     group.add_argument(
         "--overlap", type=options.bounded_float(0, 0.9), default=0.5, help="of windows in evaluation, share of a side"
     )

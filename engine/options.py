@@ -503,6 +503,14 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
+def add_epoch_steps(group: argparse._ArgumentGroup, fewest: int) -> None:
+    """Length of an epoch of few images."""
+    group.add_argument(
+        "--epoch-steps", type=positive_int, default=fewest,
+        help="fewest steps of an epoch, after which the network is validated: few images are shown several times",
+    )  # fmt: skip
+
+
 def add_trials(parser: Parser) -> argparse._ArgumentGroup:
     """How much is labelled, and how often fine-tuning is repeated."""
     group = parser.add_argument_group("fine-tuning")

@@ -82,6 +82,17 @@ def test_a_folder_of_volumes(tmp_path):
     assert default.grid == (128, 128, 64)
 
 
+def test_crops_in_mm_are_cut_out_of_volumes_as_they_are(tmp_path):
+    """A grid would show a large volume coarser than the crop is asked for."""
+    array = write(tmp_path / "scan.nii.gz")
+    asked = Request(name="folder", data=str(tmp_path), cube_size=(4, 4, 4), crop_mm=(8, 8, 8))
+    data = registry.open_splits(asked, ["train"])["train"]
+    image = data[0]["image"][0].float()
+    assert image.shape == array.shape
+    assert np.allclose(image, (array.clip(-1000, 1000) + 1000) / 2000, atol=1e-3)
+    assert data[0]["size"].tolist() == [20, 16, 24]
+
+
 def test_volumes_are_kept_as_they_are_read(tmp_path, monkeypatch):
     write(tmp_path / "data" / "a.nrrd")
     monkeypatch.setattr(folder, "read_volume", counted := mock.Mock(wraps=folder.read_volume))

@@ -136,6 +136,13 @@ def warnings(rows: Sequence[dict], entries: dict[Cell, dict | None], jobs: Seque
     torches = {entry["versions"]["torch"] for entry in entries.values() if entry}
     if len(torches) > 1:
         out.append(f"Runs were made with different versions of torch: {', '.join(sorted(torches))}.")
+    known = [entry for entry in entries.values() if entry]
+    early = sum(bool(entry.get("stopped_early")) for entry in known)
+    if early:
+        out.append(
+            f"{early} of {len(known)} fine-tunings were stopped, as validation did not rise, after too few steps to "
+            "learn from (--patience): give epochs more steps (--epoch-steps)."
+        )
     last = [e["best_epoch"] >= e["config"]["epochs"] - 0.5 for e in entries.values() if e and "best_epoch" in e]
     if last and sum(last) > len(last) / 2:
         out.append(

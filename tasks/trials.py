@@ -172,11 +172,12 @@ def fit_best(
     devices: Devices,
     evaluate: Callable[[], dict[str, float]],
 ) -> dict:
-    """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps"}. Says so
-    where `--patience` ended it before there were enough steps to learn from."""
+    """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps",
+    "stopped_early"}, the last for one that `--patience` ended before there were enough steps to learn from, which it
+    says, too."""
     report = fit(method, train, views, args, devices, evaluate, tensorboard=args.tensorboard)
-    asked = min(round(args.epochs * len(train) / args.b), args.steps or FEW_STEPS, FEW_STEPS)
-    if devices.main and report["step"] < asked:
+    stopped_early = report["step"] < min(round(args.epochs * len(train) / args.b), args.steps or FEW_STEPS, FEW_STEPS)
+    if devices.main and stopped_early:
         print(
             f"note: stopped after {report['step']} steps, too few to learn from, as {args.patience} epochs brought no "
             "gain (--patience); give epochs more steps (--epoch-steps), or --patience 0",
@@ -184,7 +185,10 @@ def fit_best(
         )
     best = report["best"]
     method.load_state_dict(best["state"])
-    return {"val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"]}
+    return {
+        "val_score": best["score"], "best_epoch": round(best["epoch"], 2), "steps": report["step"],
+        "stopped_early": stopped_early,
+    }  # fmt: skip
 
 
 # Writing -------------------------------------------------------------------------------------------

@@ -71,10 +71,12 @@ def test_a_run_that_ends_before_it_has_learnt_says_so(tmp_path, capsys):
     command = [*SMALL, "--lr", "1e-9", "--epochs", "20", "--output"]
     finetune_classification.main([*command, str(tmp_path / "short"), "--patience", "1"])
     said = re.search(r"note: stopped after (\d+) steps, too few to learn from, as 1 epochs", capsys.readouterr().err)
-    steps = json.loads((tmp_path / "short" / "results.json").read_text())["trials"][0]["steps"]
-    assert int(said[1]) == steps < 50
+    trial = json.loads((tmp_path / "short" / "results.json").read_text())["trials"][0]
+    assert int(said[1]) == trial["steps"] < 50
+    assert trial["stopped_early"]
     finetune_classification.main([*command, str(tmp_path / "whole"), "--patience", "0"])
     assert "note: stopped" not in capsys.readouterr().err
+    assert not json.loads((tmp_path / "whole" / "results.json").read_text())["trials"][0]["stopped_early"]
 
 
 def test_epochs_of_few_images_may_have_more_steps(tmp_path):

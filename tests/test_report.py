@@ -191,10 +191,12 @@ def test_what_a_reader_is_warned_of(study, page):
     assert any("odd & co</b>: 3 entries of the encoder are not in its file" in text for text in said)
     few = [{**row, "values": [0.5], "images": 7} for row in rows]
     mixed = {c: e and {**e, "best_epoch": 4, "versions": {"torch": f"2.{c.trial}"}} for c, e in entries.items()}
+    mixed = {c: e and {**e, "stopped_early": c.trial == 0} for c, e in mixed.items()}
     said = "\n".join(warnings(few, mixed, jobs))
     assert "1 trial of each: too few" in said
     assert "classification: 1 % and 100 % of the labels are the same 7 images." in said
     assert "different versions of torch: 2.0, 2.1, 2.2, 2.3, 2.4." in said
+    assert re.search("[56] of 24 fine-tunings were stopped, as validation did not rise", said)
     assert "In 24 of 24 fine-tunings the last epoch was the best" in said
     alone = [Cell(c.task, c.percent, c.init, c.trial, c.metric, replace(c.job, needs=None)) for c in cells]
     said = "\n".join(warnings(rows, {cell: cell.results() for cell in alone}, jobs))

@@ -41,7 +41,7 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
 }
 ONLY_OF = {
     2: ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout"),
-    3: ("cube_size", "local_cube_size", "crop_mm"),
+    3: ("cube_size", "local_cube_size", "crop_mm", "decoder_skips"),
 }
 
 
@@ -116,9 +116,11 @@ class PCRLv2(Method):
 
     find_unused = True  # levels that a step does not draw have no gradient
 
-    def __init__(self, arch: str = "resnet18", locals_: int = 6, dims: int = 2, weight: float = 1.0) -> None:
+    def __init__(
+        self, arch: str = "resnet18", locals_: int = 6, dims: int = 2, weight: float = 1.0, skips: bool = False
+    ) -> None:
         super().__init__()
-        self.network = MultiScaleUNet(arch) if dims == 2 else PCRLv23d(width=width_of(arch))
+        self.network = MultiScaleUNet(arch) if dims == 2 else PCRLv23d(width=width_of(arch), skips=skips)
         self.locals_, self.weight = locals_, weight
         self.register_buffer("beta", torch.ones(()))
 
@@ -190,6 +192,9 @@ def get_parser() -> options.Parser:
     view_options.add_cubes(group)
     view_options.add_cubes(group, "--local-cube-size", LOCAL_CUBE_SIZE, "local cubes")
     view_options.add_cutting(group)
+    options.flag(
+        group, "--decoder-skips", False, "let the decoder see the encoder's maps, as that of segmentation does"
+    )
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
@@ -220,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     view_options.check_cutting(args, data)
     torch.manual_seed(args.seed)
-    method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight)
+    method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight, args.decoder_skips)
     start = initialise(method.network.encoder, args.arch, args.init)
     views = make_views(args, dims, start["normalization"])
     pretrain(method, data, views, args, devices)

@@ -66,6 +66,14 @@ QUESTIONS: list[Question] = [
         percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(6,), searched=3, trials=0,
     ),
     Question(
+        name="hippocampi_length",
+        asks="How long must fine-tuning with four volumes be, from random weights?",
+        task="segmentation",
+        options=HIPPOCAMPI,
+        inits={"random": ""},
+        percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(12, 24), searched=3, trials=0,
+    ),
+    Question(
         name="hippocampi_load",
         asks="What is worth loading, after 15 to 26 minutes of one core each: the encoder, or the decoder, too?",
         task="segmentation",

@@ -37,20 +37,23 @@ class ScaleUp3d(Up3d):
 
 
 class PCRLv23d(UNet3d):
-    """3D U-Net without skips, with PCRLv2's heads at every decoder level (arXiv 2301.00772, §3).
+    """3D U-Net, without skips as published, with PCRLv2's heads at every decoder level (arXiv 2301.00772, §3).
 
     Args:
         n_class: channels of the restoration.
         in_channels: of the input.
         width: channels of the first level.
         norm: "batch", "group" or "instance".
+        skips: whether the way up sees the maps of the way down.
     """
 
     up_block = ScaleUp3d
     levels = 3  # of the way up
 
-    def __init__(self, n_class: int = 1, in_channels: int = 1, width: int = 64, norm: str = "batch") -> None:
-        super().__init__(n_class, False, in_channels, width, norm)
+    def __init__(
+        self, n_class: int = 1, in_channels: int = 1, width: int = 64, norm: str = "batch", skips: bool = False
+    ) -> None:
+        super().__init__(n_class, skips, in_channels, width, norm)
 
     def forward(self, x: Tensor, levels: Sequence[int] = (0, 1, 2), restore: int | None = None) -> dict[str, Tensor]:
         """Embed a batch of volumes at the drawn levels, and restore it if asked; nothing else is computed.

@@ -24,8 +24,9 @@ from medssl.engine.parallel import Run
 from medssl.engine.plain_pickle import Inert
 from medssl.errors import InputError
 from medssl.losses.contrastive import negative_cosine
-from medssl.models.encoders import IMAGENET, initialise, make_encoder
+from medssl.models.encoders import IMAGENET, initialise, initialise_unet, make_encoder
 from medssl.models.pcrlv2_model_3d import PCRLv23d
+from medssl.models.unet3d import UNet3d
 from medssl.train_pcrlv2 import DEFAULTS, PCRLv2, get_parser, main
 from medssl.views.of_images import MultiCropViews
 
@@ -308,6 +309,19 @@ def test_3d_run(tmp_path, cubes):
     main([*SMALL_3D, "--steps", "3", "--output", str(out)])
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 3
     main([*SMALL_3D, "--steps", "1", "--output", str(tmp_path / "again"), "--init", str(out / "encoder.pt")])
+
+
+def test_3d_skips_make_the_network_that_of_segmentation(tmp_path, cubes):
+    command = [*SMALL_3D, "--steps", "2", "--decoder-skips", "--output", str(tmp_path)]
+    main(command)
+    saved = load_safe(tmp_path / "encoder.pt")["state_dict"]
+    network = UNet3d(3, width=16)
+    report = initialise_unet(network, "unet3d_quarter", str(tmp_path / "encoder.pt"), "encoder+decoder")
+    taken = {key: value for key, value in network.state_dict().items() if not key.startswith("out_tr.")}
+    assert report["missing"] == 0
+    assert all(torch.equal(saved[key], value) for key, value in taken.items())
+    with pytest.raises(InputError, match="was started with decoder_skips True, now False"):
+        main([word for word in command if word != "--decoder-skips"])
 
 
 def test_3d_refusals(tmp_path, cubes):

@@ -69,9 +69,9 @@ QUESTIONS: list[Question] = [
         name="hippocampi_length",
         asks="How long must fine-tuning with four volumes be, from random weights?",
         task="segmentation",
-        options=HIPPOCAMPI,
+        options=f"{HIPPOCAMPI} --epoch-steps 100",
         inits={"random": ""},
-        percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(12, 24), searched=3, trials=0,
+        percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(6, 12), searched=3, trials=0,
     ),
     Question(
         name="hippocampi_load",

@@ -66,12 +66,12 @@ QUESTIONS: list[Question] = [
         percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(6,), searched=3, trials=0,
     ),
     Question(
-        name="hippocampi_length",
-        asks="How long must fine-tuning with four volumes be, from random weights?",
+        name="hippocampi_baseline",
+        asks="Which rate and length are best for random weights, where longer is no better?",
         task="segmentation",
         options=f"{HIPPOCAMPI} --epoch-steps 100",
         inits={"random": ""},
-        percents=(3.6,), rates=(1.5e-3,), length="--epochs", lengths=(6, 12), searched=3, trials=0,
+        percents=(3.6,), rates=(1.5e-3, 7e-4, 3e-4, 3e-3), length="--epochs", lengths=(6, 12), searched=3, trials=0,
     ),
     Question(
         name="hippocampi_load",

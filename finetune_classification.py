@@ -120,7 +120,9 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
     def evaluate() -> dict[str, float]:
         return validate_classes(network, views, splits["val"], args, devices)
 
-    report = trials.fit_best(Classifier(network), shown, views, args, devices, evaluate)
+    method = Classifier(network)
+    groups = trials.parameter_groups(method, network.encoder, args.encoder_lr_scale)
+    report = trials.fit_best(method, shown, views, args, devices, evaluate, groups)
     values = test_classes(network, views, splits["test"], args, devices)
     if devices.main:
         side = {"image_size": args.image_size} if info.dims == 2 else {"cube_size": args.cube_size}
@@ -154,6 +156,7 @@ def get_parser() -> options.Parser:
         help="resize volumes to as many voxels; by default they stay as the data set has them",
     )  # fmt: skip
     options.add_epoch_steps(group, 1)
+    options.add_encoder_rate(group)
     group.add_argument("--dropout", type=options.fraction, default=0.2, help="before the last layer")
     options.flag(group, "--freeze", False, "train the last layer only (linear evaluation)")
     group.add_argument("--rotation", type=options.non_negative, default=10.0, help="largest rotation, degrees")
@@ -211,6 +214,8 @@ def complete(args: argparse.Namespace, info: Info, given: Collection[str] = ()) 
     args = protocols.complete(args, PROTOCOLS, ours, info.dims, given, {"eval_b": EVAL_B[info.dims]})
     if args.positive_share and info.task != "binary":
         raise InputError(f"--positive-share: needs two classes, and {info.name} is {info.task}; set it to 0")
+    if args.freeze and args.encoder_lr_scale != 1:
+        raise InputError("--encoder-lr-scale: with --freeze the encoder learns nothing; leave one out")
     if args.tta == "tencrop" and args.margin == 1:
         raise InputError("--tta tencrop: with --margin 1 its crops are all the same; give --margin 0.875")
     if info.dims == 2:

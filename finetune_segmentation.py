@@ -90,7 +90,8 @@ def run_trial(args: argparse.Namespace, splits: Mapping[str, ImageDataset], devi
     def evaluate() -> dict[str, float]:
         return kind.validate(network, views, splits["val"], args, devices)
 
-    report = trials.fit_best(method, shown, views, args, devices, evaluate)
+    groups = trials.parameter_groups(method, network.encoder, args.encoder_lr_scale)
+    report = trials.fit_best(method, shown, views, args, devices, evaluate, groups)
     values = {}
     if devices.main:
         values = kind.test(network, views, splits["test"], args, devices)
@@ -127,6 +128,7 @@ def get_parser() -> options.Parser:
     protocols.add_protocol(group, (name for kind in BY_DIMS.values() for name in kind.protocols))
     group.add_argument("--patience", type=options.non_negative_int, default=30, help="epochs without gain; 0: never")
     options.add_epoch_steps(group, 50)
+    options.add_encoder_rate(group)
     group.add_argument(
         "--overlap", type=options.bounded_float(0, 0.9), default=0.5, help="of windows in evaluation, share of a side"
     )

@@ -503,6 +503,14 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
+def add_encoder_rate(group: argparse._ArgumentGroup) -> None:
+    """The encoder's part of the learning rate."""
+    group.add_argument(
+        "--encoder-lr-scale", type=non_negative, default=1.0, metavar="S",
+        help="the encoder learns with S times the rate; below 1 pre-trained weights change less",
+    )  # fmt: skip
+
+
 def add_epoch_steps(group: argparse._ArgumentGroup, fewest: int) -> None:
     """Length of an epoch of few images."""
     group.add_argument(

@@ -164,6 +164,16 @@ def run_trials(
     return entries, max(range(args.trials), key=lambda k: entries[k]["val_score"])  # the first of equals
 
 
+def parameter_groups(network: nn.Module, encoder: nn.Module, scale: float) -> list[dict] | None:
+    """Optimiser groups of a network whose encoder learns with `scale` times the rate; None where all learn alike."""
+    own = {id(parameter) for parameter in encoder.parameters()}
+    if scale == 1:
+        return None
+    free = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in free if id(p) not in own]}]
+    return [*groups, {"params": [p for p in free if id(p) in own], "lr_scale": scale}]
+
+
 def fit_best(
     method: Method,
     train: ImageDataset,
@@ -171,11 +181,12 @@ def fit_best(
     args: argparse.Namespace,
     devices: Devices,
     evaluate: Callable[[], dict[str, float]],
+    parameters: list[dict] | None = None,
 ) -> dict:
     """`fit`, which leaves the state with the best validation in `method`: {"val_score", "best_epoch", "steps",
     "stopped_early"}, the last for one that `--patience` ended before there were enough steps to learn from, which it
     says, too."""
-    report = fit(method, train, views, args, devices, evaluate, tensorboard=args.tensorboard)
+    report = fit(method, train, views, args, devices, evaluate, parameters, tensorboard=args.tensorboard)
     stopped_early = report["step"] < min(round(args.epochs * len(train) / args.b), args.steps or FEW_STEPS, FEW_STEPS)
     if devices.main and stopped_early:
         print(

@@ -300,6 +300,25 @@ def test_freeze_trains_the_head_alone(tta, encoder, tmp_path):
     assert all(torch.equal(after[f"encoder.{key}"], value) for key, value in before.items())
 
 
+def test_the_encoder_may_learn_more_slowly(encoder, tmp_path):
+    before, moved = torch.load(encoder, weights_only=True)["state_dict"], {}
+    key = "layer4.1.conv2.weight"
+    for scale in ("0", "0.1", "1"):
+        output, command = tmp_path / scale, [*SMALL, "--init", str(encoder), "--encoder-lr-scale", scale]
+        finetune_classification.main([*command, "--output", str(output)])
+        after = torch.load(output / "best.pt", weights_only=True)["state_dict"]
+        moved[scale] = float((after[f"encoder.{key}"] - before[key]).norm())
+        assert after["head.1.weight"].std() > 0
+    assert moved["0"] == 0
+    assert 0.02 < moved["0.1"] / moved["1"] < 0.5
+    with pytest.raises(InputError, match="was started with encoder_lr_scale 1.0, now 0.5"):
+        finetune_classification.main([*command[:-1], "0.5", "--output", str(output)])
+    with pytest.raises(InputError, match="--encoder-lr-scale: with --freeze the encoder learns nothing"):
+        finetune_classification.main(
+            [*SMALL, "--freeze", "--encoder-lr-scale", "0.5", "--output", str(tmp_path / "no")]
+        )
+
+
 def test_unlabelled_data_is_refused(tmp_path):
     from PIL import Image
 

@@ -465,7 +465,7 @@ def test_starting_weights(tmp_path):
 
 def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
     root = write_pairs(tmp_path / "data", 5)
-    more = ["--save-every", "1", "--epochs", "4", "--annotation-percent", "40"]
+    more = ["--save-every", "1", "--epochs", "4", "--annotation-percent", "40", "--encoder-lr-scale", "0.5"]
     whole = script(root, tmp_path / "whole", *more)
     validate, test = volumes.VolumeSegmentation.validate, volumes.VolumeSegmentation.test
     calls = []
@@ -494,6 +494,17 @@ def test_interrupted_runs_end_with_the_same_numbers(tmp_path, monkeypatch):
         assert whole["trials"][0][key] == killed["trials"][0][key], key
     with pytest.raises(InputError, match="was started with overlap 0.5, now 0.25"):
         script(root, tmp_path / "killed", *more, "--overlap", "0.25")
+
+
+def test_the_encoder_may_stay_as_it_is(tmp_path):
+    before, root = UNet3d(3, width=16), write_pairs(tmp_path / "data", 5)
+    torch.save({"state_dict": before.state_dict()}, tmp_path / "unet.pt")
+    more = ["--init", str(tmp_path / "unet.pt"), "--load", "encoder+decoder", "--encoder-lr-scale", "0"]
+    script(root, tmp_path / "out", *more)
+    after = torch.load(tmp_path / "out" / "best.pt", weights_only=True)["state_dict"]
+    for key, value in before.state_dict().items():
+        if key.endswith("conv1.weight"):
+            assert torch.equal(after[key], value) == key.startswith("down"), key
 
 
 def test_trials_are_paired(tmp_path, monkeypatch):

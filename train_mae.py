@@ -13,7 +13,6 @@ The data set knows its dimension, and with it come these values where none is gi
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
@@ -34,7 +33,6 @@ from medssl.models.unet2d import conv_norm_relu
 from medssl.models.unet3d import ConvNorm3d
 from medssl.views.of_images import HiddenPatchViews, Views
 from medssl.views.of_volumes import HiddenPatchCubes
-from medssl.views.ops import hidden_count
 
 DEFAULTS = {  # of each dimension
     2: {"arch": DEFAULT_ARCH[2], "b": 64, "lr": 1e-3},
@@ -157,12 +155,7 @@ def choose_patch(option: str, sides: Sequence[int], patch: int | None, ratio: fl
             patch //= 2
     if patch < 2 or any(side % patch for side in sides):
         raise InputError(f"--patch {patch}: give 2 or more that divide {size}, such as {stride} or {stride // 2}")
-    grid = [side // patch for side in sides]
-    count, hidden = math.prod(grid), hidden_count(grid, ratio)
-    if not 0 < hidden < count:
-        raise InputError(
-            f"--mask-ratio {ratio:g}: hides {hidden} of {count} patches; give a share that leaves both kinds"
-        )
+    view_options.check_hidden([side // patch for side in sides], ratio)
     return patch
 
 

@@ -32,7 +32,7 @@ from medssl.models.heads import ScaleHead, global_average
 from medssl.models.pcrlv2_model_3d import PCRLv23d
 from medssl.models.unet2d import DECODER_CHANNELS, Decoder2d, make_output
 from medssl.views.of_images import MultiCropViews, Views
-from medssl.views.of_volumes import CubeViews
+from medssl.views.of_volumes import HIDDEN_SIDE, CubeViews
 from medssl.views.ops3d import LOCAL_CUBE_SIZE
 
 DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
@@ -41,7 +41,7 @@ DEFAULTS = {  # of each dimension: §4.1 of the paper and the published scripts
 }
 ONLY_OF = {
     2: ("image_size", "local_size", "jitter", "blur", "blur_sigma", "cutout"),
-    3: ("cube_size", "local_cube_size", "crop_mm", "decoder_skips"),
+    3: ("cube_size", "local_cube_size", "crop_mm", "decoder_skips", "mask_ratio"),
 }
 
 
@@ -195,6 +195,9 @@ def get_parser() -> options.Parser:
     options.flag(
         group, "--decoder-skips", False, "let the decoder see the encoder's maps, as that of segmentation does"
     )
+    group.add_argument(
+        "--mask-ratio", type=options.fraction, default=0.0, help="share of the large cubes' 8³ patches that is hidden"
+    )
     parser.set_defaults(  # §4.1 of the paper and the published scripts; None: the dimension decides
         epochs=240, momentum=0.9, weight_decay=1e-4, optimizer="sgd", schedule="cosine", **dict.fromkeys(DEFAULTS[2])
     )
@@ -205,7 +208,7 @@ def make_views(args: argparse.Namespace, dims: int, normalization: dict) -> View
     """The views of images or volumes."""
     if dims == 3:
         sizes, crops = (tuple(args.cube_size), tuple(args.local_cube_size)), view_options.crops_of(args)
-        return CubeViews(*sizes, args.local_views, crop_mm=crops)
+        return CubeViews(*sizes, args.local_views, crop_mm=crops, mask_ratio=args.mask_ratio)
     return MultiCropViews(
         **normalization,
         **view_options.large_views(args),
@@ -224,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dims = data.info.dims
     args = options.for_dims(parser, args, data.info, DEFAULTS, ONLY_OF)
     view_options.check_cutting(args, data)
+    if args.mask_ratio:
+        view_options.check_hidden([side // HIDDEN_SIDE for side in args.cube_size], args.mask_ratio)
     torch.manual_seed(args.seed)
     method = PCRLv2(args.arch, args.local_views, dims, args.restoration_weight, args.decoder_skips)
     start = initialise(method.network.encoder, args.arch, args.init)

@@ -28,7 +28,7 @@ AS_EVER = {
     "augment": "full", "normalization": "weights", "precise_bn": 0, "all_train": False, "mask": "cells",
     "mirror": "xyz", "restoration_weight": 1.0, "skips": True, "projector": "plain", "joint_norm": True,
     "crop_scale": None, "crop_mm": None, "epoch_steps": 1, "series": 0, "decoder_skips": False,
-    "encoder_lr_scale": 1.0,
+    "encoder_lr_scale": 1.0, "mask_ratio": 0.0,
 }  # fmt: skip
 OR_RESUME = "another --output, or --resume never"
 MOST_STEPS = 2**40  # of any run

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from medssl.datasets.base import ImageDataset
 from medssl.engine.options import (
@@ -14,6 +15,7 @@ from medssl.engine.options import (
     positive_int,
 )
 from medssl.errors import InputError
+from medssl.views.ops import hidden_count
 from medssl.views.ops3d import CUBE_SIZE, Shape, Size
 
 MIRRORS = ("none", "x", "y", "z", "xy", "xz", "yz", "xyz")  # axes along which volumes are mirrored, by `--mirror`
@@ -130,3 +132,12 @@ def add_pair_views(parser: Parser) -> None:
     add_crops(group)
     add_jitter(group)
     add_blur(group)
+
+
+def check_hidden(grid: Sequence[int], ratio: float) -> None:
+    """Raise InputError for a `--mask-ratio` that hides all patches of a grid or none."""
+    count, hidden = math.prod(grid), hidden_count(grid, ratio)
+    if not 0 < hidden < count:
+        raise InputError(
+            f"--mask-ratio {ratio:g}: hides {hidden} of {count} patches; give a share that leaves both kinds"
+        )

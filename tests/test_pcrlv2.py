@@ -332,6 +332,8 @@ def test_3d_refusals(tmp_path, cubes):
         main([*SMALL_3D, "--init", "imagenet", *output])
     with pytest.raises(InputError, match="--local-cube-size 8 8 4: the 3D U-Net needs sides of at least 8"):
         main([*SMALL_3D, "--local-cube-size", "8", "8", "4", *output])
+    with pytest.raises(InputError, match=r"--mask-ratio 0.1: hides 0 of 4 patches"):
+        main([*SMALL_3D, "--mask-ratio", "0.1", *output])
     assert not list(tmp_path.iterdir())
 
 

@@ -528,6 +528,21 @@ def test_segmentation_evaluation_keeps_the_volume():
     assert torch.equal(out["target"], batch["mask"].long())
 
 
+def test_patches_of_large_cubes_are_hidden():
+    cubes = {"image": torch.rand(3, 2, 32, 32, 16), "locals": torch.rand(3, 2, 8, 8, 8)}
+    shape = ((32, 32, 16), (8, 8, 8), 2)
+    plain, masked = (CubeViews(*shape, mask_ratio=ratio)(cubes, Draws((3,), 3)) for ratio in (0.0, 0.25))
+    assert torch.equal(plain["target"], masked["target"])
+    assert torch.equal(plain["locals"], masked["locals"])
+    seen = [masked[name] == plain[name] for name in ("view1", "view2")]
+    for name, where in zip(("view1", "view2"), seen):
+        patches = where.view(3, 4, 8, 4, 8, 2, 8).movedim((2, 4, 6), (4, 5, 6)).flatten(4).float().mean(-1)
+        assert set(patches.unique().tolist()) <= {0.0, 1.0}  # wholly seen or wholly hidden
+        assert [int(n) for n in (patches == 0).flatten(1).sum(1)] == [8, 8, 8]  # a quarter of 32
+        assert (masked[name][~where] == 0).all()
+    assert not torch.equal(*seen)
+
+
 def test_small_cubes_are_not_swapped_to_pieces():
     assert CubeViews().swaps == 100
     assert CubeViews(size=(32, 32, 16)).swaps == 12  # as many per voxel

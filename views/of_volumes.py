@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.errors import InputError
@@ -34,6 +35,8 @@ from medssl.views.ops3d import (
     windows,
     z_normalise,
 )
+
+HIDDEN_SIDE = 8  # voxels of a hidden patch's sides: the encoder's stride
 
 
 class VolumeViews(Views):
@@ -137,6 +140,8 @@ class CubeViews(CutCubes):
         swaps: exchanges of 8 × 4 × 4 patches in large views of 64 × 64 × 32 voxels, as published; as many per voxel
             in others, which so many would leave nothing of.
         crop_mm: as for `CutCubes`.
+        mask_ratio: share of the large views' patches of 8³ voxels, the encoder's stride, that are 0 in the end; not
+            published.
 
     Returns, from `forward`:
         {"view1", "view2" (B, 1, *size), "locals" (V·B, 1, *local_size), view-major: all normalised;
@@ -156,8 +161,10 @@ class CubeViews(CutCubes):
         log_gamma: float = 0.3,
         swaps: int = 100,
         crop_mm: Sequence[Size] | None = None,
+        mask_ratio: float = 0.0,
     ) -> None:
         super().__init__(size, local_size, locals_, GLOBAL_SIZES, MIN_IOU, "z", crop_mm)
+        self.mask_ratio = mask_ratio
         self.flips, self.scale, self.degrees = tuple(flips), scale, degrees
         self.blur, self.noise, self.log_gamma = blur, noise, log_gamma
         self.swaps = round(swaps * math.prod(self.size) / math.prod(CUBE_SIZE))
@@ -167,6 +174,15 @@ class CubeViews(CutCubes):
         x = blur(x, draws.take(3, 0, self.blur))
         x = add_noise_(x, draws.take(1, 0, self.noise), seeds)
         return gamma_(x, draws.take(1, -self.log_gamma, self.log_gamma))
+
+    def hide(self, x: Tensor, draws: Draws) -> Tensor:
+        """Large views, view-major, less their hidden patches; stream 5 of the draws."""
+        if not self.mask_ratio:
+            return x
+        grid = tuple(n // HIDDEN_SIDE for n in self.size)
+        columns = view_major(draws.uniform(5, 2 * math.prod(grid)), 2)
+        visible = visible_patches(columns, grid, self.mask_ratio).to(x.device, x.dtype, non_blocking=True)
+        return x * F.interpolate(visible, self.size)  # nearest
 
     def forward(self, batch: dict, draws: Draws) -> dict[str, Tensor]:
         b, out = len(batch["image"]), {}
@@ -178,7 +194,8 @@ class CubeViews(CutCubes):
             views = self.change(cubes, columns, seeds_of(draws, 3 + stream))
             if large:
                 out["target"] = cubes[:b]
-                out["view1"], out["view2"] = self.normalise(swap_patches(views, columns, self.swaps)).chunk(2)
+                views = self.normalise(swap_patches(views, columns, self.swaps))
+                out["view1"], out["view2"] = self.hide(views, draws).chunk(2)
             else:
                 out["locals"] = self.normalise(views)
         return out

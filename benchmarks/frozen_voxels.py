@@ -4,11 +4,11 @@
       --annotation-percent 3.6
 
 A voxel's features are those of every level of the encoder there, enlarged to the volume's size (hypercolumns,
-Hariharan et al., CVPR 2015). The regression learns from the labelled volumes of a draw, as fine-tuning has them, of
-which each gives all its labelled voxels and `--background` others, and is judged by the mean Dice of the validation
+Hariharan et al., CVPR 2015). The regression learns from `--voxels` of the labelled volumes of a draw, as fine-tuning
+has them: as many of each volume and label, where there are so many. It is judged by the mean Dice of the validation
 volumes; the test volumes are not read. Norms take the statistics of the volume that they see, as random weights have
-none of their own. A minute a draw, where a fine-tuning takes many. Further options are those of
-finetune_segmentation.py.
+none of their own. Further options are those of finetune_segmentation.py that say which data are read, what is labelled
+of them, and the network; those of its training change nothing.
 """
 
 import argparse
@@ -33,16 +33,16 @@ from medssl.files import append_text
 from medssl.models.encoders import initialise_unet
 from medssl.tasks import trials
 from medssl.tasks.segmentation import counts, dice
+from medssl.train_mae import STRIDE
 from medssl.views.of_volumes import VolumeSegmentationViews
-
-SIDE = 8  # of which volumes' sides are made multiples, by repeating their last voxels: the encoder halves them thrice
 
 
 @torch.inference_mode()
 def columns(encoder: nn.Module, x: Tensor) -> np.ndarray:
     """Features of every voxel, (N, C) float32, of a normalised volume (1, channels, X, Y, Z), N = X·Y·Z."""
     shape = x.shape[2:]
-    x = F.pad(x, [p for side in shape[::-1] for p in (0, -side % SIDE)], mode="replicate")
+    # Sides become multiples of the encoder's stride, by repeating the last voxels.
+    x = F.pad(x, [p for side in shape[::-1] for p in (0, -side % STRIDE[3])], mode="replicate")
     maps = [F.interpolate(level, size=x.shape[2:], mode="trilinear") for level in encoder(x)]
     own = torch.cat(maps, 1)[0][:, : shape[0], : shape[1], : shape[2]]
     return own.flatten(1).T.cpu().numpy()
@@ -65,10 +65,11 @@ def judge(args: argparse.Namespace, splits: dict[str, ImageDataset], init: str, 
     network = kind.make_network(args, labelled)
     start = initialise_unet(network, args.arch, init, "encoder")
     views, encoder = kind.make_views(args, start["normalization"]).eval(), network.encoder.to(devices.device).train()
+    count = len(labelled.mask_labels)
+    most = max(1, args.voxels // (len(labelled) * count))  # of each label of a volume
     generator, features, labels = np.random.default_rng(draw), [], []
     for x, y in voxels(encoder, views, labelled, args, devices):
-        others = generator.permutation(np.flatnonzero(y == 0))[: args.background]
-        kept = np.concatenate([np.flatnonzero(y), others])
+        kept = np.concatenate([generator.permutation(np.flatnonzero(y == label))[:most] for label in range(count)])
         features.append(x[kept])
         labels.append(y[kept])
     x, y = np.concatenate(features), np.concatenate(labels)
@@ -77,7 +78,7 @@ def judge(args: argparse.Namespace, splits: dict[str, ImageDataset], init: str, 
     found = []
     for x, y in voxels(encoder, views, splits["val"], args, devices):
         predicted = model.predict((x - mean) / std)
-        found += [dice(counts(predicted == label, y == label)) for label in range(1, len(labelled.mask_labels))]
+        found += [dice(counts(predicted == label, y == label)) for label in range(1, count)]
     return float(np.nanmean([np.nan if value is None else value for value in found]))
 
 
@@ -86,8 +87,10 @@ def get_parser() -> options.Parser:
     group = parser.add_argument_group("what is judged")
     group.add_argument("--init", nargs="+", default=["random"], help="as in fine-tuning; gains are over the first")
     group.add_argument("--draws", type=options.positive_int, default=3, help="of the labelled volumes")
-    group.add_argument("--background", type=options.positive_int, default=12000, help="unlabelled voxels of a volume")
-    group.add_argument("--c", type=float, default=0.01, help="inverse strength of the regression's penalty")
+    group.add_argument("--voxels", type=options.positive_int, default=144000, help="that the regression learns from")
+    group.add_argument(
+        "--c", type=options.bounded_float(1e-9, 1e9), default=0.01, help="inverse strength of the regression's penalty"
+    )
     group.add_argument("--rows", metavar="FILE", help="a line of JSON for each init is added to it")
     return parser
 
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if splits.info.dims != 3:
         raise InputError(f"--dataset {splits.info.name}: has images, not volumes")
     args = finetune_segmentation.complete(args, splits["train"], parser.given(rest))
-    args = argparse.Namespace(**{**vars(args), "background": own.background, "c": own.c})
+    args = argparse.Namespace(**{**vars(args), "voxels": own.voxels, "c": own.c})
     first = None
     for init in own.init:
         found = [judge(args, splits, init, draw, devices) for draw in range(SEARCH, SEARCH + own.draws)]

@@ -166,9 +166,9 @@ def run_trials(
 
 def parameter_groups(network: nn.Module, encoder: nn.Module, scale: float) -> list[dict] | None:
     """Optimiser groups of a network whose encoder learns with `scale` times the rate; None where all learn alike."""
-    own = {id(parameter) for parameter in encoder.parameters()}
     if scale == 1:
         return None
+    own = {id(parameter) for parameter in encoder.parameters()}
     free = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in free if id(p) not in own]}]
     return [*groups, {"params": [p for p in free if id(p) in own], "lr_scale": scale}]

@@ -315,6 +315,7 @@ def test_3d_skips_make_the_network_that_of_segmentation(tmp_path, cubes):
     command = [*SMALL_3D, "--steps", "2", "--decoder-skips", "--output", str(tmp_path)]
     main(command)
     saved = load_safe(tmp_path / "encoder.pt")["state_dict"]
+    PCRLv23d(width=16, skips=True).load_state_dict(saved, strict=True)
     network = UNet3d(3, width=16)
     report = initialise_unet(network, "unet3d_quarter", str(tmp_path / "encoder.pt"), "encoder+decoder")
     taken = {key: value for key, value in network.state_dict().items() if not key.startswith("out_tr.")}

@@ -85,7 +85,8 @@ def run_trial(args: argparse.Namespace, splits: dict[str, InstanceImages], devic
     )
     views = DetectionViews(**start["normalization"])
     method = Detector(network)
-    report = fit(method, train, views, own, devices, tensorboard=args.tensorboard)
+    groups = trials.parameter_groups(method, encoder, args.encoder_lr_scale)
+    report = fit(method, train, views, own, devices, parameters=groups, tensorboard=args.tensorboard)
     if args.precise_bn:
         measure_statistics(method, train, views, own, devices, report["step"])
     values = {}
@@ -112,6 +113,7 @@ def get_parser() -> options.Parser:
     )
     group = options.add_trials(parser)
     protocols.add_protocol(group, PROTOCOLS)
+    options.add_encoder_rate(group)
     group.add_argument("--overlays", type=options.non_negative_int, default=8, help="test images that are drawn")
     by_set = parser.add_argument_group("set by the data set unless given")
     by_set.add_argument("--iterations", type=options.positive_int, help="steps of a trial")

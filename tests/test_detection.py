@@ -412,6 +412,19 @@ SMALL = [
 SMALL += ["--proposals", "20", "--samples", "16", "--warmup-iterations", "0"]
 
 
+def test_the_encoder_may_stay_as_it_is(tmp_path):
+    glas(tmp_path / "data")
+    before = make_encoder("resnet18").state_dict()
+    torch.save({"state_dict": before, "arch": "resnet18", "dims": 2}, tmp_path / "e.pt")
+    run = ["--data", str(tmp_path / "data"), "--dataset", "glas", "--init", str(tmp_path / "e.pt"), *SMALL]
+    run += ["--iterations", "1", "--output", str(tmp_path / "out"), "--encoder-lr-scale"]
+    for scale, same in (("0", True), ("1", False)):
+        finetune_detection.main([*run, scale, "--resume", "never"])
+        after = torch.load(tmp_path / "out" / "best.pt", weights_only=True)["state_dict"]
+        (key,) = (key for key in after if key.endswith("encoder.layer4.1.conv2.weight"))
+        assert torch.equal(after[key], before["layer4.1.conv2.weight"]) == same
+
+
 def test_script(tmp_path):
     glas(tmp_path / "data")
     torch.save({"state_dict": make_encoder("resnet18").state_dict(), "arch": "resnet18", "dims": 2}, tmp_path / "e.pt")

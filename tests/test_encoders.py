@@ -346,6 +346,7 @@ def test_options_of_a_study_from_before_are_as_they_were(script):
     ("script", "newer"),
     [(train_pcrlv2, {"restoration_weight": "20", "decoder_skips": "--decoder-skips", "mask_ratio": "0.5"}),
      (finetune_segmentation, {"mirror": "x", "encoder_lr_scale": "0.5"}),
+     (finetune_detection, {"encoder_lr_scale": "0.5"}),
      (train_magical, {"skips": "--no-skips", "projector": "norm", "joint_norm": "--no-joint-norm", "crop_scale": "0.2",
                       "mask": "stripes"}),
      (train_pcrl, {"crop_mm": "32 32 32", "series": "2"}),
